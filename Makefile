@@ -1,0 +1,31 @@
+# `make demo` runs the main job, `make test` the tests; both set up what they need.
+VENV := .venv
+PYTHON ?= python3
+PY := $(VENV)/bin/python
+
+.PHONY: setup demo test test-gpu lint clean
+
+setup: $(VENV)/.ready
+
+$(VENV)/.ready: pyproject.toml constraints.txt
+	$(PYTHON) -m venv $(VENV)
+	$(PY) -m pip install --quiet --constraint constraints.txt --editable '.[dev]'
+	touch $@
+
+demo: setup
+	$(PY) example.py
+
+lint: setup
+	$(VENV)/bin/ruff check .
+	$(VENV)/bin/ruff format --check .
+
+test: lint
+	$(PY) -m pytest -q -n 2 -m 'not gpu'
+
+# On a machine with a CUDA device, in the Python environment that is active there.
+test-gpu:
+	$(PYTHON) -m pytest -q tests/kernels
+	$(PYTHON) -m pytest -q -m gpu
+
+clean:
+	rm -rf $(VENV) build *.egg-info

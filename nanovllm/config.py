@@ -1,0 +1,103 @@
+"""Every option of an engine, validated before anything is loaded."""
+
+import difflib
+from dataclasses import dataclass, fields
+from typing import Any, Literal, get_args, get_origin
+
+Dtype = Literal["auto", "bfloat16", "float16", "float32"]
+Device = Literal["auto", "cuda", "cpu"]
+LoadFormat = Literal["auto", "dummy"]
+
+
+@dataclass(slots=True, kw_only=True)
+class Config:
+    """The options of `LLM`, with vLLM's names where vLLM has one.
+
+    Args:
+        model: a local directory in the Hugging Face layout, or a hub id.
+        tokenizer: directory or hub id of the tokenizer, if not the model's.
+        skip_tokenizer_init: run on token ids alone; outputs carry no text.
+        trust_remote_code: let `transformers` run code that comes with the model's config or tokenizer.
+        revision: branch, tag or commit on the hub.
+        dtype: of weights, activations and cache; "auto" is the checkpoint's.
+        device: "auto" is CUDA where there is one.
+        max_model_len: prompt and output tokens of one request; default the model's, cut to what the cache holds.
+        max_num_seqs: sequences that run at once; the others wait.
+        max_num_batched_tokens: tokens in one step; longer prompts are computed in chunks.
+        gpu_memory_utilization: the share of the device's memory that this engine may fill.
+        kvcache_block_size: tokens in a block, a multiple of 16; default 256 on CUDA, 32 on the CPU.
+        num_kvcache_blocks: blocks in the cache; default: as many as fit.
+        kvcache_memory_bytes: bytes for the cache instead of a profiling run; default 4 GiB on the CPU.
+        enable_prefix_caching: share the blocks of equal prefixes.
+        enforce_eager: no CUDA graphs. The tokens are the same.
+        tensor_parallel_size: devices over which the layers are cut; 1 for now.
+        load_format: "dummy" fills the config's shapes with random weights, for benchmarks.
+        seed: makes requests without a seed of their own repeatable.
+
+    Raises:
+        TypeError, ValueError: naming the option, its value and what is allowed.
+    """
+
+    model: str
+    tokenizer: str | None = None
+    skip_tokenizer_init: bool = False
+    trust_remote_code: bool = False
+    revision: str | None = None
+    dtype: Dtype = "auto"
+    device: Device = "auto"
+    max_model_len: int | None = None
+    max_num_seqs: int = 512
+    max_num_batched_tokens: int = 16384
+    gpu_memory_utilization: float = 0.9
+    kvcache_block_size: int | None = None
+    num_kvcache_blocks: int | None = None
+    kvcache_memory_bytes: int | None = None
+    enable_prefix_caching: bool = True
+    enforce_eager: bool = False
+    tensor_parallel_size: int = 1
+    load_format: LoadFormat = "auto"
+    seed: int | None = None
+
+    @classmethod
+    def from_options(cls, model: str, options: dict[str, Any]) -> "Config":
+        """Like the constructor; an unknown option is answered with the nearest known one."""
+        known = [f.name for f in fields(cls)]
+        for name in options:
+            if name not in known:
+                near = difflib.get_close_matches(name, known, n=1)
+                hint = f"; did you mean {near[0]!r}?" if near else f"; the options are {', '.join(known)}"
+                raise TypeError(f"LLM got an unexpected option {name!r}{hint}")
+        return cls(model=model, **options)
+
+    def __post_init__(self) -> None:
+        if not isinstance(self.model, str) or not self.model:
+            raise TypeError(f"model={self.model!r} must be a directory or a hub id")
+        for option in fields(self):
+            value = getattr(self, option.name)
+            if get_origin(option.type) is Literal and value not in get_args(option.type):
+                raise ValueError(f"{option.name}={value!r} must be one of {', '.join(get_args(option.type))}")
+            if option.type is bool and not isinstance(value, bool):
+                raise TypeError(f"{option.name}={value!r} must be True or False")
+            if option.type == str | None and not isinstance(value, str | None):
+                raise TypeError(f"{option.name}={value!r} must be a string or None")
+        for name in ("max_num_seqs", "max_num_batched_tokens", "tensor_parallel_size"):
+            self._require_positive_int(name)
+        for name in ("max_model_len", "kvcache_block_size", "num_kvcache_blocks", "kvcache_memory_bytes"):
+            if getattr(self, name) is not None:
+                self._require_positive_int(name)
+        if self.kvcache_block_size is not None and self.kvcache_block_size % 16:
+            raise ValueError(f"kvcache_block_size={self.kvcache_block_size} must be a multiple of 16")
+        share = self.gpu_memory_utilization
+        if isinstance(share, bool) or not isinstance(share, (int, float)) or not 0.0 < share <= 1.0:
+            raise ValueError(f"gpu_memory_utilization={share!r} must be a number in (0, 1]")
+        if self.tensor_parallel_size != 1:
+            raise ValueError(f"tensor_parallel_size={self.tensor_parallel_size} must be 1: one device for now")
+        if self.seed is not None and (isinstance(self.seed, bool) or not isinstance(self.seed, int)):
+            raise TypeError(f"seed={self.seed!r} must be None or an integer")
+
+    def _require_positive_int(self, name: str) -> None:
+        value = getattr(self, name)
+        if isinstance(value, bool) or not isinstance(value, int):
+            raise TypeError(f"{name}={value!r} must be an integer")
+        if value < 1:
+            raise ValueError(f"{name}={value} must be at least 1")
