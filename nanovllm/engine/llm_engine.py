@@ -1,0 +1,181 @@
+"""The engine's loop: plan a step, launch it, and only then read the tokens of the step before.
+
+Overlap: while the device runs step N, the host plans and launches step N + 1, for which it need not know N's tokens,
+only that there will be one for each sequence. Their values stay on the device, in the rows. What the host learns
+late is that a sequence has stopped: by then one surplus token is in flight, and is dropped when it arrives.
+"""
+
+import random
+from collections import deque
+from collections.abc import Iterable
+from dataclasses import dataclass
+from itertools import count
+
+from nanovllm.config import Config
+from nanovllm.engine.block_manager import BlockManager
+from nanovllm.engine.scheduler import Scheduler
+from nanovllm.engine.sequence import Sequence
+from nanovllm.sampling_params import MAX_STOP_IDS, SamplingParams
+
+
+@dataclass(slots=True)
+class StepStats:
+    """What the engine did, in tokens and steps, since it started."""
+
+    num_steps: int = 0
+    num_prefill_tokens: int = 0  # computed, not found in the cache
+    num_decode_tokens: int = 0
+    num_preemptions: int = 0
+    prefix_queries: int = 0
+    prefix_hits: int = 0
+    evictions: int = 0
+    cache_usage: float = 0.0
+    num_running: int = 0
+    num_waiting: int = 0
+
+
+@dataclass(slots=True)
+class _StepInFlight:
+    samples: list[Sequence]
+    handle: "StepHandle"  # noqa: F821 -- worker/ imports torch, which is loaded only when an engine is made
+
+
+class LLMEngine:
+    """Requests in, finished sequences out. Not thread-safe: one caller at a time."""
+
+    def __init__(self, config: Config) -> None:
+        from nanovllm.models import model_class
+        from nanovllm.models.loader import load_eos_token_ids, load_hf_config, resolve_model_path
+        from nanovllm.worker.model_runner import MAX_STEPS_IN_FLIGHT, ModelRunner
+
+        self.config = config
+        self.model_path = resolve_model_path(config.model, config.revision)
+        hf_config = load_hf_config(self.model_path, config.trust_remote_code)
+        self.runner = ModelRunner(config, hf_config, model_class(hf_config), self.model_path)
+        self.eos_token_ids = load_eos_token_ids(self.model_path, hf_config)
+        self.vocab_size: int = hf_config.vocab_size
+        self.max_model_len = self.runner.max_model_len
+        self._make_scheduler()
+        # Where the device does not run beside the host, planning ahead would only compute surplus tokens.
+        self.max_behind = MAX_STEPS_IN_FLIGHT - 1 if self.runner.is_cuda else 0
+        self.stats = StepStats()
+        self._in_flight: deque[_StepInFlight] = deque()
+        self._unfinished: dict[str, Sequence] = {}
+        self._ids = count()
+        self._random = random.Random(config.seed)
+
+    @property
+    def has_unfinished_requests(self) -> bool:
+        return bool(self._unfinished or self._in_flight)
+
+    def make_sequence(
+        self, token_ids: list[int], params: SamplingParams, prompt: str | None = None, name: str = "prompt"
+    ) -> Sequence:
+        """Check a request and give it its shape. The engine is not touched: whatever cannot run is refused here.
+
+        Raises:
+            ValueError: naming the prompt as `name`, what is wrong with it, and what is allowed.
+        """
+        if not token_ids:
+            raise ValueError(f"{name} is empty: it must have at least one token")
+        for token_id in (min(token_ids), max(token_ids)):
+            if not 0 <= token_id < self.vocab_size:
+                raise ValueError(f"{name} has the token id {token_id}: ids must be in [0, {self.vocab_size})")
+        if len(token_ids) >= self.max_model_len:
+            raise ValueError(
+                f"{name} has {len(token_ids)} tokens: with one to generate, they must fit "
+                f"max_model_len={self.max_model_len}"
+            )
+        for token_id in params.stop_token_ids:
+            if token_id >= self.vocab_size:
+                raise ValueError(f"stop_token_ids has {token_id}: ids must be in [0, {self.vocab_size})")
+        stop_ids = frozenset(params.stop_token_ids) | (frozenset() if params.ignore_eos else self.eos_token_ids)
+        if params.min_tokens and len(stop_ids) > MAX_STOP_IDS:
+            raise ValueError(f"min_tokens={params.min_tokens} works with at most {MAX_STOP_IDS} stop ids, EOS included")
+        num_left = self.max_model_len - len(token_ids)
+        seed = params.seed if params.seed is not None else self._random.getrandbits(64)
+        return Sequence(
+            request_id=str(next(self._ids)),
+            token_ids=list(token_ids),
+            params=params,
+            max_len=len(token_ids) + min(num_left, params.max_tokens or num_left),
+            stop_ids=stop_ids,
+            seed=seed & (2**64 - 1),
+            prompt=prompt,
+        )
+
+    def add(self, seq: Sequence) -> None:
+        self._unfinished[seq.request_id] = seq
+        self.scheduler.add(seq)
+
+    def abort(self, seqs: Iterable[Sequence]) -> None:
+        """End requests before their time. Those that have finished are left alone."""
+        for seq in seqs:
+            if not seq.is_finished:
+                seq.finish("abort")
+                self.scheduler.finish(seq)
+                del self._unfinished[seq.request_id]
+
+    def step(self) -> list[Sequence]:
+        """Launch one step, and return the sequences that an earlier one has finished.
+
+        If anything fails, every unfinished request is aborted, the cache is emptied, and the error goes on: the
+        engine serves the next request.
+        """
+        try:
+            launched = self._launch_next()
+            finished: list[Sequence] = []
+            while self._in_flight and (len(self._in_flight) > self.max_behind or not launched):
+                finished += self._read_tokens(self._in_flight.popleft())
+            return finished
+        except BaseException:
+            self._reset()
+            raise
+
+    def _launch_next(self) -> bool:
+        """Plan and launch a step. False if there is nothing to compute before more tokens have arrived."""
+        step = self.scheduler.schedule()
+        plan = step.plan
+        if not plan.rows:
+            return False
+        self._in_flight.append(_StepInFlight(step.samples, self.runner.launch(plan)))
+        self.stats.num_steps += 1
+        self.stats.num_decode_tokens += plan.num_decodes
+        self.stats.num_prefill_tokens += plan.num_tokens - plan.num_decodes
+        return True
+
+    def _read_tokens(self, step: _StepInFlight) -> list[Sequence]:
+        """Wait for a step's tokens, and hand each to its sequence."""
+        finished = []
+        for seq, token_id in zip(step.samples, step.handle.tokens(), strict=True):
+            if seq.is_finished:
+                continue  # a surplus token
+            seq.append_token(token_id)
+            if seq.is_finished:
+                self.scheduler.finish(seq)
+                del self._unfinished[seq.request_id]
+                finished.append(seq)
+        return finished
+
+    def _reset(self) -> None:
+        """After a failure nobody knows how far the host's books and the device have come: begin anew."""
+        for seq in self._unfinished.values():
+            seq.finish("abort")
+        self._unfinished.clear()
+        self._in_flight.clear()
+        self._make_scheduler()
+
+    def _make_scheduler(self) -> None:
+        config, runner = self.config, self.runner
+        self.block_manager = BlockManager(runner.num_blocks, runner.block_size, config.enable_prefix_caching)
+        self.scheduler = Scheduler(self.block_manager, config.max_num_seqs, config.max_num_batched_tokens)
+
+    def current_stats(self) -> StepStats:
+        """Counters up to now, with the state of the cache and the queue."""
+        cache, stats = self.block_manager.stats, self.stats
+        stats.num_preemptions = self.scheduler.num_preemptions
+        stats.prefix_queries, stats.prefix_hits = cache.prefix_queries, cache.prefix_hits
+        stats.evictions, stats.cache_usage = cache.evictions, self.block_manager.usage
+        stats.num_running = len(self.scheduler.running)
+        stats.num_waiting = len(self._unfinished) - stats.num_running
+        return stats
