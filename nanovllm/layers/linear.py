@@ -1,0 +1,159 @@
+"""The linear layers, cut over the ranks as in Megatron-LM (Shoeybi et al., 2019, arXiv:1909.08053).
+
+A column-parallel layer cuts the weight by output features: each rank computes its part of the output and nobody
+talks. A row-parallel layer cuts it by input features, takes such a part as its input, and has a *partial sum* of the
+whole output: **the all-reduce is in `RowParallelLinear.forward`, and nowhere else in a transformer layer.** A block
+pairs the two (QKV then output projection, gate/up then down), so it costs one all-reduce, not one per matrix.
+"""
+
+from dataclasses import dataclass
+
+import torch
+import torch.nn.functional as F
+from torch import nn
+
+from nanovllm.kernels.packed_linear import pack_weight, packed_linear
+
+
+@dataclass(slots=True, frozen=True)
+class TensorParallel:
+    """This rank's place among those that share the model's layers."""
+
+    rank: int = 0
+    size: int = 1
+
+    def split(self, total: int, what: str) -> int:
+        """A rank's share of `total`. Raises ValueError if it does not come out even."""
+        if total % self.size:
+            raise ValueError(f"{what}={total} cannot be cut into tensor_parallel_size={self.size} equal parts")
+        return total // self.size
+
+    def all_reduce(self, partial: torch.Tensor) -> torch.Tensor:
+        """The sum of every rank's `partial`; a single rank has it already."""
+        return partial
+
+
+class Linear(nn.Module):
+    """y = x Wᵀ + b with `weight [out_features, in_features]`, loaded whole."""
+
+    def __init__(self, in_features: int, out_features: int, bias: bool = False) -> None:
+        super().__init__()
+        self.weight = nn.Parameter(torch.empty(out_features, in_features), requires_grad=False)
+        self.bias = nn.Parameter(torch.empty(out_features), requires_grad=False) if bias else None
+        self.packed: torch.Tensor | None = None
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        """`x [tokens, in_features]` -> `[tokens, out_features]`."""
+        return self.matmul(x, self.bias)
+
+    def matmul(self, x: torch.Tensor, bias: torch.Tensor | None) -> torch.Tensor:
+        if self.packed is not None:
+            return packed_linear(x, self.packed, bias)
+        return F.linear(x, self.weight, bias)
+
+    def pack(self) -> None:
+        """Re-lay the weight for the CPU's matrix units, in place of the plain one, where that is faster."""
+        self.packed = pack_weight(self.weight)
+        if self.packed is not None:
+            self.weight = None
+
+    def load_shard(self, param: nn.Parameter, loaded: torch.Tensor, shard: str | int | None) -> None:
+        """Copy this rank's part of the checkpoint's tensor into `param`. Raises ValueError on a wrong shape."""
+        copy_exactly(param, loaded)
+
+
+class ColumnParallelLinear(Linear):
+    """Each rank keeps a slice of the output features, and computes that slice of the output. No communication."""
+
+    def __init__(self, in_features: int, out_features: int, tp: TensorParallel, bias: bool = False) -> None:
+        super().__init__(in_features, tp.split(out_features, "out_features"), bias)
+        self.tp = tp
+
+    def load_shard(self, param: nn.Parameter, loaded: torch.Tensor, shard: str | int | None) -> None:
+        copy_exactly(param, slice_for_rank(loaded, 0, self.tp.rank, self.tp.size))
+
+
+class MergedColumnParallelLinear(ColumnParallelLinear):
+    """Several column-parallel layers on the same input as one matrix: gate and up. Shards are numbered from 0."""
+
+    def __init__(self, in_features: int, shard_sizes: list[int], tp: TensorParallel, bias: bool = False) -> None:
+        super().__init__(in_features, sum(shard_sizes), tp, bias)
+        self.shard_sizes = [tp.split(size, "out_features") for size in shard_sizes]
+
+    def load_shard(self, param: nn.Parameter, loaded: torch.Tensor, shard: str | int | None) -> None:
+        own = param.narrow(0, sum(self.shard_sizes[:shard]), self.shard_sizes[shard])
+        copy_exactly(own, slice_for_rank(loaded, 0, self.tp.rank, self.tp.size))
+
+
+class QKVParallelLinear(ColumnParallelLinear):
+    """The query, key and value projections as one matrix, cut by heads. Shards are "q", "k" and "v".
+
+    When ranks outnumber the key/value heads, each head is kept by `size / num_kv_heads` neighbouring ranks.
+    """
+
+    def __init__(
+        self,
+        hidden_size: int,
+        head_dim: int,
+        num_heads: int,
+        num_kv_heads: int,
+        tp: TensorParallel,
+        bias: bool = False,
+    ) -> None:
+        nn.Module.__init__(self)
+        self.tp = tp
+        self.num_heads = tp.split(num_heads, "num_attention_heads")
+        if num_kv_heads >= tp.size:
+            self.num_kv_heads, self.kv_replicas = tp.split(num_kv_heads, "num_key_value_heads"), 1
+        elif tp.size % num_kv_heads == 0:
+            self.num_kv_heads, self.kv_replicas = 1, tp.size // num_kv_heads
+        else:
+            raise ValueError(
+                f"num_key_value_heads={num_kv_heads} must divide tensor_parallel_size={tp.size} or be divided by it"
+            )
+        self.shard_sizes = {
+            "q": self.num_heads * head_dim,
+            "k": self.num_kv_heads * head_dim,
+            "v": self.num_kv_heads * head_dim,
+        }
+        Linear.__init__(self, hidden_size, sum(self.shard_sizes.values()), bias)
+
+    def load_shard(self, param: nn.Parameter, loaded: torch.Tensor, shard: str | int | None) -> None:
+        order = list(self.shard_sizes)
+        start = sum(self.shard_sizes[s] for s in order[: order.index(shard)])
+        own = param.narrow(0, start, self.shard_sizes[shard])
+        replicas = 1 if shard == "q" else self.kv_replicas
+        copy_exactly(own, slice_for_rank(loaded, 0, self.tp.rank // replicas, self.tp.size // replicas))
+
+
+class RowParallelLinear(Linear):
+    """Each rank keeps a slice of the input features, has a partial sum of the output, and **all-reduces** it."""
+
+    def __init__(self, in_features: int, out_features: int, tp: TensorParallel, bias: bool = False) -> None:
+        super().__init__(tp.split(in_features, "in_features"), out_features, bias)
+        self.tp = tp
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        """`x [tokens, in_features / ranks]` -> `[tokens, out_features]`, whole on every rank."""
+        # Only one rank adds the bias, or the sum would hold it once per rank.
+        return self.tp.all_reduce(self.matmul(x, self.bias if self.tp.rank == 0 else None))
+
+    def load_shard(self, param: nn.Parameter, loaded: torch.Tensor, shard: str | int | None) -> None:
+        if param is self.bias:
+            copy_exactly(param, loaded)
+        else:
+            copy_exactly(param, slice_for_rank(loaded, 1, self.tp.rank, self.tp.size))
+
+
+def slice_for_rank(loaded: torch.Tensor, dim: int, rank: int, size: int) -> torch.Tensor:
+    """The `rank`-th of `size` equal slices of `loaded` along `dim`. Raises ValueError if they are not equal."""
+    if loaded.dim() <= dim or loaded.shape[dim] % size:
+        raise ValueError(f"shape {list(loaded.shape)} cannot be cut along dimension {dim} into {size} equal parts")
+    return loaded.narrow(dim, rank * (loaded.shape[dim] // size), loaded.shape[dim] // size)
+
+
+def copy_exactly(param: torch.Tensor, loaded: torch.Tensor) -> None:
+    """Copy `loaded` into `param`, converting the dtype. Raises ValueError unless the shapes are equal."""
+    if param.shape != loaded.shape:
+        raise ValueError(f"shape {list(loaded.shape)} where the model has {list(param.shape)}")
+    param.data.copy_(loaded)

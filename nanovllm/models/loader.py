@@ -1,0 +1,153 @@
+"""From a directory or hub id to a model with its weights: every parameter exactly once, or an error that names it."""
+
+import json
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+
+from nanovllm.config import Config
+
+Source = tuple[nn.Module, nn.Parameter, str | int | None]  # owner, parameter, shard of it
+
+
+def resolve_model_path(model: str, revision: str | None) -> Path:
+    """The local directory of a model, fetched from the hub if it is not one already.
+
+    Raises:
+        FileNotFoundError, OSError: no such directory, and the hub has or gives no such model.
+    """
+    path = Path(model).expanduser()
+    if path.is_dir():
+        return path
+    if path.is_absolute() or model.startswith((".", "~")) or model.count("/") > 1 or path.exists():
+        raise FileNotFoundError(f"model={model!r} is not a directory")
+    from huggingface_hub import snapshot_download
+
+    try:
+        patterns = ["*.safetensors", "*.json", "*.txt", "*.model", "*.jinja", "*.py"]
+        return Path(snapshot_download(model, revision=revision, allow_patterns=patterns))
+    except (OSError, ValueError) as error:
+        raise OSError(f"model={model!r} is neither a local directory nor to be had from the hub: {error}") from error
+
+
+def load_hf_config(path: Path, trust_remote_code: bool) -> Any:
+    """The directory's config.json as a `transformers` config. Raises FileNotFoundError or ValueError."""
+    if not (path / "config.json").is_file():
+        raise FileNotFoundError(f"no config.json in {path}")
+    from transformers import AutoConfig
+
+    return AutoConfig.from_pretrained(path, trust_remote_code=trust_remote_code)
+
+
+def load_eos_token_ids(path: Path, hf_config: Any) -> frozenset[int]:
+    """Every id that ends a sequence: generation_config.json's, or else the config's."""
+    file = path / "generation_config.json"
+    eos = json.loads(file.read_text()).get("eos_token_id") if file.is_file() else None
+    if eos is None:
+        eos = getattr(hf_config, "eos_token_id", None)
+    if eos is None:
+        return frozenset()
+    return frozenset(eos if isinstance(eos, list) else [eos])
+
+
+def load_weights(model: nn.Module, path: Path) -> None:
+    """Fill `model` from the directory's safetensors, one file or several with an index.
+
+    Raises:
+        FileNotFoundError: no weights, or a file of the index is missing; OSError: a file is damaged.
+        ValueError: naming a tensor that is missing, unexpected, there twice, or of the wrong shape.
+    """
+    expected = _expected_tensors(model)
+    loaded: set[str] = set()
+    for name, tensor in _read_tensors(path):
+        if name in loaded:
+            raise ValueError(f"tensor {name!r} is in {path} twice")
+        if name not in expected:
+            if _is_redundant(name, model):
+                continue
+            raise ValueError(f"tensor {name!r} in {path} is not a part of {type(model).__name__}")
+        owner, param, shard = expected[name]
+        try:
+            owner.load_shard(param, tensor, shard)
+        except ValueError as error:
+            raise ValueError(f"tensor {name!r} in {path}: {error}") from error
+        loaded.add(name)
+    missing = sorted(expected.keys() - loaded)
+    if missing:
+        shown = ", ".join(missing[:5]) + (f" and {len(missing) - 5} more" if len(missing) > 5 else "")
+        raise ValueError(f"tensors missing in {path}: {shown}")
+
+
+def fill_with_random_weights(model: nn.Module, seed: int = 0) -> None:
+    """Weights that have a trained model's scale but no meaning: for benchmarks of a config without a checkpoint."""
+    generator = torch.Generator(device=next(model.parameters()).device).manual_seed(seed)
+    for name, param in model.named_parameters():
+        if name.endswith("norm.weight"):
+            param.data.fill_(1.0)
+        else:
+            param.data.uniform_(-0.035, 0.035, generator=generator)  # standard deviation 0.02
+
+
+def build_model(config: Config, hf_config: Any, cls: type, path: Path, dtype: torch.dtype, device: str) -> nn.Module:
+    """The model on its device, with its weights. Raises what `load_weights` raises."""
+    from nanovllm.layers.linear import Linear, TensorParallel
+
+    with torch.device("meta"):  # shapes only: nothing is allocated until the dtype and device are right
+        model = cls(hf_config, TensorParallel())
+    model.to(dtype).to_empty(device=device)
+    if config.load_format == "dummy":
+        fill_with_random_weights(model)
+    else:
+        load_weights(model, path)
+    if device == "cpu":
+        for module in model.modules():
+            if isinstance(module, Linear):
+                module.pack()
+    return model.eval()
+
+
+def _expected_tensors(model: nn.Module) -> dict[str, Source]:
+    """The checkpoint's tensor names, and where each belongs."""
+    expected: dict[str, Source] = {}
+    for name, param in model.named_parameters():
+        module_name, _, leaf = name.rpartition(".")
+        prefix, _, module_leaf = module_name.rpartition(".")
+        owner = model.get_submodule(module_name)
+        for source, shard in model.packed_modules.get(module_leaf, [(module_leaf, None)]):
+            expected[".".join(filter(None, (prefix, source, leaf)))] = (owner, param, shard)
+    return expected
+
+
+def _is_redundant(name: str, model: nn.Module) -> bool:
+    """Whether checkpoints carry this tensor although it is computed, or is another under a second name."""
+    return name.endswith("rotary_emb.inv_freq") or (model.lm_head.is_tied and name == "lm_head.weight")
+
+
+def _read_tensors(path: Path) -> Iterator[tuple[str, torch.Tensor]]:
+    from safetensors import SafetensorError, safe_open
+
+    for file in _weight_files(path):
+        try:
+            with safe_open(file, framework="pt") as tensors:
+                for name in tensors.keys():  # noqa: SIM118 -- not a dict
+                    yield name, tensors.get_tensor(name)
+        except SafetensorError as error:
+            raise OSError(f"{file} is damaged: {error}") from error
+
+
+def _weight_files(path: Path) -> list[Path]:
+    index = path / "model.safetensors.index.json"
+    if index.is_file():
+        files = [path / name for name in sorted(set(json.loads(index.read_text())["weight_map"].values()))]
+    else:
+        single = path / "model.safetensors"
+        files = [single] if single.is_file() else sorted(path.glob("*.safetensors"))
+    if not files:
+        raise FileNotFoundError(f"no *.safetensors in {path}")
+    for file in files:
+        if not file.is_file():
+            raise FileNotFoundError(f"{file.name} is listed in {index.name} but not in {path}")
+    return files

@@ -1,0 +1,50 @@
+"""A decode step as one launch: everything from reading the rows to writing the sampled tokens back, recorded once.
+
+A step of a small model is a few hundred kernels of a few microseconds each; launched one by one they leave the
+device waiting for the host. A graph's shapes are fixed, so there is one for each of a few batch sizes, and a batch
+is padded to the next: padding entries (row -1) read and write no sequence's memory.
+"""
+
+import bisect
+from collections.abc import Callable
+
+import torch
+
+
+def batch_sizes(largest: int) -> list[int]:
+    """The sizes worth a graph: a batch is padded by less than a tenth, or by less than 16."""
+    sizes = {1, 2, 4, 8, *range(16, 257, 16), *range(288, largest, 32), largest}
+    return sorted(size for size in sizes if size <= largest)
+
+
+class DecodeGraphs:
+    """Graphs of `run(size)` for every batch size up to `largest`, in one memory pool: they never run side by side."""
+
+    def __init__(self, largest: int) -> None:
+        self.sizes = batch_sizes(largest)
+        self._graphs: dict[int, torch.cuda.CUDAGraph] = {}
+
+    def capture(self, run: Callable[[int], None], sizes: list[int] | None = None) -> None:
+        """Record `run` at each size, the largest first: the smaller ones fit in its memory."""
+        pool = torch.cuda.graph_pool_handle()
+        stream = torch.cuda.Stream()
+        stream.wait_stream(torch.cuda.current_stream())
+        with torch.cuda.stream(stream):
+            for size in reversed(sizes or self.sizes):
+                run(size)  # kernels are compiled and libraries make their handles outside the capture
+                stream.synchronize()
+                graph = torch.cuda.CUDAGraph()
+                graph.capture_begin(pool=pool, capture_error_mode="thread_local")
+                try:
+                    run(size)
+                finally:
+                    graph.capture_end()
+                self._graphs[size] = graph
+        torch.cuda.current_stream().wait_stream(stream)
+
+    def padded_size(self, num_seqs: int) -> int:
+        """The smallest recorded size that holds so many sequences."""
+        return self.sizes[bisect.bisect_left(self.sizes, num_seqs)]
+
+    def replay(self, size: int) -> None:
+        self._graphs[size].replay()

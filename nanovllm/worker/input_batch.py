@@ -1,0 +1,109 @@
+"""Device-resident rows: what the device must remember of each running sequence between steps.
+
+The host sends only changes. All row state is one flat int32 tensor, so a step's changes, of whatever kind (a new
+request's tokens and parameters, one more block of an old one), are pairs (index, value) and one scatter.
+"""
+
+import numpy as np
+import torch
+
+from nanovllm.kernels.sample import SamplingTensors
+from nanovllm.sampling_params import MAX_STOP_IDS
+from nanovllm.worker.step_plan import NewRow, StepPlan
+
+# Columns of a row's scalars. Floats are stored as their 32 bits.
+TEMPERATURE, TOP_K, TOP_P, MIN_P, SEED_LO, SEED_HI, MIN_LEN, STOP_IDS = range(8)
+NUM_SCALARS = STOP_IDS + MAX_STOP_IDS
+
+
+class InputBatch:
+    """The rows, as views of one tensor, and the staging buffers through which the host changes them.
+
+    Attributes (int32, on the device unless said otherwise):
+        token_ids `[rows, max_model_len + 1]`: prompt, then sampled tokens as the device writes them.
+        block_table `[rows, max_blocks]`, num_computed `[rows]`: tokens whose keys and values are in the cache.
+        params: the sampler's view of the rows' scalars.
+        live_rows `[rows]`, query_start `[rows + 1]`: this step's batch.
+    """
+
+    def __init__(self, num_rows: int, max_model_len: int, max_blocks: int, device: str, num_slots: int) -> None:
+        self.device = device
+        self.width = max_model_len + 1  # a surplus token may be sampled past the last
+        self.max_blocks = max_blocks
+        self.num_rows = num_rows
+        sizes = [num_rows * self.width, num_rows * max_blocks, num_rows, num_rows * NUM_SCALARS]
+        self.state = torch.zeros(sum(sizes), dtype=torch.int32, device=device)
+        token_ids, block_table, self.num_computed, scalars = self.state.split(sizes)
+        self.offsets = np.cumsum([0, *sizes])
+        self.token_ids = token_ids.view(num_rows, self.width)
+        self.block_table = block_table.view(num_rows, max_blocks)
+        scalars = scalars.view(num_rows, NUM_SCALARS)
+        floats = scalars.view(torch.float32)
+        self.params = SamplingTensors(
+            temperature=floats[:, TEMPERATURE],
+            top_k=scalars[:, TOP_K],
+            top_p=floats[:, TOP_P],
+            min_p=floats[:, MIN_P],
+            seed_lo=scalars[:, SEED_LO],
+            seed_hi=scalars[:, SEED_HI],
+            min_len=scalars[:, MIN_LEN],
+            stop_ids=scalars[:, STOP_IDS:],
+        )
+        self.live = torch.zeros(2 * num_rows + 1, dtype=torch.int32, device=device)
+        self.live_rows, self.query_start = self.live[:num_rows], self.live[num_rows:]
+        # A slot's pinned buffers are written again only when the step that last used them has ended.
+        self._live_staging = [_pinned(2 * num_rows + 1, device) for _ in range(num_slots)]
+        self._delta_staging = [_pinned(1 << 12, device) for _ in range(num_slots)]
+
+    def apply(self, plan: StepPlan, slot: int, num_padded: int) -> None:
+        """Send the plan's changes and its batch, padded to `num_padded` sequences. Does not wait for the device."""
+        live = self._live_staging[slot].numpy()
+        num_seqs = len(plan.rows)
+        live[:num_seqs] = plan.rows
+        live[num_seqs:num_padded] = -1
+        query_lens = plan.query_lens + [1] * (num_padded - num_seqs)
+        live[self.num_rows] = 0
+        np.cumsum(query_lens, out=live[self.num_rows + 1 : self.num_rows + 1 + num_padded])
+        self.live.copy_(self._live_staging[slot], non_blocking=True)
+        self._send_changes(plan, slot)
+
+    def _send_changes(self, plan: StepPlan, slot: int) -> None:
+        indices, values = [], []
+        if plan.new_blocks:
+            row, column, block = np.array(plan.new_blocks, dtype=np.int32).T
+            indices.append(self.offsets[1] + row * self.max_blocks + column)
+            values.append(block)
+        for new in plan.new_rows:
+            for start, content in self._contents(new):
+                indices.append(np.arange(start, start + len(content), dtype=np.int32))
+                values.append(content)
+        if not indices:
+            return
+        n = sum(map(len, indices))
+        if self._delta_staging[slot].numel() < 2 * n:
+            self._delta_staging[slot] = _pinned(4 * n, self.device)
+        staging = self._delta_staging[slot]
+        np.concatenate(indices, out=staging.numpy()[:n], casting="unsafe")
+        np.concatenate(values, out=staging.numpy()[n : 2 * n], casting="unsafe")
+        changes = staging[: 2 * n].to(self.device, non_blocking=True)
+        self.state.index_put_((changes[:n].long(),), changes[n:])
+
+    def _contents(self, new: NewRow) -> list[tuple[int, np.ndarray]]:
+        """The runs of state that describe a new row: (flat index, int32 values)."""
+        scalars = np.full(NUM_SCALARS, -1, dtype=np.int32)
+        floats = scalars.view(np.float32)
+        floats[TEMPERATURE], floats[TOP_P], floats[MIN_P] = new.temperature, new.top_p, new.min_p
+        scalars[TOP_K], scalars[MIN_LEN] = new.top_k, new.min_len
+        scalars.view(np.uint32)[[SEED_LO, SEED_HI]] = new.seed & 0xFFFFFFFF, (new.seed >> 32) & 0xFFFFFFFF
+        scalars[STOP_IDS : STOP_IDS + len(new.stop_ids)] = new.stop_ids
+        tokens, blocks, computed, params = self.offsets[:4]
+        return [
+            (tokens + new.row * self.width, np.array(new.token_ids, dtype=np.int32)),
+            (blocks + new.row * self.max_blocks, np.array(new.block_table, dtype=np.int32)),
+            (computed + new.row, np.array([new.num_computed_tokens], dtype=np.int32)),
+            (params + new.row * NUM_SCALARS, scalars),
+        ]
+
+
+def _pinned(size: int, device: str) -> torch.Tensor:
+    return torch.zeros(size, dtype=torch.int32, pin_memory=device != "cpu")

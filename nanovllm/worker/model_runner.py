@@ -1,0 +1,242 @@
+"""Runs the model on one device: takes a step's plan, launches it, and hands back a way to wait for its tokens.
+
+`launch` returns while the device still works. A step finds its input in the device-resident rows, where the step
+before it left its tokens, so the host is on the path of no token.
+"""
+
+import logging
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from nanovllm.config import Config
+from nanovllm.kernels.paged_decode import DecodePlan, plan_decode
+from nanovllm.kernels.prepare_inputs import StepInputs, prepare_inputs
+from nanovllm.kernels.sample import sample
+from nanovllm.layers.attention import Attention, AttentionMetadata
+from nanovllm.layers.rotary_embedding import build_cos_sin, rope_parameters
+from nanovllm.models.loader import build_model
+from nanovllm.worker.cuda_graph import DecodeGraphs
+from nanovllm.worker.input_batch import InputBatch
+from nanovllm.worker.memory import DeviceMemory, cache_bytes_left, cache_bytes_per_block
+from nanovllm.worker.step_plan import NewRow, StepPlan
+
+logger = logging.getLogger(__name__)
+
+DEFAULT_CPU_CACHE_BYTES = 4 << 30
+MAX_STEPS_IN_FLIGHT = 2  # one runs while the host reads the tokens of the one before
+
+
+@dataclass(slots=True)
+class StepHandle:
+    """A launched step. `tokens()` waits for it."""
+
+    sampled: torch.Tensor  # [num_samples] int32, on the host
+    done: torch.cuda.Event | None
+
+    def tokens(self) -> list[int]:
+        if self.done is not None:
+            self.done.synchronize()
+        return self.sampled.tolist()
+
+
+class ModelRunner:
+    """One device's model, cache and rows.
+
+    Attributes:
+        num_blocks, block_size: of the paged cache. max_model_len: cut to what the cache holds.
+    """
+
+    @torch.inference_mode()
+    def __init__(self, config: Config, hf_config: Any, model_cls: type, path: Path) -> None:
+        self.config = config
+        self.device = resolve_device(config.device)
+        self.dtype = resolve_dtype(config.dtype, hf_config)
+        self.is_cuda = self.device == "cuda"
+        self.block_size = config.kvcache_block_size or (256 if self.is_cuda else 32)
+        self.max_model_len = resolve_max_model_len(config, hf_config)
+        self.num_rows = min(config.max_num_seqs, config.max_num_batched_tokens)
+        before = DeviceMemory.now() if self.is_cuda else None
+        self.model: Any = build_model(config, hf_config, model_cls, path, self.dtype, self.device)
+        self.attention_layers = [m for m in self.model.modules() if isinstance(m, Attention)]
+        self._build_rope(hf_config)
+        self.graphs: DecodeGraphs | None = None
+        self.num_blocks = self._fit_cache(before)
+        self._allocate(self.num_blocks)
+        if self.is_cuda and not config.enforce_eager:
+            self.batch.live_rows.fill_(-1)
+            self.graphs = DecodeGraphs(self.num_rows)
+            self.graphs.capture(self._run_decodes)
+
+    @torch.inference_mode()
+    def launch(self, plan: StepPlan) -> StepHandle:
+        """Start a step and return. At most MAX_STEPS_IN_FLIGHT may be unfinished."""
+        slot = self.num_launched % MAX_STEPS_IN_FLIGHT
+        self.num_launched += 1
+        num_seqs, num_tokens = len(plan.rows), plan.num_tokens
+        is_decode = plan.num_decodes == num_seqs
+        num_padded = self.graphs.padded_size(num_seqs) if self.graphs and is_decode else num_seqs
+        self.batch.apply(plan, slot, num_padded)
+        if self.graphs and is_decode:
+            self.graphs.replay(num_padded)
+        else:
+            self._run(num_seqs, num_tokens, plan.num_decodes, plan.num_samples)
+        return self._fetch(plan.num_samples, slot)
+
+    def _run(self, num_seqs: int, num_tokens: int, num_decodes: int, num_samples: int) -> None:
+        """From the rows to the sampled tokens, written back into the rows. Queued on the device, not waited for."""
+        batch, inputs = self.batch, self.inputs
+        rows, query_start = batch.live_rows[:num_seqs], batch.query_start[: num_seqs + 1]
+        prepare_inputs(
+            rows, query_start, batch.token_ids, batch.num_computed, batch.block_table, self.block_size, inputs
+        )
+        seq_lens = inputs.seq_lens[:num_seqs]
+        if self.decode_plan is not None and num_decodes:
+            plan_decode(seq_lens[:num_decodes], self.attention_layers[0].num_kv_heads, self.decode_plan)
+        meta = AttentionMetadata(
+            positions=inputs.positions[:num_tokens],
+            slot_mapping=inputs.slot_mapping[:num_tokens],
+            rows=rows,
+            query_start=query_start,
+            seq_lens=seq_lens,
+            block_table=batch.block_table,
+            num_decodes=num_decodes,
+            decode_plan=self.decode_plan,
+        )
+        hidden = self.model(inputs.input_ids[:num_tokens], self.cos_sin, meta)
+        if num_tokens > num_samples:  # only a sequence's last token is asked for its logits
+            hidden = hidden[query_start[1 : num_samples + 1].long() - 1]
+        if num_samples:
+            logits = self.model.compute_logits(hidden)
+            sampled = self.sampled[:num_samples]
+            sample(logits, rows[:num_samples], seq_lens[:num_samples], batch.params, batch.token_ids, sampled)
+
+    def _run_decodes(self, num_seqs: int) -> None:
+        self._run(num_seqs, num_seqs, num_seqs, num_seqs)
+
+    def _fetch(self, num_samples: int, slot: int) -> StepHandle:
+        """Queue the copy of the step's tokens to the host."""
+        if not self.is_cuda:
+            return StepHandle(self.sampled[:num_samples].clone(), None)
+        host = self.sampled_on_host[slot][:num_samples]
+        host.copy_(self.sampled[:num_samples], non_blocking=True)
+        self.done[slot].record()
+        return StepHandle(host, self.done[slot])
+
+    def _build_rope(self, hf_config: Any) -> None:
+        layer = self.attention_layers[0]
+        params = rope_parameters(hf_config)
+        rotary_dim = int(layer.head_dim * (params.get("partial_rotary_factor") or 1.0))
+        self.cos_sin = build_cos_sin(rotary_dim, self.max_model_len, params).to(self.device)
+
+    def _fit_cache(self, before: DeviceMemory | None) -> int:
+        """How many blocks the cache gets, and with it how long a sequence may be."""
+        config, layer = self.config, self.attention_layers[0]
+        block_bytes = cache_bytes_per_block(
+            len(self.attention_layers), layer.num_kv_heads, self.block_size, layer.head_dim, self.dtype
+        )
+        if config.num_kvcache_blocks is not None:
+            num_blocks = config.num_kvcache_blocks
+        elif config.kvcache_memory_bytes is not None or before is None:
+            num_blocks = (config.kvcache_memory_bytes or DEFAULT_CPU_CACHE_BYTES) // block_bytes
+        else:
+            graph_bytes = self._run_largest_step()
+            num_blocks = cache_bytes_left(before, config.gpu_memory_utilization, graph_bytes) // block_bytes
+        if num_blocks < 1:
+            raise ValueError(
+                f"the KV cache has no room for one block of {block_bytes} bytes; raise gpu_memory_utilization="
+                f"{config.gpu_memory_utilization} or kvcache_memory_bytes={config.kvcache_memory_bytes}"
+            )
+        capacity = num_blocks * self.block_size
+        if capacity < self.max_model_len:
+            if config.max_model_len is not None:
+                raise ValueError(
+                    f"max_model_len={config.max_model_len} exceeds the KV cache, which holds {capacity} tokens; "
+                    "lower max_model_len or give the cache more memory"
+                )
+            logger.warning("max_model_len is cut from %d to the %d tokens of the cache", self.max_model_len, capacity)
+            self.max_model_len = capacity
+        logger.info(
+            "KV cache: %d blocks of %d tokens, %.2f GB", num_blocks, self.block_size, num_blocks * block_bytes / 1e9
+        )
+        return num_blocks
+
+    def _allocate(self, num_blocks: int) -> None:
+        """Make the cache, the rows and the step's buffers."""
+        layer = self.attention_layers[0]
+        max_tokens = self.config.max_num_batched_tokens
+        # [layers, K and V, blocks, kv_heads, block_size, head_dim]: one block of one head is contiguous.
+        shape = (len(self.attention_layers), 2, num_blocks, layer.num_kv_heads, self.block_size, layer.head_dim)
+        self.kv_cache = torch.zeros(shape, dtype=self.dtype, device=self.device)
+        for attention, (k_cache, v_cache) in zip(self.attention_layers, self.kv_cache, strict=True):
+            attention.k_cache, attention.v_cache = k_cache, v_cache
+        max_blocks = -(-self.max_model_len // self.block_size)
+        self.batch = InputBatch(self.num_rows, self.max_model_len, max_blocks, self.device, MAX_STEPS_IN_FLIGHT)
+        self.inputs = StepInputs(
+            input_ids=torch.zeros(max_tokens, dtype=torch.int32, device=self.device),
+            positions=torch.zeros(max_tokens, dtype=torch.int32, device=self.device),
+            slot_mapping=torch.zeros(max_tokens, dtype=torch.int64, device=self.device),
+            seq_lens=torch.zeros(self.num_rows, dtype=torch.int32, device=self.device),
+        )
+        heads = (layer.num_heads, layer.num_kv_heads, layer.head_dim)
+        self.decode_plan = DecodePlan.allocate(self.num_rows, *heads, self.device) if self.is_cuda else None
+        self.sampled = torch.zeros(self.num_rows, dtype=torch.int32, device=self.device)
+        self.num_launched = 0
+        if self.is_cuda:
+            self.done = [torch.cuda.Event() for _ in range(MAX_STEPS_IN_FLIGHT)]
+            self.sampled_on_host = [
+                torch.zeros(self.num_rows, dtype=torch.int32, pin_memory=True) for _ in range(MAX_STEPS_IN_FLIGHT)
+            ]
+
+    def _run_largest_step(self) -> int:
+        """Run what needs the most memory: a full budget of prompts, as many sequences as may run, and a graph.
+
+        Every block of every sequence is block 0 of a cache that has no other. Returns the bytes the graph kept.
+        """
+        self._allocate(1)
+        plan = StepPlan(num_samples=self.num_rows)
+        share, rest = divmod(self.config.max_num_batched_tokens, self.num_rows)
+        for row in range(self.num_rows):
+            length = min(share + (row < rest), self.max_model_len)
+            plan.new_rows.append(NewRow(row, [0] * length, 0, [0], 1.0, 0, 1.0, 0.0, row, 0, []))
+            plan.rows.append(row)
+            plan.query_lens.append(length)
+        self.launch(plan).tokens()
+        if self.config.enforce_eager:
+            return 0
+        self.batch.live_rows.fill_(-1)
+        free, _ = torch.cuda.mem_get_info()
+        graphs = DecodeGraphs(self.num_rows)
+        graphs.capture(self._run_decodes, graphs.sizes[-1:])
+        return free - torch.cuda.mem_get_info()[0]
+
+
+def resolve_device(device: str) -> str:
+    """ "auto" is CUDA where there is one. Raises ValueError when "cuda" is asked for and absent."""
+    has_cuda = torch.cuda.is_available()
+    if device == "cuda" and not has_cuda:
+        raise ValueError("device='cuda' but PyTorch sees no CUDA device; use device='cpu' or 'auto'")
+    return device if device != "auto" else "cuda" if has_cuda else "cpu"
+
+
+def resolve_dtype(dtype: str, hf_config: Any) -> torch.dtype:
+    """ "auto" is what the checkpoint was saved in, or float32 if it does not say."""
+    if dtype != "auto":
+        return getattr(torch, dtype)
+    saved = getattr(hf_config, "dtype", None) or torch.float32
+    return getattr(torch, saved) if isinstance(saved, str) else saved
+
+
+def resolve_max_model_len(config: Config, hf_config: Any) -> int:
+    """The length asked for, or the model's. Raises ValueError for more than the model's positions can express."""
+    own = hf_config.max_position_embeddings
+    if config.max_model_len is None:
+        return own
+    rope = rope_parameters(hf_config)
+    stretched = int(rope["original_max_position_embeddings"] * (rope.get("factor") or 1.0))
+    limit = max(own, stretched)
+    if config.max_model_len > limit:
+        raise ValueError(f"max_model_len={config.max_model_len} must be at most the model's {limit}")
+    return config.max_model_len
