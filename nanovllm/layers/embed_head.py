@@ -4,29 +4,45 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
+from nanovllm.kernels.packed_linear import pack_weight, packed_rows
 from nanovllm.layers.linear import Linear, TensorParallel, copy_exactly, slice_for_rank
 
 
-class VocabParallelEmbedding(nn.Module):
-    """Each rank keeps the vectors of a slice of the vocabulary, and contributes zeros for other tokens."""
+class VocabParallelEmbedding(Linear):
+    """Each rank keeps the vectors of a slice of the vocabulary, and contributes zeros for other tokens.
+
+    The weight is also a matrix: that of a tied output projection, `[vocab_size / ranks, hidden_size]`.
+    """
 
     def __init__(self, vocab_size: int, hidden_size: int, tp: TensorParallel) -> None:
-        super().__init__()
+        super().__init__(hidden_size, tp.split(vocab_size, "vocab_size"))
         self.tp = tp
-        self.weight = nn.Parameter(torch.empty(tp.split(vocab_size, "vocab_size"), hidden_size), requires_grad=False)
+        self.vocab_share = vocab_size // tp.size
 
     def forward(self, input_ids: torch.Tensor) -> torch.Tensor:
         """`input_ids [tokens]` int32 -> `[tokens, hidden_size]`."""
         if self.tp.size == 1:
-            return F.embedding(input_ids, self.weight)
-        local = input_ids - self.tp.rank * self.weight.shape[0]
-        is_mine = (local >= 0) & (local < self.weight.shape[0])
-        embedded = F.embedding(torch.where(is_mine, local, 0), self.weight)
+            return self._look_up(input_ids)
+        local = input_ids - self.tp.rank * self.vocab_share
+        is_mine = (local >= 0) & (local < self.vocab_share)
+        embedded = self._look_up(torch.where(is_mine, local, 0))
         return self.tp.all_reduce(embedded.masked_fill_(~is_mine.unsqueeze(1), 0))
 
     def load_shard(self, param: nn.Parameter, loaded: torch.Tensor, shard: str | int | None) -> None:
         """Copy this rank's rows. Raises ValueError on a wrong shape."""
         copy_exactly(param, slice_for_rank(loaded, 0, self.tp.rank, self.tp.size))
+
+    def pack(self) -> None:
+        """Nothing: rows are read from the plain weight, unless it is also the head's."""
+
+    def pack_for_head(self) -> None:
+        """Pack a tied weight if rows can still be read from the packed one: there is never a second copy."""
+        packed = pack_weight(self.weight)
+        if packed is not None and packed.rows is not None:
+            self.packed, self.weight = packed, None
+
+    def _look_up(self, ids: torch.Tensor) -> torch.Tensor:
+        return F.embedding(ids, self.weight) if self.packed is None else packed_rows(self.packed, ids)
 
 
 class ParallelLMHead(Linear):
@@ -47,10 +63,13 @@ class ParallelLMHead(Linear):
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         """`x [n, hidden_size]` -> `[n, vocab_size / ranks]`."""
-        return F.linear(x, self._tied_to[0].weight) if self._tied_to else self.matmul(x, None)
+        return (self._tied_to[0] if self._tied_to else self).matmul(x, None)
 
     def pack(self) -> None:
-        if not self.is_tied:  # a tied weight is also read row by row, and that needs the plain layout
+        """Pack the weight, or the embedding's that stands for it."""
+        if self._tied_to:
+            self._tied_to[0].pack_for_head()
+        else:
             super().pack()
 
     def load_shard(self, param: nn.Parameter, loaded: torch.Tensor, shard: str | int | None) -> None:

@@ -12,7 +12,7 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from nanovllm.kernels.packed_linear import pack_weight, packed_linear
+from nanovllm.kernels.packed_linear import PackedWeight, pack_weight, packed_linear
 
 
 @dataclass(slots=True, frozen=True)
@@ -40,7 +40,7 @@ class Linear(nn.Module):
         super().__init__()
         self.weight = nn.Parameter(torch.empty(out_features, in_features), requires_grad=False)
         self.bias = nn.Parameter(torch.empty(out_features), requires_grad=False) if bias else None
-        self.packed: torch.Tensor | None = None
+        self.packed: PackedWeight | None = None
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         """`x [tokens, in_features]` -> `[tokens, out_features]`."""
@@ -52,7 +52,7 @@ class Linear(nn.Module):
         return F.linear(x, self.weight, bias)
 
     def pack(self) -> None:
-        """Re-lay the weight for the CPU's matrix units, in place of the plain one, where that is faster."""
+        """Lay the weight out anew for the CPU's matrix units, in place of the plain one, where that is faster."""
         self.packed = pack_weight(self.weight)
         if self.packed is not None:
             self.weight = None

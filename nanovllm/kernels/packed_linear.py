@@ -1,0 +1,114 @@
+"""CPU linear layers over prepacked weights, at the speed memory can be read.
+
+A decode step multiplies a few rows of activations by every weight of the model: 2·M·N·K FLOPs over N·K·itemsize
+bytes, so at small M a layer can be no faster than its weight can be read once. A matrix multiplication over the plain
+row-major weight misses that: it must first interleave each tile of the weight for the CPU's dot-product instructions,
+in every call. Packing stores the weight in that interleaved order once:
+
+- bfloat16 and float32: oneDNN, through the operators TorchInductor uses when it freezes a model
+  (`mkldnn::_reorder_linear_weight`, `mkldnn::_linear_pointwise`).
+- float16: FBGEMM's half-precision weights, float32 activations and sums (`quantized::linear_dynamic_fp16`).
+
+Measured on 2 cores with AVX512-BF16, all linears of Qwen3-0.6B, bfloat16, memory read at 33 to 40 GB/s: one row 37 ms
+(32 GB/s) instead of 75, 16 rows 49 ms instead of 90. A number of rows seen for the first time costs 0.5 ms a shape
+(oneDNN generates code and caches it), whatever the number of layers.
+
+The packed copy replaces the plain weight, which the caller then frees. A tied embedding is no exception: oneDNN's
+layout is `[N / 64, K · itemsize / 4, 64]` four-byte words, so a row of the weight is a strided view of the packed bytes
+and `packed_rows` gathers embeddings from them, bit for bit.
+"""
+
+import ctypes
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+# Candidates for the number of weight rows oneDNN interleaves: 64 with AVX-512, fewer on narrower machines, 1 if plain.
+ROW_BLOCKS = (64, 48, 32, 24, 16, 8, 1)
+
+
+@dataclass(frozen=True, slots=True)
+class PackedWeight:
+    """A weight `[N, K]` in a library's own layout.
+
+    `rows` is an int32 view `[N / block, block, words]` of the packed bytes from which rows can be gathered, or None
+    when the layout is not a known one; it lives only as long as `opaque`, which owns the bytes.
+    """
+
+    opaque: object
+    shape: tuple[int, int]
+    dtype: torch.dtype
+    rows: Tensor | None
+
+
+def pack_weight(weight: Tensor) -> PackedWeight | None:
+    """Returns a packed copy of `weight` `[N, K]`, or None where this machine or dtype gains nothing from packing.
+
+    The result shares no memory with `weight`.
+    """
+    if weight.device.type != "cpu" or weight.dim() != 2 or weight.numel() == 0:
+        return None
+    weight = weight.detach().contiguous()
+    shape = (weight.shape[0], weight.shape[1])
+    if weight.dtype == torch.float16:
+        if "fbgemm" not in torch.backends.quantized.supported_engines:
+            return None
+        return PackedWeight(torch.ops.quantized.linear_prepack_fp16(weight.float(), None), shape, weight.dtype, None)
+    if not torch.backends.mkldnn.is_available():
+        return None
+    if weight.dtype == torch.bfloat16 and not torch.ops.mkldnn._is_mkldnn_bf16_supported():
+        return None
+    if weight.dtype not in (torch.bfloat16, torch.float32):
+        return None
+    # The batch size is a hint. bfloat16 gets one layout for all; float32 with 1 would stay row-major: 1.3x slower at
+    # one row, 2x at 16.
+    opaque = torch.ops.mkldnn._reorder_linear_weight(weight, 16)
+    return PackedWeight(opaque, shape, weight.dtype, _row_view(opaque, weight))
+
+
+def packed_linear(x: Tensor, packed: PackedWeight, bias: Tensor | None = None) -> Tensor:
+    """x `[..., K]` times the packed weight transposed, plus `bias` `[N]`: `[..., N]` in the dtype of the weight."""
+    if x.dtype != packed.dtype:
+        raise ValueError(f"x has dtype {x.dtype}, the packed weight {packed.dtype}; they must be equal")
+    if x.shape[-1] != packed.shape[1]:
+        raise ValueError(f"x has {x.shape[-1]} columns, the packed weight expects {packed.shape[1]}")
+    if x.numel() == 0:
+        return x.new_empty(*x.shape[:-1], packed.shape[0])
+    if packed.dtype == torch.float16:
+        out = torch.ops.quantized.linear_dynamic_fp16(x.float(), packed.opaque)
+        return (out if bias is None else out + bias).to(torch.float16)
+    return torch.ops.mkldnn._linear_pointwise.default(x, packed.opaque, bias, "none", [], "")
+
+
+def packed_rows(packed: PackedWeight, ids: Tensor) -> Tensor:
+    """Rows `ids` (int, `[T]`) of the weight as they were before packing: `[T, K]`.
+
+    Raises ValueError when the layout is unknown (`packed.rows` is None).
+    """
+    if packed.rows is None:
+        raise ValueError("packed has a layout whose rows cannot be read; keep the plain weight for look-ups")
+    # One row is K · itemsize / 4 words, each in another cache line: 15 µs for one token, 1.2 ms for 512 (K = 1024).
+    block = packed.rows.shape[1]
+    words = packed.rows[ids // block, ids % block]
+    return words.view(packed.dtype)[:, : packed.shape[1]]
+
+
+def _row_view(opaque: Tensor, weight: Tensor) -> Tensor | None:
+    """Finds the view of the packed bytes that reads back the rows of `weight`, or None if there is none."""
+    size = torch.ops.mkldnn._nbytes(opaque)
+    if size % 4:
+        return None
+    memory = (ctypes.c_char * size).from_address(torch.ops.mkldnn.data_ptr(opaque))
+    flat = torch.frombuffer(memory, dtype=torch.int32)
+    n = weight.shape[0]
+    # The layout is uniform, so rows from everywhere in the matrix tell; the first and last blocks hold the padding.
+    probe = torch.cat([torch.arange(min(n, 128)), torch.linspace(0, n - 1, min(n, 128)).long()])
+    for block in ROW_BLOCKS:
+        num_blocks = -(-n // block)
+        if flat.numel() % (num_blocks * block) == 0:
+            rows = flat.view(num_blocks, -1, block).transpose(1, 2)
+            candidate = PackedWeight(opaque, (n, weight.shape[1]), weight.dtype, rows)
+            if torch.equal(packed_rows(candidate, probe).view(torch.uint8), weight[probe].view(torch.uint8)):
+                return rows
+    return None
