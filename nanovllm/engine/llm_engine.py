@@ -8,7 +8,7 @@ late is that a sequence has stopped: by then one surplus token is in flight, and
 import random
 from collections import deque
 from collections.abc import Iterable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from itertools import count
 
 from nanovllm.config import Config
@@ -109,12 +109,11 @@ class LLMEngine:
         self.scheduler.add(seq)
 
     def abort(self, seqs: Iterable[Sequence]) -> None:
-        """End requests before their time. Those that have finished are left alone."""
+        """End requests before their time. Those that have finished, or were never added, are left alone."""
         for seq in seqs:
-            if not seq.is_finished:
+            if self._unfinished.pop(seq.request_id, None) is not None:
                 seq.finish("abort")
                 self.scheduler.finish(seq)
-                del self._unfinished[seq.request_id]
 
     def step(self) -> list[Sequence]:
         """Launch one step, and return the sequences that an earlier one has finished.
@@ -163,7 +162,9 @@ class LLMEngine:
             seq.finish("abort")
         self._unfinished.clear()
         self._in_flight.clear()
+        cache_stats, num_preemptions = self.block_manager.stats, self.scheduler.num_preemptions
         self._make_scheduler()
+        self.block_manager.stats, self.scheduler.num_preemptions = cache_stats, num_preemptions
 
     def _make_scheduler(self) -> None:
         config, runner = self.config, self.runner
@@ -172,10 +173,14 @@ class LLMEngine:
 
     def current_stats(self) -> StepStats:
         """Counters up to now, with the state of the cache and the queue."""
-        cache, stats = self.block_manager.stats, self.stats
-        stats.num_preemptions = self.scheduler.num_preemptions
-        stats.prefix_queries, stats.prefix_hits = cache.prefix_queries, cache.prefix_hits
-        stats.evictions, stats.cache_usage = cache.evictions, self.block_manager.usage
-        stats.num_running = len(self.scheduler.running)
-        stats.num_waiting = len(self._unfinished) - stats.num_running
-        return stats
+        cache, scheduler = self.block_manager.stats, self.scheduler
+        return replace(
+            self.stats,
+            num_preemptions=scheduler.num_preemptions,
+            prefix_queries=cache.prefix_queries,
+            prefix_hits=cache.prefix_hits,
+            evictions=cache.evictions,
+            cache_usage=self.block_manager.usage,
+            num_running=len(scheduler.running),
+            num_waiting=len(self._unfinished) - len(scheduler.running),
+        )

@@ -11,6 +11,7 @@ from nanovllm.engine.block_manager import BlockManager
 from nanovllm.engine.sequence import Sequence, SequenceStatus
 from nanovllm.worker.step_plan import NewRow, StepPlan
 
+INT32_MAX = 2**31 - 1  # what a device-resident row can hold
 WATERMARK = 0.01  # share of the blocks that an admission leaves free, for those who run to grow into
 
 
@@ -151,10 +152,10 @@ def _new_row(seq: Sequence) -> NewRow:
         num_computed_tokens=seq.num_computed_tokens,
         block_table=seq.block_table,
         temperature=params.temperature,
-        top_k=params.top_k,
+        top_k=min(params.top_k, INT32_MAX),
         top_p=params.top_p,
         min_p=params.min_p,
         seed=seq.seed,
-        min_len=seq.num_prompt_tokens + params.min_tokens if params.min_tokens else 0,
+        min_len=min(seq.num_prompt_tokens + params.min_tokens, seq.max_len) if params.min_tokens else 0,
         stop_ids=sorted(seq.stop_ids) if params.min_tokens else [],
     )

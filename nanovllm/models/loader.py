@@ -45,7 +45,7 @@ def load_hf_config(path: Path, trust_remote_code: bool) -> Any:
 def load_eos_token_ids(path: Path, hf_config: Any) -> frozenset[int]:
     """Every id that ends a sequence: generation_config.json's, or else the config's."""
     file = path / "generation_config.json"
-    eos = json.loads(file.read_text()).get("eos_token_id") if file.is_file() else None
+    eos = _read_json(file).get("eos_token_id") if file.is_file() else None
     if eos is None:
         eos = getattr(hf_config, "eos_token_id", None)
     if eos is None:
@@ -109,6 +109,13 @@ def build_model(config: Config, hf_config: Any, cls: type, path: Path, dtype: to
     return model.eval()
 
 
+def _read_json(file: Path) -> dict[str, Any]:
+    try:
+        return json.loads(file.read_text())
+    except ValueError as error:
+        raise ValueError(f"{file} is not JSON: {error}") from error
+
+
 def _expected_tensors(model: nn.Module) -> dict[str, Source]:
     """The checkpoint's tensor names, and where each belongs."""
     expected: dict[str, Source] = {}
@@ -141,7 +148,7 @@ def _read_tensors(path: Path) -> Iterator[tuple[str, torch.Tensor]]:
 def _weight_files(path: Path) -> list[Path]:
     index = path / "model.safetensors.index.json"
     if index.is_file():
-        files = [path / name for name in sorted(set(json.loads(index.read_text())["weight_map"].values()))]
+        files = [path / name for name in sorted(set(_read_json(index).get("weight_map", {}).values()))]
     else:
         single = path / "model.safetensors"
         files = [single] if single.is_file() else sorted(path.glob("*.safetensors"))

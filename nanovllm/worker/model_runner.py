@@ -72,9 +72,11 @@ class ModelRunner:
 
     @torch.inference_mode()
     def launch(self, plan: StepPlan) -> StepHandle:
-        """Start a step and return. At most MAX_STEPS_IN_FLIGHT may be unfinished."""
+        """Start a step and return, unless MAX_STEPS_IN_FLIGHT are unfinished: then wait for the oldest first."""
         slot = self.num_launched % MAX_STEPS_IN_FLIGHT
         self.num_launched += 1
+        if self.is_cuda:
+            self.done[slot].synchronize()  # no wait, unless a failed step was dropped: its buffers may be in use yet
         num_seqs, num_tokens = len(plan.rows), plan.num_tokens
         is_decode = plan.num_decodes == num_seqs
         num_padded = self.graphs.padded_size(num_seqs) if self.graphs and is_decode else num_seqs
