@@ -11,7 +11,9 @@ from nanovllm.engine.block_manager import BlockManager
 from nanovllm.engine.sequence import Sequence, SequenceStatus
 from nanovllm.worker.step_plan import NewRow, StepPlan
 
-INT32_MAX = 2**31 - 1  # what a device-resident row can hold
+# The largest numbers that a device-resident row can hold
+INT32_MAX = 2**31 - 1
+FLOAT32_MAX = 3.4e38
 WATERMARK = 0.01  # share of the blocks that an admission leaves free, for those who run to grow into
 
 
@@ -151,7 +153,7 @@ def _new_row(seq: Sequence) -> NewRow:
         token_ids=seq.token_ids,
         num_computed_tokens=seq.num_computed_tokens,
         block_table=seq.block_table,
-        temperature=params.temperature,
+        temperature=min(params.temperature, FLOAT32_MAX),
         top_k=min(params.top_k, INT32_MAX),
         top_p=params.top_p,
         min_p=params.min_p,

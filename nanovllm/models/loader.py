@@ -37,6 +37,7 @@ def load_hf_config(path: Path, trust_remote_code: bool) -> Any:
     """The directory's config.json as a `transformers` config. Raises FileNotFoundError or ValueError."""
     if not (path / "config.json").is_file():
         raise FileNotFoundError(f"no config.json in {path}")
+    _read_json(path / "config.json")
     from transformers import AutoConfig
 
     return AutoConfig.from_pretrained(path, trust_remote_code=trust_remote_code)
@@ -111,9 +112,12 @@ def build_model(config: Config, hf_config: Any, cls: type, path: Path, dtype: to
 
 def _read_json(file: Path) -> dict[str, Any]:
     try:
-        return json.loads(file.read_text())
+        content = json.loads(file.read_text())
     except ValueError as error:
         raise ValueError(f"{file} is not JSON: {error}") from error
+    if not isinstance(content, dict):
+        raise ValueError(f"{file} must hold a JSON object, not {type(content).__name__}")
+    return content
 
 
 def _expected_tensors(model: nn.Module) -> dict[str, Source]:
@@ -148,7 +152,10 @@ def _read_tensors(path: Path) -> Iterator[tuple[str, torch.Tensor]]:
 def _weight_files(path: Path) -> list[Path]:
     index = path / "model.safetensors.index.json"
     if index.is_file():
-        files = [path / name for name in sorted(set(_read_json(index).get("weight_map", {}).values()))]
+        weight_map = _read_json(index).get("weight_map")
+        if not isinstance(weight_map, dict) or not weight_map:
+            raise ValueError(f"{index} must have a 'weight_map' from tensor names to files")
+        files = [path / name for name in sorted(set(weight_map.values()))]
     else:
         single = path / "model.safetensors"
         files = [single] if single.is_file() else sorted(path.glob("*.safetensors"))
