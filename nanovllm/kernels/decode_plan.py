@@ -1,0 +1,179 @@
+"""Where to cut the sequences of a decode step, so that programs of equal work fill the device.
+
+Lengths differ by orders of magnitude and are known on the device only. Once a step `plan_decode` cuts every sequence
+into pieces of one size there, and writes them into a fixed number of slots. `paged_decode` launches a program per (kv
+head, slot) in every layer: its grid depends on shapes alone, and one captured CUDA graph serves every mix of lengths.
+
+Bytes: 4 per sequence read by each program, 20 per slot written; a few microseconds a step.
+"""
+
+from dataclasses import dataclass
+from functools import lru_cache
+
+import torch
+
+from nanovllm.kernels.triton_shim import tl, triton
+
+# Starting values, not yet measured; benchmarks/paged_attention.py measures alternatives.
+PROGRAMS_PER_SM = 8  # pieces * kv_heads a multiprocessor to aim for: enough to even out the tail of the grid
+MIN_PIECE = 512  # tokens; smaller pieces give few streams more programs, at more fixed costs and merging
+PIECE_MULTIPLE = 128  # tokens; a multiple of every tile, so that only the end of a sequence is a partial tile
+
+PIECE_FIELDS = 5  # sequence (-1: idle), begin, end, the sequence's first piece, the sequence's number of pieces
+
+
+@dataclass(slots=True)
+class DecodePlan:
+    """How a decode step's KV is cut, and the workspace of its partial results. Allocated once, refilled every step.
+
+    A step of S sequences uses the first `S + target_pieces` piece slots; all layers share the workspace, since each
+    layer's launch leaves `arrivals` at zero and reads no partial result that it has not written.
+    """
+
+    target_pieces: int  # piece slots beyond one a sequence
+    min_piece: int  # tokens
+    pieces: torch.Tensor  # [slots, PIECE_FIELDS] int32
+    partial_out: torch.Tensor  # [slots, heads, head_dim] float32, each piece normalised by itself
+    partial_lse: torch.Tensor  # [slots, heads] float32, log2 of the sum of exponentials
+    arrivals: torch.Tensor  # [max_seqs, kv_heads] int32
+
+    @classmethod
+    def allocate(
+        cls,
+        max_seqs: int,
+        num_heads: int,
+        num_kv_heads: int,
+        head_dim: int,
+        device: torch.device | str,
+        *,
+        target_pieces: int | None = None,
+        min_piece: int = MIN_PIECE,
+    ) -> "DecodePlan":
+        """Workspace for steps of up to `max_seqs` sequences.
+
+        `target_pieces` defaults to what gives every multiprocessor PROGRAMS_PER_SM programs.
+        Raises ValueError when `min_piece` is not a positive multiple of PIECE_MULTIPLE or `target_pieces` < 1.
+        """
+        device = torch.device(device)
+        if target_pieces is None:
+            target_pieces = -(-PROGRAMS_PER_SM * _multiprocessors(device) // num_kv_heads)
+        if target_pieces < 1:
+            raise ValueError(f"target_pieces={target_pieces}: must be at least 1")
+        if min_piece <= 0 or min_piece % PIECE_MULTIPLE:
+            raise ValueError(f"min_piece={min_piece}: must be a positive multiple of {PIECE_MULTIPLE} tokens")
+        slots = max_seqs + target_pieces
+        return cls(
+            target_pieces=target_pieces,
+            min_piece=min_piece,
+            pieces=torch.full((slots, PIECE_FIELDS), -1, dtype=torch.int32, device=device),
+            partial_out=torch.zeros(slots, num_heads, head_dim, dtype=torch.float32, device=device),
+            partial_lse=torch.zeros(slots, num_heads, dtype=torch.float32, device=device),
+            arrivals=torch.zeros(max_seqs, num_kv_heads, dtype=torch.int32, device=device),
+        )
+
+
+@lru_cache
+def _multiprocessors(device: torch.device) -> int:
+    return torch.cuda.get_device_properties(device).multi_processor_count if device.type == "cuda" else 1
+
+
+def plan_decode(seq_lens: torch.Tensor, num_kv_heads: int, plan: DecodePlan) -> DecodePlan:
+    """Cut the KV of a step's sequences into pieces; once a step, before any layer's `paged_decode`.
+
+    seq_lens `[S] int32` (0 for a padding entry, which gets one empty piece). Fills the first `S + target_pieces` slots
+    of `plan`, zeroes the arrivals and returns `plan`. All pieces have the same multiple of PIECE_MULTIPLE tokens, the
+    end of a sequence excepted: the total spread over `target_pieces`, but at least `min_piece`. They always fit, since
+    sum(ceil(len / size)) <= S + total / size.
+    Raises ValueError when `plan` was allocated for fewer sequences or other heads.
+    """
+    if seq_lens.shape[0] > plan.arrivals.shape[0] or num_kv_heads != plan.arrivals.shape[1]:
+        raise ValueError(
+            f"plan is for up to {plan.arrivals.shape[0]} sequences of {plan.arrivals.shape[1]} kv heads, "
+            f"the step has {seq_lens.shape[0]} of {num_kv_heads}"
+        )
+    return (plan_decode_triton if seq_lens.is_cuda else plan_decode_reference)(seq_lens, num_kv_heads, plan)
+
+
+def plan_decode_reference(seq_lens: torch.Tensor, num_kv_heads: int, plan: DecodePlan) -> DecodePlan:
+    """`plan_decode` in PyTorch."""
+    num_seqs = seq_lens.shape[0]
+    lens = seq_lens.long()
+    share = -(-lens.sum() // plan.target_pieces)
+    size = (-(-share // PIECE_MULTIPLE) * PIECE_MULTIPLE).clamp(min=plan.min_piece)
+    counts = (-(-lens // size)).clamp(min=1)
+    firsts = counts.cumsum(0) - counts
+    seq = torch.repeat_interleave(torch.arange(num_seqs, device=seq_lens.device), counts)
+    begin = (torch.arange(seq.shape[0], device=seq_lens.device) - firsts[seq]) * size
+    end = torch.minimum(begin + size, lens[seq])
+    used = torch.stack([seq, begin, end, firsts[seq], counts[seq]], dim=1)
+    plan.pieces[: num_seqs + plan.target_pieces] = -1
+    plan.pieces[: used.shape[0]] = used.int()
+    plan.arrivals[:num_seqs] = 0
+    return plan
+
+
+def plan_decode_triton(seq_lens: torch.Tensor, num_kv_heads: int, plan: DecodePlan) -> DecodePlan:
+    """`plan_decode` in one launch: a program per sequence and one for the idle slots."""
+    num_seqs = seq_lens.shape[0]
+    _plan_kernel[(num_seqs + 1,)](
+        seq_lens,
+        plan.pieces,
+        plan.arrivals,
+        num_seqs,
+        num_seqs + plan.target_pieces,
+        plan.target_pieces,
+        plan.min_piece,
+        num_kv_heads,
+        PIECE_MULTIPLE=PIECE_MULTIPLE,
+        PIECE_FIELDS=PIECE_FIELDS,
+        CHUNK=1024,
+        num_warps=4,
+    )
+    return plan
+
+
+@triton.jit(do_not_specialize=["num_seqs", "num_slots", "target_pieces", "min_piece", "num_kv_heads"])
+def _plan_kernel(
+    seq_lens_ptr,
+    pieces_ptr,
+    arrivals_ptr,
+    num_seqs,
+    num_slots,
+    target_pieces,
+    min_piece,
+    num_kv_heads,
+    PIECE_MULTIPLE: tl.constexpr,
+    PIECE_FIELDS: tl.constexpr,
+    CHUNK: tl.constexpr,
+):
+    # Every program redoes the sums over all sequences (4 KB from L2), so that none waits for another.
+    seq = tl.program_id(0)
+    lanes = tl.arange(0, CHUNK)
+    total = 0
+    for base in range(0, num_seqs, CHUNK):
+        total += tl.sum(tl.load(seq_lens_ptr + base + lanes, mask=base + lanes < num_seqs, other=0))
+    size = tl.maximum(min_piece, tl.cdiv(tl.cdiv(total, target_pieces), PIECE_MULTIPLE) * PIECE_MULTIPLE)
+
+    first = 0
+    for base in range(0, seq, CHUNK):
+        before = base + lanes < seq
+        lens = tl.load(seq_lens_ptr + base + lanes, mask=before, other=0)
+        first += tl.sum(tl.where(before, tl.maximum(tl.cdiv(lens, size), 1), 0))
+
+    if seq < num_seqs:
+        length = tl.load(seq_lens_ptr + seq)
+        count = tl.maximum(tl.cdiv(length, size), 1)
+        for base in range(0, count, CHUNK):
+            index = base + lanes
+            inside = index < count
+            piece = pieces_ptr + (first + index) * PIECE_FIELDS
+            tl.store(piece, tl.zeros_like(index) + seq, mask=inside)
+            tl.store(piece + 1, index * size, mask=inside)
+            tl.store(piece + 2, tl.minimum(index * size + size, length), mask=inside)
+            tl.store(piece + 3, tl.zeros_like(index) + first, mask=inside)
+            tl.store(piece + 4, tl.zeros_like(index) + count, mask=inside)
+        for head in range(0, num_kv_heads, CHUNK):
+            tl.store(arrivals_ptr + seq * num_kv_heads + head + lanes, 0, mask=head + lanes < num_kv_heads)
+    else:
+        for base in range(first * PIECE_FIELDS, num_slots * PIECE_FIELDS, CHUNK):
+            tl.store(pieces_ptr + base + lanes, -1, mask=base + lanes < num_slots * PIECE_FIELDS)

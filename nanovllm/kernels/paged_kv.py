@@ -1,0 +1,86 @@
+"""How the attention kernels read the paged KV cache: from a token's position to its place in memory.
+
+A layer's cache is `[num_blocks, kv_heads, block_size, head_dim]`: one block of one head is contiguous, so a tile of
+tokens that lies in one block is a single run of memory behind a single look-up in the block table. Block id times
+block stride passes 2^31 in any cache worth having, hence int64 from there on.
+"""
+
+from functools import lru_cache
+
+import torch
+
+from nanovllm.kernels.triton_shim import tl, triton
+
+LOG2_E = 1.4426950408889634  # kernels use exp2, the instruction there is; the factor goes into the softmax scale
+
+
+@lru_cache
+def shared_memory_bytes(device: torch.device) -> int:
+    """Shared memory one program may use: 227 KiB on an H100, 99 KiB on consumer cards."""
+    if device.type != "cuda":
+        return 227 * 1024
+    return torch.cuda.get_device_properties(device).shared_memory_per_block_optin
+
+
+def next_power_of_2(n: int) -> int:
+    """The smallest power of two that is at least n: what a kernel pads n to."""
+    return 1 << (n - 1).bit_length()
+
+
+def check_caches(q: torch.Tensor, k_cache: torch.Tensor, v_cache: torch.Tensor) -> None:
+    """Refuse (ValueError) a cache layout that the kernels' addressing does not cover."""
+    _, num_kv_heads, block_size, head_dim = k_cache.shape
+    inner = (block_size * head_dim, head_dim, 1)
+    if k_cache.stride()[1:] != inner or k_cache.stride() != v_cache.stride() or k_cache.shape != v_cache.shape:
+        raise ValueError(
+            f"k_cache {tuple(k_cache.shape)} strides {k_cache.stride()}, v_cache {tuple(v_cache.shape)} strides "
+            f"{v_cache.stride()}: must be equal, and contiguous within a block"
+        )
+    if q.shape[1] % num_kv_heads or q.shape[2] != head_dim or q.dtype != k_cache.dtype or q.dtype != v_cache.dtype:
+        raise ValueError(
+            f"q {tuple(q.shape)} {q.dtype} does not fit caches of {num_kv_heads} kv heads of {head_dim} "
+            f"{k_cache.dtype} and {v_cache.dtype}"
+        )
+
+
+def gather_kv(cache: torch.Tensor, table_row: torch.Tensor, length: int) -> torch.Tensor:
+    """One sequence's first `length` cached tokens, `[kv_heads, length, head_dim]`, from its row of the block table."""
+    num_blocks = -(-length // cache.shape[2])
+    return cache[table_row[:num_blocks].long()].transpose(0, 1).flatten(1, 2)[:, :length]
+
+
+@triton.jit
+def tile_blocks(table_ptr, start, end, BLOCK_SIZE: tl.constexpr, TILE: tl.constexpr):
+    """Block ids of tokens start .. start+TILE-1, 0 where there is no token below `end`.
+
+    A scalar when tiles do not straddle blocks (start is then a multiple of TILE), otherwise one a token, `[TILE]`.
+    To be called one tile ahead and carried through the loop: were the id loaded in the iteration that uses it, Triton's
+    pipeliner would spend its stages on that dependent load, and K and V would have one buffer and no overlap.
+    """
+    if BLOCK_SIZE % TILE == 0:
+        return tl.load(table_ptr + start // BLOCK_SIZE, mask=start < end, other=0).to(tl.int64)
+    else:
+        tokens = start + tl.arange(0, TILE)
+        return tl.load(table_ptr + tokens // BLOCK_SIZE, mask=tokens < end, other=0).to(tl.int64)
+
+
+@triton.jit
+def kv_offsets(
+    blocks,
+    start,
+    kv_head,
+    stride_block,
+    HEAD_DIM: tl.constexpr,
+    PADDED_DIM: tl.constexpr,
+    BLOCK_SIZE: tl.constexpr,
+    TILE: tl.constexpr,
+):
+    """Element offsets `[TILE, PADDED_DIM] int64`, within a cache, of the tokens whose `tile_blocks` are `blocks`."""
+    lanes = tl.arange(0, TILE)
+    dims = tl.arange(0, PADDED_DIM)
+    if BLOCK_SIZE % TILE == 0:
+        first_slot = kv_head * BLOCK_SIZE + start % BLOCK_SIZE
+        return blocks * stride_block + first_slot * HEAD_DIM + (lanes[:, None] * HEAD_DIM + dims[None, :])
+    else:
+        slots = kv_head * BLOCK_SIZE + (start + lanes) % BLOCK_SIZE
+        return (blocks * stride_block + slots * HEAD_DIM)[:, None] + dims[None, :]

@@ -1,0 +1,22 @@
+"""Triton where it is installed; elsewhere a stand-in that lets kernel files be imported for their references.
+
+A plain CPU install of PyTorch has no Triton. The kernels are then never launched, but the module that defines one
+also holds its PyTorch reference, which is the CPU implementation, so `@triton.jit` and `tl.constexpr` must still mean
+something at import.
+"""
+
+try:
+    import triton
+    import triton.language as tl
+except ImportError:
+
+    class _Absent:
+        def __getattr__(self, name: str) -> "_Absent":
+            return self
+
+        def __call__(self, *args: object, **kwargs: object) -> "_Absent":
+            return self
+
+    triton = tl = _Absent()
+
+__all__ = ["tl", "triton"]
