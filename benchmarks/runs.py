@@ -1,0 +1,88 @@
+"""Timed runs: every engine on the same requests, run by run in turn, and what each run has to show for itself."""
+
+from dataclasses import dataclass, field
+from time import perf_counter
+from typing import Any
+
+from benchmarks.engines import BenchmarkedEngine
+from benchmarks.workloads import Workload
+
+
+@dataclass(slots=True)
+class Result:
+    """One engine's timed runs of one workload. Rates are the best run's."""
+
+    workload: str
+    engine: str
+    num_seqs: int
+    input_tokens: int
+    output_tokens: int
+    longest_output: int
+    runs_s: list[float] = field(default_factory=list)
+    best_s: float = 0.0
+    output_tok_s: float = 0.0
+    ms_per_token: float = 0.0  # the whole run over the tokens of the longest request: its latency per token
+    roofline: dict[str, Any] = field(default_factory=dict)
+    percent_of_roofline: float = 0.0
+
+
+def run_alternating(engines: list[BenchmarkedEngine], workload: Workload, repeat: int) -> list[Result]:
+    """Time `repeat` runs of each engine, in turn, so that a noisy machine disturbs all alike."""
+    results = [
+        Result(
+            workload=workload.name,
+            engine=engine.name,
+            num_seqs=len(workload.prompts),
+            input_tokens=workload.num_input_tokens,
+            output_tokens=workload.num_output_tokens,
+            longest_output=max(workload.max_tokens),
+        )
+        for engine in engines
+    ]
+    for _ in range(repeat):
+        for engine, result in zip(engines, results, strict=True):
+            result.runs_s.append(timed_run(engine, workload))
+    for result in results:
+        result.best_s = min(result.runs_s)
+        result.output_tok_s = result.output_tokens / result.best_s
+        result.ms_per_token = 1e3 * result.best_s / result.longest_output
+    return results
+
+
+def timed_run(engine: BenchmarkedEngine, workload: Workload) -> float:
+    """Seconds from the prompts to the last token. Raises RuntimeError unless every request got all its tokens."""
+    engine.reset()
+    start = perf_counter()
+    outputs = engine.generate(workload)
+    elapsed_s = perf_counter() - start
+    if [len(token_ids) for token_ids in outputs] != workload.max_tokens:
+        num_tokens = sum(map(len, outputs))
+        raise RuntimeError(f"{engine.name} gave {num_tokens} tokens where {workload.num_output_tokens} were asked for")
+    return elapsed_s
+
+
+def warm_up(engine: BenchmarkedEngine, workload: Workload, num_tokens: int) -> None:
+    """Generate `num_tokens` tokens for the start of the workload's first prompt."""
+    engine.generate(Workload("warm-up", [workload.prompts[0][:64]], [num_tokens], workload.temperature))
+
+
+def compare(ours: Result, theirs: Result) -> dict[str, Any]:
+    """How many times as fast the first engine is: the best runs, and each pair of neighbouring runs."""
+    return {
+        "workload": ours.workload,
+        "engines": [ours.engine, theirs.engine],
+        "ratio": theirs.best_s / ours.best_s,
+        "ratio_by_run": [b / a for a, b in zip(ours.runs_s, theirs.runs_s, strict=True)],
+    }
+
+
+def measure_split(engine: BenchmarkedEngine, workload: Workload) -> dict[str, Any]:
+    """Where the time of one more run goes, an instrumented one. For nano-vLLM, whose parts can be wrapped."""
+    from benchmarks.step_timing import StepRecorder
+
+    engine.reset()
+    num_preemptions = engine.llm.stats().num_preemptions
+    with StepRecorder(engine.llm.engine) as recorder:
+        engine.generate(workload)
+    num_preemptions = engine.llm.stats().num_preemptions - num_preemptions
+    return {"workload": workload.name, **recorder.summary(), "num_preemptions": num_preemptions}
