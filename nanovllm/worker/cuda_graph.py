@@ -2,7 +2,9 @@
 
 A step of a small model is a few hundred kernels of a few microseconds each; launched one by one they leave the
 device waiting for the host. A graph's shapes are fixed, so there is one for each of a few batch sizes, and a batch
-is padded to the next: padding entries (row -1) read and write no sequence's memory.
+is padded to the next: padding entries (row -1) read and write no sequence's memory. Without graphs batches are padded
+all the same, since libraries choose a matrix product's kernel, and with it the rounding, by its shape: so a sequence
+gets the same tokens either way.
 """
 
 import bisect
@@ -17,20 +19,24 @@ def batch_sizes(largest: int) -> list[int]:
     return sorted(size for size in sizes if size <= largest)
 
 
-class DecodeGraphs:
-    """Graphs of `run(size)` for every batch size up to `largest`, in one memory pool: they never run side by side."""
+def padded_size(num_seqs: int, sizes: list[int]) -> int:
+    """The smallest of `sizes` that holds so many sequences."""
+    return sizes[bisect.bisect_left(sizes, num_seqs)]
 
-    def __init__(self, largest: int) -> None:
-        self.sizes = batch_sizes(largest)
+
+class DecodeGraphs:
+    """Graphs of `run(size)`, one for each batch size, in one memory pool: they never run side by side."""
+
+    def __init__(self) -> None:
         self._graphs: dict[int, torch.cuda.CUDAGraph] = {}
 
-    def capture(self, run: Callable[[int], None], sizes: list[int] | None = None) -> None:
+    def capture(self, run: Callable[[int], None], sizes: list[int]) -> None:
         """Record `run` at each size, the largest first: the smaller ones fit in its memory."""
         pool = torch.cuda.graph_pool_handle()
         stream = torch.cuda.Stream()
         stream.wait_stream(torch.cuda.current_stream())
         with torch.cuda.stream(stream):
-            for size in reversed(sizes or self.sizes):
+            for size in reversed(sizes):
                 run(size)  # kernels are compiled and libraries make their handles outside the capture
                 stream.synchronize()
                 graph = torch.cuda.CUDAGraph()
@@ -41,10 +47,6 @@ class DecodeGraphs:
                     graph.capture_end()
                 self._graphs[size] = graph
         torch.cuda.current_stream().wait_stream(stream)
-
-    def padded_size(self, num_seqs: int) -> int:
-        """The smallest recorded size that holds so many sequences."""
-        return self.sizes[bisect.bisect_left(self.sizes, num_seqs)]
 
     def replay(self, size: int) -> None:
         self._graphs[size].replay()

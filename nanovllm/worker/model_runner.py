@@ -18,7 +18,7 @@ from nanovllm.kernels.sample import sample
 from nanovllm.layers.attention import Attention, AttentionMetadata
 from nanovllm.layers.rotary_embedding import build_cos_sin, rope_parameters
 from nanovllm.models.loader import build_model
-from nanovllm.worker.cuda_graph import DecodeGraphs
+from nanovllm.worker.cuda_graph import DecodeGraphs, batch_sizes, padded_size
 from nanovllm.worker.input_batch import InputBatch
 from nanovllm.worker.memory import DeviceMemory, cache_bytes_left, cache_bytes_per_block
 from nanovllm.worker.step_plan import NewRow, StepPlan
@@ -58,6 +58,7 @@ class ModelRunner:
         self.block_size = config.kvcache_block_size or (256 if self.is_cuda else 32)
         self.max_model_len = resolve_max_model_len(config, hf_config)
         self.num_rows = min(config.max_num_seqs, config.max_num_batched_tokens)
+        self.decode_sizes = batch_sizes(self.num_rows) if self.is_cuda else list(range(1, self.num_rows + 1))
         before = DeviceMemory.now() if self.is_cuda else None
         self.model: Any = build_model(config, hf_config, model_cls, path, self.dtype, self.device)
         self.attention_layers = [m for m in self.model.modules() if isinstance(m, Attention)]
@@ -67,8 +68,8 @@ class ModelRunner:
         self._allocate(self.num_blocks)
         if self.is_cuda and not config.enforce_eager:
             self.batch.live_rows.fill_(-1)
-            self.graphs = DecodeGraphs(self.num_rows)
-            self.graphs.capture(self._run_decodes)
+            self.graphs = DecodeGraphs()
+            self.graphs.capture(self._run_decodes, self.decode_sizes)
 
     @torch.inference_mode()
     def launch(self, plan: StepPlan) -> StepHandle:
@@ -77,14 +78,14 @@ class ModelRunner:
         self.num_launched += 1
         if self.is_cuda:
             self.done[slot].synchronize()  # no wait, unless a failed step was dropped: its buffers may be in use yet
-        num_seqs, num_tokens = len(plan.rows), plan.num_tokens
-        is_decode = plan.num_decodes == num_seqs
-        num_padded = self.graphs.padded_size(num_seqs) if self.graphs and is_decode else num_seqs
-        self.batch.apply(plan, slot, num_padded)
-        if self.graphs and is_decode:
-            self.graphs.replay(num_padded)
+        num_seqs = len(plan.rows)
+        if plan.num_decodes == num_seqs:
+            size = padded_size(num_seqs, self.decode_sizes)
+            self.batch.apply(plan, slot, size)
+            (self.graphs.replay if self.graphs else self._run_decodes)(size)
         else:
-            self._run(num_seqs, num_tokens, plan.num_decodes, plan.num_samples)
+            self.batch.apply(plan, slot, num_seqs)
+            self._run(num_seqs, plan.num_tokens, plan.num_decodes, plan.num_samples)
         return self._fetch(plan.num_samples, slot)
 
     def _run(self, num_seqs: int, num_tokens: int, num_decodes: int, num_samples: int) -> None:
@@ -210,8 +211,8 @@ class ModelRunner:
             return 0
         self.batch.live_rows.fill_(-1)
         free, _ = torch.cuda.mem_get_info()
-        graphs = DecodeGraphs(self.num_rows)
-        graphs.capture(self._run_decodes, graphs.sizes[-1:])
+        graphs = DecodeGraphs()
+        graphs.capture(self._run_decodes, self.decode_sizes[-1:])
         return free - torch.cuda.mem_get_info()[0]
 
 
