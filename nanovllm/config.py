@@ -25,7 +25,7 @@ class Config:
         max_num_seqs: sequences that run at once; the others wait.
         max_num_batched_tokens: tokens in one step; longer prompts are computed in chunks.
         gpu_memory_utilization: the share of the device's memory that this engine may fill.
-        kvcache_block_size: tokens in a block, a multiple of 16; default 256 on CUDA, 32 on the CPU.
+        kvcache_block_size: tokens in a block, a multiple of 16; default 256 on CUDA, 64 on the CPU.
         num_kvcache_blocks: blocks in the cache; default: as many as fit.
         kvcache_memory_bytes: bytes for the cache instead of a profiling run; default 4 GiB on the CPU.
         enable_prefix_caching: share the blocks of equal prefixes.

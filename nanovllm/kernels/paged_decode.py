@@ -17,6 +17,7 @@ from functools import lru_cache
 
 import torch
 
+from nanovllm.kernels.cpu_attention import GatherPlan, paged_decode_cpu
 from nanovllm.kernels.decode_plan import (
     PIECE_FIELDS,
     PIECE_MULTIPLE,
@@ -82,7 +83,7 @@ def paged_decode(
     block_table: torch.Tensor,
     rows: torch.Tensor,
     seq_lens: torch.Tensor,
-    plan: DecodePlan | None,
+    plan: DecodePlan | GatherPlan,
     scale: float,
     out: torch.Tensor,
 ) -> None:
@@ -90,15 +91,13 @@ def paged_decode(
 
     q, out `[S, heads, head_dim]` (last dimension contiguous); k_cache, v_cache `[num_blocks, kv_heads, block_size,
     head_dim]` of q's dtype; block_table `[R, max_blocks] int32`; rows, seq_lens `[S] int32`; plan: `plan_decode`'s of
-    these seq_lens (ignored on a CPU, where it may be None). A sequence of length 0 (row -1) gets zeros. Nothing past a
-    sequence's length is read, neither of the cache nor of the block table.
+    these seq_lens, or on a CPU `plan_gather`'s. A sequence of length 0 (row -1) gets zeros. On a GPU nothing past a
+    sequence's length is read, neither of the cache nor of the block table; on a CPU those slots must be finite.
     """
-    if q.is_cuda:
-        if plan is None:
-            raise ValueError("plan=None: on a GPU paged_decode needs the step's plan_decode result")
-        paged_decode_triton(q, k_cache, v_cache, block_table, rows, seq_lens, plan, scale, out)
+    if isinstance(plan, GatherPlan):
+        paged_decode_cpu(q, k_cache, v_cache, plan, scale, out)
     else:
-        paged_decode_reference(q, k_cache, v_cache, block_table, rows, seq_lens, scale, out)
+        paged_decode_triton(q, k_cache, v_cache, block_table, rows, seq_lens, plan, scale, out)
 
 
 def paged_decode_reference(

@@ -20,6 +20,7 @@ from functools import lru_cache
 
 import torch
 
+from nanovllm.kernels.cpu_attention import paged_prefill_cpu
 from nanovllm.kernels.paged_kv import (
     LOG2_E,
     check_caches,
@@ -90,7 +91,7 @@ def paged_prefill(
     if q.is_cuda:
         paged_prefill_triton(q, k_cache, v_cache, block_table, rows, query_start, seq_lens, scale, out, num_tokens)
     else:
-        paged_prefill_reference(q, k_cache, v_cache, block_table, rows, query_start, seq_lens, scale, out)
+        paged_prefill_cpu(q, k_cache, v_cache, block_table, rows, query_start, seq_lens, scale, out)
 
 
 def paged_prefill_reference(

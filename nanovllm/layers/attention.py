@@ -10,6 +10,7 @@ from dataclasses import dataclass
 import torch
 from torch import nn
 
+from nanovllm.kernels.cpu_attention import GatherPlan
 from nanovllm.kernels.paged_decode import DecodePlan, paged_decode
 from nanovllm.kernels.paged_prefill import paged_prefill
 from nanovllm.kernels.qk_norm_rope_store import qk_norm_rope_store
@@ -30,7 +31,7 @@ class AttentionMetadata:
     seq_lens: torch.Tensor  # [seqs] int32: tokens in the cache, this step's included
     block_table: torch.Tensor  # [rows, max_blocks] int32
     num_decodes: int
-    decode_plan: DecodePlan | None  # how the decodes' contexts are split into equal pieces
+    decode_plan: DecodePlan | GatherPlan | None  # how the decodes' contexts are cut up, made once for all layers
 
 
 class Attention(nn.Module):

@@ -9,6 +9,7 @@ gets the same tokens either way.
 
 import bisect
 from collections.abc import Callable
+from functools import lru_cache
 
 import torch
 
@@ -24,6 +25,12 @@ def padded_size(num_seqs: int, sizes: list[int]) -> int:
     return sizes[bisect.bisect_left(sizes, num_seqs)]
 
 
+@lru_cache
+def _capture_stream() -> torch.cuda.Stream:
+    """One for the process: PyTorch keeps a workspace of 32 MiB for every stream that has multiplied matrices."""
+    return torch.cuda.Stream()
+
+
 class DecodeGraphs:
     """Graphs of `run(size)`, one for each batch size, in one memory pool: they never run side by side."""
 
@@ -33,7 +40,7 @@ class DecodeGraphs:
     def capture(self, run: Callable[[int], None], sizes: list[int]) -> None:
         """Record `run` at each size, the largest first: the smaller ones fit in its memory."""
         pool = torch.cuda.graph_pool_handle()
-        stream = torch.cuda.Stream()
+        stream = _capture_stream()
         stream.wait_stream(torch.cuda.current_stream())
         with torch.cuda.stream(stream):
             for size in reversed(sizes):

@@ -12,6 +12,7 @@ from typing import Any
 import torch
 
 from nanovllm.config import Config
+from nanovllm.kernels.cpu_attention import GatherPlan, plan_gather
 from nanovllm.kernels.paged_decode import DecodePlan, plan_decode
 from nanovllm.kernels.prepare_inputs import StepInputs, prepare_inputs
 from nanovllm.kernels.sample import sample
@@ -55,7 +56,7 @@ class ModelRunner:
         self.device = resolve_device(config.device)
         self.dtype = resolve_dtype(config.dtype, hf_config)
         self.is_cuda = self.device == "cuda"
-        self.block_size = config.kvcache_block_size or (256 if self.is_cuda else 32)
+        self.block_size = config.kvcache_block_size or (256 if self.is_cuda else 64)
         self.max_model_len = resolve_max_model_len(config, hf_config)
         self.num_rows = min(config.max_num_seqs, config.max_num_batched_tokens)
         self.decode_sizes = batch_sizes(self.num_rows) if self.is_cuda else list(range(1, self.num_rows + 1))
@@ -78,6 +79,8 @@ class ModelRunner:
         self.num_launched += 1
         if self.is_cuda:
             self.done[slot].synchronize()  # no wait, unless a failed step was dropped: its buffers may be in use yet
+        else:
+            self._clear_fresh_tails(plan)
         num_seqs = len(plan.rows)
         if plan.num_decodes == num_seqs:
             size = padded_size(num_seqs, self.decode_sizes)
@@ -96,8 +99,8 @@ class ModelRunner:
             rows, query_start, batch.token_ids, batch.num_computed, batch.block_table, self.block_size, inputs
         )
         seq_lens = inputs.seq_lens[:num_seqs]
-        if self.decode_plan is not None and num_decodes:
-            plan_decode(seq_lens[:num_decodes], self.attention_layers[0].num_kv_heads, self.decode_plan)
+        if num_decodes:
+            self.decode_plan = self._plan_decodes(rows[:num_decodes], seq_lens[:num_decodes])
         meta = AttentionMetadata(
             positions=inputs.positions[:num_tokens],
             slot_mapping=inputs.slot_mapping[:num_tokens],
@@ -116,8 +119,21 @@ class ModelRunner:
             sampled = self.sampled[:num_samples]
             sample(logits, rows[:num_samples], seq_lens[:num_samples], batch.params, batch.token_ids, sampled)
 
+    def _plan_decodes(self, rows: torch.Tensor, seq_lens: torch.Tensor) -> DecodePlan | GatherPlan:
+        layer = self.attention_layers[0]
+        if isinstance(self.decode_plan, DecodePlan):
+            return plan_decode(seq_lens, layer.num_kv_heads, self.decode_plan)
+        return plan_gather(seq_lens, rows, self.batch.block_table, layer.k_cache, self.decode_plan)
+
     def _run_decodes(self, num_seqs: int) -> None:
         self._run(num_seqs, num_seqs, num_seqs, num_seqs)
+
+    def _clear_fresh_tails(self, plan: StepPlan) -> None:
+        """Zero the blocks that will be read before they are full: what a sequence that overflowed to NaN has left
+        there would spoil the next owner's attention, since the CPU multiplies the slots past the end by zero."""
+        tails = [block for _, _, block in plan.new_blocks] + [new.block_table[-1] for new in plan.new_rows]
+        for block in tails:
+            self.kv_cache[:, :, block] = 0
 
     def _fetch(self, num_samples: int, slot: int) -> StepHandle:
         """Queue the copy of the step's tokens to the host."""
@@ -184,7 +200,9 @@ class ModelRunner:
             seq_lens=torch.zeros(self.num_rows, dtype=torch.int32, device=self.device),
         )
         heads = (layer.num_heads, layer.num_kv_heads, layer.head_dim)
-        self.decode_plan = DecodePlan.allocate(self.num_rows, *heads, self.device) if self.is_cuda else None
+        self.decode_plan: DecodePlan | GatherPlan | None = (
+            DecodePlan.allocate(self.num_rows, *heads, self.device) if self.is_cuda else None
+        )
         self.sampled = torch.zeros(self.num_rows, dtype=torch.int32, device=self.device)
         self.num_launched = 0
         if self.is_cuda:

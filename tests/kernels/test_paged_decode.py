@@ -88,7 +88,8 @@ def test_reference_equals_dense_attention(seed: int) -> None:
     block_size, dtype = BLOCK_SIZES[seed % 4], DTYPES[seed % 3]
     case = make_case(seed, draw_lengths(rng, block_size, 4), 2, HEAD_DIMS[seed % 7], block_size, dtype, "cpu")
     q, out = decode_inputs(case, GROUPS[seed % 6], seed)
-    kernels.paged_decode(q, case.k_cache, case.v_cache, case.block_table, case.rows, case.seq_lens, None, 0.2, out)
+    cache = (case.k_cache, case.v_cache, case.block_table)
+    kernels.paged_decode_reference(q, *cache, case.rows, case.seq_lens, 0.2, out)
     assert_decode_is_dense_attention(case, q, out, 0.2)
 
 

@@ -90,7 +90,7 @@ def test_reference_equals_dense_attention(seed: int) -> None:
     lengths, chunks = draw_chunks(rng, BLOCK_SIZES[seed % 4], 3, 90)
     case = make_case(seed, lengths, 2, HEAD_DIMS[seed % 7], BLOCK_SIZES[seed % 4], DTYPES[seed % 3], "cpu")
     work = Chunks(case, chunks, GROUPS[seed % 6], seed)
-    kernels.paged_prefill(*work.arguments(0.2))
+    kernels.paged_prefill_reference(*work.arguments(0.2))
     work.assert_out_is_dense_attention(0.2)
 
 

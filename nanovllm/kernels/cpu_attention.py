@@ -1,0 +1,151 @@
+"""Paged attention on a CPU: gather what a group of sequences needs from its blocks, then multiply it in two batched
+matrix products.
+
+Decode reads every cached token once, `2 * kv_heads * head_dim * itemsize` bytes of it, and is bound by memory. Matrix
+libraries want contiguous operands, so the blocks are copied into a workspace first: sequences are sorted by length
+and gathered in groups small enough to stay in the last-level cache until they have been multiplied, and the workspace
+is kept, since fresh memory costs page faults. Measured on 2 cores with AVX512-BF16, 16 sequences of 100 to 350 tokens
+of Qwen3-0.6B, all layers: 31 to 36 ms, against 50 to 60 for PyTorch's flash kernel on each sequence's blocks, and more
+than 150 for one padded batch.
+
+Prefill takes the queries in tiles, whose scores stay in cache, and skips the keys that a tile cannot see: 3.8 ms for
+512 tokens of a layer, against 13.5 for PyTorch's flash kernel.
+
+Slots past the end of a sequence are multiplied too, by a weight of zero, so what they hold must be finite.
+"""
+
+from dataclasses import dataclass
+
+import torch
+
+from nanovllm.kernels.paged_kv import gather_kv
+
+GROUP_BYTES = 8 << 20  # of keys and values gathered at a time
+QUERY_TILE = 128
+
+
+@dataclass(slots=True)
+class GatherGroup:
+    """Sequences `first` to `last` of a step sorted by length.
+
+    `index [seqs * kv_heads * blocks]` picks (block, head) tiles of the cache; `mask [seqs * kv_heads, 1, tokens]`
+    float32 is 0 within a sequence and -inf past its end.
+    """
+
+    first: int
+    last: int
+    index: torch.Tensor
+    mask: torch.Tensor
+
+
+@dataclass(slots=True)
+class GatherPlan:
+    """Which blocks a decode step gathers, group by group: made once a step, used by every layer."""
+
+    order: torch.Tensor  # [seqs] int64, by length
+    inverse: torch.Tensor  # [seqs] int64
+    groups: list[GatherGroup]
+    workspace: torch.Tensor  # [2, elements]
+
+
+def plan_gather(
+    seq_lens: torch.Tensor,
+    rows: torch.Tensor,
+    block_table: torch.Tensor,
+    k_cache: torch.Tensor,
+    previous: GatherPlan | None = None,
+) -> GatherPlan:
+    """Plan a decode step's reads; `previous` hands its workspace on.
+
+    seq_lens, rows `[seqs]` int32; block_table `[rows, max_blocks]` int32; k_cache `[num_blocks, kv_heads, block_size,
+    head_dim]`, for its shape.
+    """
+    _, num_kv_heads, block_size, head_dim = k_cache.shape
+    block_bytes = 2 * num_kv_heads * block_size * head_dim * k_cache.element_size()
+    lens, order = seq_lens.sort()
+    num_blocks = (-(-lens // block_size)).tolist()
+    table = block_table[rows[order]].long()
+    heads = torch.arange(num_kv_heads)[:, None]
+    groups, first, most = [], 0, 0
+    while first < len(num_blocks):
+        last = first + 1
+        while last < len(num_blocks) and (last + 1 - first) * num_blocks[last] * block_bytes <= GROUP_BYTES:
+            last += 1
+        width = num_blocks[last - 1]
+        index = (table[first:last, None, :width] * num_kv_heads + heads).flatten()
+        inside = torch.arange(width * block_size) < lens[first:last, None]
+        mask = torch.where(inside, 0.0, float("-inf"))[:, None, :].repeat_interleave(num_kv_heads, dim=0)
+        groups.append(GatherGroup(first, last, index, mask))
+        most = max(most, index.numel() * block_size * head_dim)
+        first = last
+    workspace = previous.workspace if previous is not None else k_cache.new_empty(2, 0)
+    if workspace.shape[1] < most:
+        workspace = k_cache.new_empty(2, most + most // 4)
+    return GatherPlan(order, order.argsort(), groups, workspace)
+
+
+def paged_decode_cpu(
+    q: torch.Tensor,
+    k_cache: torch.Tensor,
+    v_cache: torch.Tensor,
+    plan: GatherPlan,
+    scale: float,
+    out: torch.Tensor,
+) -> None:
+    """Attention of one query token per sequence: `q`, `out [seqs, heads, head_dim]`; caches as `plan_gather`'s."""
+    num_seqs, num_heads, head_dim = q.shape
+    num_blocks, num_kv_heads, block_size, _ = k_cache.shape
+    tile = block_size * head_dim
+    keys, values = k_cache.view(num_blocks * num_kv_heads, tile), v_cache.view(num_blocks * num_kv_heads, tile)
+    grouped = q.index_select(0, plan.order).view(num_seqs * num_kv_heads, num_heads // num_kv_heads, head_dim)
+    result = torch.empty_like(grouped)
+    for group in plan.groups:
+        n, part = group.index.numel(), slice(group.first * num_kv_heads, group.last * num_kv_heads)
+        k, v = plan.workspace[:, : n * tile].view(2, n, tile)
+        torch.index_select(keys, 0, group.index, out=k)
+        torch.index_select(values, 0, group.index, out=v)
+        batch = (part.stop - part.start, -1, head_dim)
+        scores = torch.bmm(grouped[part], k.view(batch).transpose(1, 2))  # [seqs * kv_heads, group, tokens]
+        weights = torch.softmax(torch.add(group.mask, scores, alpha=scale), dim=-1).to(q.dtype)
+        torch.bmm(weights, v.view(batch), out=result[part])
+    torch.index_select(result.view(num_seqs, num_heads, head_dim), 0, plan.inverse, out=out)
+
+
+def paged_prefill_cpu(
+    q: torch.Tensor,
+    k_cache: torch.Tensor,
+    v_cache: torch.Tensor,
+    block_table: torch.Tensor,
+    rows: torch.Tensor,
+    query_start: torch.Tensor,
+    seq_lens: torch.Tensor,
+    scale: float,
+    out: torch.Tensor,
+) -> None:
+    """`paged_prefill` for CPU tensors: see there."""
+    starts = query_start.tolist()
+    for i, (row, length) in enumerate(zip(rows.tolist(), seq_lens.tolist(), strict=True)):
+        chunk = slice(starts[i], starts[i + 1])
+        keys, values = (gather_kv(cache, block_table[row], length) for cache in (k_cache, v_cache))
+        _attend_causally(q[chunk], keys, values, scale, out[chunk])
+
+
+def _attend_causally(
+    q: torch.Tensor, keys: torch.Tensor, values: torch.Tensor, scale: float, out: torch.Tensor
+) -> None:
+    """`q`, `out [queries, heads, head_dim]` are the last positions of `keys`, `values [kv_heads, length, head_dim]`."""
+    num_queries, num_heads, head_dim = q.shape
+    num_kv_heads, length, _ = keys.shape
+    group = num_heads // num_kv_heads
+    future = torch.ones(QUERY_TILE, QUERY_TILE, dtype=torch.bool).triu_(1)
+    nothing = q.new_zeros(1)
+    for start in range(0, num_queries, QUERY_TILE):
+        rows = min(QUERY_TILE, num_queries - start)
+        end = length - num_queries + start + rows  # keys that the tile's last query sees
+        part = q[start : start + rows].view(rows, num_kv_heads, group, head_dim).permute(1, 2, 0, 3)
+        part = part.reshape(num_kv_heads, group * rows, head_dim)
+        scores = torch.baddbmm(nothing, part, keys[:, :end].transpose(1, 2), beta=0, alpha=scale)
+        by_query = scores.view(num_kv_heads, group, rows, end)
+        by_query[..., end - rows :].masked_fill_(future[:rows, :rows], float("-inf"))
+        result = torch.bmm(torch.softmax(scores, dim=-1), values[:, :end]).view(num_kv_heads, group, rows, head_dim)
+        out[start : start + rows].view(rows, num_kv_heads, group, head_dim).copy_(result.permute(2, 0, 1, 3))

@@ -1,0 +1,227 @@
+"""All that happens between the QKV projection and attention, in one launch: QK-norm, RoPE, and the store of K and V.
+
+Each head of q and k is RMS-normalized (Qwen3; arXiv:2505.09388), the first `rotary_dim` of its dimensions are rotated
+by the angles of its position (Su et al., 2021, arXiv:2104.09864; halves are paired, as in GPT-NeoX), then q goes to a
+new tensor and k, with the v beside it, to the token's slot of the paged cache (Kwon et al., 2023, arXiv:2309.06180).
+
+Per token of bf16: 4 · (heads + 2 · kv_heads) · head_dim bytes, and 4 · rotary_dim of cos and sin; about 8 FLOPs an
+element: bound by memory. Math is in float32, rounded once at the end.
+"""
+
+import torch
+
+from nanovllm.kernels.triton_shim import tl, triton
+
+TOKENS_AT_ONCE = 256  # on a CPU: the float32 temporaries of more leave its cache, 2.5 times slower at 2,000 tokens
+
+
+def qk_norm_rope_store(
+    qkv: torch.Tensor,
+    q_weight: torch.Tensor | None,
+    k_weight: torch.Tensor | None,
+    eps: float,
+    positions: torch.Tensor,
+    cos_sin: torch.Tensor,
+    slot_mapping: torch.Tensor,
+    k_cache: torch.Tensor,
+    v_cache: torch.Tensor,
+    num_heads: int,
+) -> torch.Tensor:
+    """Write k and v to their slots and return q, `[tokens, heads, head_dim]`.
+
+    Args:
+        qkv: `[tokens, (heads + 2 * kv_heads) * head_dim]`, rows may be strided.
+        q_weight, k_weight: `[head_dim]`, or None for no norm.
+        eps: of the norms.
+        positions: `[tokens]` int32.
+        cos_sin: `[max_position, rotary_dim]` float32, cosines first, then sines; rotary_dim <= head_dim.
+        slot_mapping: `[tokens]` int64, block * block_size + offset; -1 stores nothing.
+        k_cache, v_cache: `[blocks, kv_heads, block_size, head_dim]`, a block contiguous; written.
+        num_heads: of q.
+    """
+    run = qk_norm_rope_store_triton if qkv.is_cuda else qk_norm_rope_store_reference
+    return run(qkv, q_weight, k_weight, eps, positions, cos_sin, slot_mapping, k_cache, v_cache, num_heads)
+
+
+def qk_norm_rope_store_reference(
+    qkv: torch.Tensor,
+    q_weight: torch.Tensor | None,
+    k_weight: torch.Tensor | None,
+    eps: float,
+    positions: torch.Tensor,
+    cos_sin: torch.Tensor,
+    slot_mapping: torch.Tensor,
+    k_cache: torch.Tensor,
+    v_cache: torch.Tensor,
+    num_heads: int,
+) -> torch.Tensor:
+    """`qk_norm_rope_store` in PyTorch."""
+    _, num_kv_heads, block_size, head_dim = k_cache.shape
+    if len(qkv) > TOKENS_AT_ONCE:
+        pieces = zip(*(t.split(TOKENS_AT_ONCE) for t in (qkv, positions, slot_mapping)), strict=True)
+        return torch.cat(
+            [
+                qk_norm_rope_store_reference(
+                    piece, q_weight, k_weight, eps, position, cos_sin, slots, k_cache, v_cache, num_heads
+                )
+                for piece, position, slots in pieces
+            ]
+        )
+    num_qk = num_heads + num_kv_heads
+    qk, v = qkv.split([num_qk * head_dim, num_kv_heads * head_dim], dim=1)
+    v = v.unflatten(1, (num_kv_heads, head_dim))
+    # A copy even of float32, for it is changed in place: fresh temporaries would cost more than the arithmetic.
+    x = qk.unflatten(1, (num_qk, head_dim)).to(torch.float32, copy=True)
+    for weight, heads in ((q_weight, x[:, :num_heads]), (k_weight, x[:, num_heads:])):
+        if weight is not None:
+            heads.mul_(heads.square().mean(-1, keepdim=True).add_(eps).rsqrt_()).mul_(weight)
+    half = cos_sin.shape[1] // 2
+    cos, sin = cos_sin[positions].unsqueeze(1).chunk(2, dim=-1)  # [tokens, 1, half]
+    first, second = x[..., :half], x[..., half : 2 * half]
+    turned = first * sin
+    first.mul_(cos).addcmul_(second, sin, value=-1)
+    second.mul_(cos).add_(turned)
+    q, k = x.to(qkv.dtype).split([num_heads, num_kv_heads], dim=1)
+    if bool((slot_mapping < 0).any()):
+        stored = slot_mapping >= 0
+        slot_mapping, k, v = slot_mapping[stored], k[stored], v[stored]
+    block, offset = slot_mapping // block_size, slot_mapping % block_size
+    k_cache[block, :, offset] = k
+    v_cache[block, :, offset] = v
+    return q
+
+
+def qk_norm_rope_store_triton(
+    qkv: torch.Tensor,
+    q_weight: torch.Tensor | None,
+    k_weight: torch.Tensor | None,
+    eps: float,
+    positions: torch.Tensor,
+    cos_sin: torch.Tensor,
+    slot_mapping: torch.Tensor,
+    k_cache: torch.Tensor,
+    v_cache: torch.Tensor,
+    num_heads: int,
+) -> torch.Tensor:
+    """`qk_norm_rope_store` as one launch: a program a token and up to 16 of its heads, of q, k and v alike."""
+    num_tokens = len(qkv)
+    _, num_kv_heads, block_size, head_dim = k_cache.shape
+    rotary_dim = cos_sin.shape[1]
+    q = torch.empty((num_tokens, num_heads, head_dim), dtype=qkv.dtype, device=qkv.device)
+    heads = num_heads + 2 * num_kv_heads
+    # A decode batch is too small to fill the device with few large programs.
+    tile_heads = min(16 if num_tokens > 1024 else 8, triton.next_power_of_2(heads))
+    _qk_norm_rope_store_kernel[(num_tokens, triton.cdiv(heads, tile_heads))](
+        qkv,
+        q_weight,
+        k_weight,
+        positions,
+        cos_sin,
+        slot_mapping,
+        q,
+        k_cache,
+        v_cache,
+        qkv.stride(0),
+        cos_sin.stride(0),
+        k_cache.stride(0),
+        v_cache.stride(0),
+        eps,
+        NUM_HEADS=num_heads,
+        NUM_KV_HEADS=num_kv_heads,
+        BLOCK_SIZE=block_size,
+        HEAD_DIM=head_dim,
+        HALF=rotary_dim // 2,
+        TILE_HEADS=tile_heads,
+        TILE_HALF=triton.next_power_of_2(rotary_dim // 2),
+        TILE_REST=triton.next_power_of_2(head_dim - rotary_dim) if rotary_dim < head_dim else 0,
+        num_warps=max(tile_heads // 4, 1),
+    )
+    return q
+
+
+@triton.jit
+def _qk_norm_rope_store_kernel(
+    qkv_ptr,
+    q_weight_ptr,
+    k_weight_ptr,
+    positions_ptr,
+    cos_sin_ptr,
+    slot_mapping_ptr,
+    q_ptr,
+    k_cache_ptr,
+    v_cache_ptr,
+    qkv_stride,
+    cos_sin_stride,
+    k_cache_stride,
+    v_cache_stride,
+    eps,
+    NUM_HEADS: tl.constexpr,
+    NUM_KV_HEADS: tl.constexpr,
+    BLOCK_SIZE: tl.constexpr,
+    HEAD_DIM: tl.constexpr,
+    HALF: tl.constexpr,
+    TILE_HEADS: tl.constexpr,
+    TILE_HALF: tl.constexpr,
+    TILE_REST: tl.constexpr,
+):
+    token = tl.program_id(0).to(tl.int64)
+    position = tl.load(positions_ptr + token).to(tl.int64)
+    slot = tl.load(slot_mapping_ptr + token)
+    head = tl.program_id(1) * TILE_HEADS + tl.arange(0, TILE_HEADS)[:, None]
+    is_q = head < NUM_HEADS
+    is_v = head >= NUM_HEADS + NUM_KV_HEADS
+    inside = head < NUM_HEADS + 2 * NUM_KV_HEADS
+
+    # A head is three column ranges: two that rotate into each other, and what lies past the rotary dimensions.
+    column = tl.arange(0, TILE_HALF)[None, :]
+    source = qkv_ptr + token * qkv_stride + head * HEAD_DIM
+    in_half = inside & (column < HALF)
+    stored_a = tl.load(source + column, mask=in_half, other=0.0)
+    stored_b = tl.load(source + HALF + column, mask=in_half, other=0.0)
+    a, b = stored_a.to(tl.float32), stored_b.to(tl.float32)
+    squares = tl.sum(a * a + b * b, axis=1, keep_dims=True)
+    if TILE_REST > 0:
+        rest_column = 2 * HALF + tl.arange(0, TILE_REST)[None, :]
+        in_rest = inside & (rest_column < HEAD_DIM)
+        stored_rest = tl.load(source + rest_column, mask=in_rest, other=0.0)
+        rest = stored_rest.to(tl.float32)
+        squares += tl.sum(rest * rest, axis=1, keep_dims=True)
+    scale = tl.rsqrt(squares / HEAD_DIM + eps)
+
+    a *= _norm_factor(scale, q_weight_ptr, k_weight_ptr, column, column < HALF, is_q)
+    b *= _norm_factor(scale, q_weight_ptr, k_weight_ptr, HALF + column, column < HALF, is_q)
+    angle = cos_sin_ptr + position * cos_sin_stride + column
+    cos = tl.load(angle, mask=column < HALF, other=0.0)
+    sin = tl.load(angle + HALF, mask=column < HALF, other=0.0)
+    rotated_a = tl.where(is_v, stored_a, (a * cos - b * sin).to(stored_a.dtype))
+    rotated_b = tl.where(is_v, stored_b, (b * cos + a * sin).to(stored_b.dtype))
+
+    q_place = q_ptr + (token * NUM_HEADS + head) * HEAD_DIM
+    tl.store(q_place + column, rotated_a, mask=in_half & is_q)
+    tl.store(q_place + HALF + column, rotated_b, mask=in_half & is_q)
+    # K and V differ in cache and block stride only, so that one pointer serves both.
+    block, offset = slot // BLOCK_SIZE, slot % BLOCK_SIZE
+    k_head, v_head = head - NUM_HEADS, head - NUM_HEADS - NUM_KV_HEADS
+    k_place = k_cache_ptr + block * k_cache_stride + (k_head * BLOCK_SIZE + offset) * HEAD_DIM
+    v_place = v_cache_ptr + block * v_cache_stride + (v_head * BLOCK_SIZE + offset) * HEAD_DIM
+    kv_place = tl.where(is_v, v_place, k_place)
+    is_stored = inside & (head >= NUM_HEADS) & (slot >= 0)
+    tl.store(kv_place + column, rotated_a, mask=in_half & is_stored)
+    tl.store(kv_place + HALF + column, rotated_b, mask=in_half & is_stored)
+    if TILE_REST > 0:
+        rest *= _norm_factor(scale, q_weight_ptr, k_weight_ptr, rest_column, rest_column < HEAD_DIM, is_q)
+        rest = tl.where(is_v, stored_rest, rest.to(stored_rest.dtype))
+        tl.store(q_place + rest_column, rest, mask=in_rest & is_q)
+        tl.store(kv_place + rest_column, rest, mask=in_rest & is_stored)
+
+
+@triton.jit
+def _norm_factor(scale, q_weight_ptr, k_weight_ptr, column, inside, is_q):
+    """What a column of each head is multiplied by."""
+    q_factor = 1.0
+    k_factor = 1.0
+    if q_weight_ptr is not None:
+        q_factor = scale * tl.load(q_weight_ptr + column, mask=inside, other=0.0).to(tl.float32)
+    if k_weight_ptr is not None:
+        k_factor = scale * tl.load(k_weight_ptr + column, mask=inside, other=0.0).to(tl.float32)
+    return tl.where(is_q, q_factor, k_factor)

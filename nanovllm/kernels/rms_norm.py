@@ -1,0 +1,104 @@
+"""RMSNorm, alone or with the residual addition before it: x / sqrt(mean(x²) + eps) · weight.
+
+Zhang & Sennrich, 2019 (arXiv:1910.07467). Fused with the addition because both are bound by memory: a row is read once
+and stays in registers between its sum of squares and its scaling. Per element of bf16: 4 bytes, or 8 with the
+residual; about 4 FLOPs. Math is in float32, rounded once at the end.
+"""
+
+import torch
+
+from nanovllm.kernels.triton_shim import tl, triton
+
+
+def rms_norm(x: torch.Tensor, weight: torch.Tensor, eps: float) -> torch.Tensor:
+    """Normalize the rows of `x [tokens, size]` (rows may be strided) by `weight [size]` into a new tensor."""
+    return rms_norm_triton(x, weight, eps) if x.is_cuda else rms_norm_reference(x, weight, eps)
+
+
+def add_rms_norm(
+    x: torch.Tensor, residual: torch.Tensor, weight: torch.Tensor, eps: float
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Add `x [tokens, size]` to `residual [tokens, size]` in place; return (its RMSNorm, `residual`).
+
+    What is normalized is the sum as stored, rounded to the dtype. Rows of both may be strided.
+    """
+    run = add_rms_norm_triton if x.is_cuda else add_rms_norm_reference
+    return run(x, residual, weight, eps)
+
+
+def rms_norm_reference(x: torch.Tensor, weight: torch.Tensor, eps: float) -> torch.Tensor:
+    """`rms_norm` in PyTorch."""
+    h = x.to(torch.float32, copy=True)
+    # Not F.rms_norm: on a CPU its temporaries cost more than this in-place chain at hundreds of tokens.
+    norm = torch.linalg.vector_norm(h, dim=-1, keepdim=True)
+    scale = norm.square_().div_(x.shape[-1]).add_(eps).rsqrt_()
+    return h.mul_(scale).mul_(weight).to(x.dtype)
+
+
+def add_rms_norm_reference(
+    x: torch.Tensor, residual: torch.Tensor, weight: torch.Tensor, eps: float
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """`add_rms_norm` in PyTorch."""
+    residual.add_(x)
+    return rms_norm_reference(residual, weight, eps), residual
+
+
+def rms_norm_triton(x: torch.Tensor, weight: torch.Tensor, eps: float) -> torch.Tensor:
+    """`rms_norm` as one launch: a program a row."""
+    return _launch(x, x, weight, eps, has_residual=False)
+
+
+def add_rms_norm_triton(
+    x: torch.Tensor, residual: torch.Tensor, weight: torch.Tensor, eps: float
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """`add_rms_norm` as one launch: a program a row."""
+    return _launch(x, residual, weight, eps, has_residual=True), residual
+
+
+def _launch(
+    x: torch.Tensor, residual: torch.Tensor, weight: torch.Tensor, eps: float, has_residual: bool
+) -> torch.Tensor:
+    num_tokens, size = x.shape
+    out = torch.empty((num_tokens, size), dtype=x.dtype, device=x.device)
+    tile = triton.next_power_of_2(size)
+    _rms_norm_kernel[(num_tokens,)](
+        x,
+        residual,
+        weight,
+        out,
+        x.stride(0),
+        residual.stride(0),
+        eps,
+        SIZE=size,
+        TILE=tile,
+        HAS_RESIDUAL=has_residual,
+        num_warps=min(max(tile // 256, 1), 16),  # 8 elements, 16 bytes of bf16, a thread
+    )
+    return out
+
+
+@triton.jit
+def _rms_norm_kernel(
+    x_ptr,
+    residual_ptr,
+    weight_ptr,
+    out_ptr,
+    x_stride,
+    residual_stride,
+    eps,
+    SIZE: tl.constexpr,
+    TILE: tl.constexpr,
+    HAS_RESIDUAL: tl.constexpr,
+):
+    token = tl.program_id(0).to(tl.int64)
+    column = tl.arange(0, TILE)
+    inside = column < SIZE
+    weight = tl.load(weight_ptr + column, mask=inside, other=0.0).to(tl.float32)
+    x = tl.load(x_ptr + token * x_stride + column, mask=inside, other=0.0)
+    if HAS_RESIDUAL:
+        place = residual_ptr + token * residual_stride + column
+        x = (x.to(tl.float32) + tl.load(place, mask=inside, other=0.0).to(tl.float32)).to(x.dtype)
+        tl.store(place, x, mask=inside)
+    x = x.to(tl.float32)
+    scale = tl.rsqrt(tl.sum(x * x, axis=0) / SIZE + eps)
+    tl.store(out_ptr + token * SIZE + column, (x * scale * weight).to(out_ptr.dtype.element_ty), mask=inside)

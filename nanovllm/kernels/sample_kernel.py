@@ -1,0 +1,425 @@
+"""`sample` on a GPU: two launches, no sort, nothing that the host must know about the batch.
+
+_scan_kernel: many programs share a row of logits; each keeps the best of its split. For a row that draws from the whole
+vocabulary that is the best logit / temperature + noise, and all that is left is to compare the splits. Reads the logits
+once (2 bytes an entry of bf16) and spends about 50 instructions on the noise of each.
+
+_choose_kernel: one program a row. A truncated row (top_k, top_p or min_p) is drawn from the few tokens it keeps, and
+those are found without sorting: the scan left the maxima of many small groups, the k-th largest of which is a floor
+that at least k tokens reach; one pass collects what reaches the floor; bisections over the collected logits find the
+exact thresholds. Where that does not fit (a flat distribution), the same bisections run over the whole row: slower,
+never wrong. Logits are compared as integers of the same order, so that a bisection ends, and ends exactly.
+"""
+
+from typing import TYPE_CHECKING
+
+import torch
+
+from nanovllm.kernels.gumbel_noise import (
+    MAX_TEMPERATURE,
+    MIN_TEMPERATURE,
+    gumbel_kernel,
+    noise_bits_kernel,
+    noise_keys_kernel,
+)
+from nanovllm.kernels.triton_shim import tl, triton
+
+if TYPE_CHECKING:
+    from nanovllm.kernels.sample import SamplingTensors
+
+SCAN_TILE, CHOOSE_TILE = 2048, 4096  # logits at a time
+TARGET_PROGRAMS = 1024  # of the scan: 8 on each of an H100's 132 SMs
+GROUPS = 128  # of a split, whose maxima it leaves
+MAX_CANDIDATES = 1024  # a row's collected tokens
+
+
+def sample_triton(
+    logits: torch.Tensor,
+    rows: torch.Tensor,
+    seq_lens: torch.Tensor,
+    params: "SamplingTensors",
+    token_ids: torch.Tensor,
+    out: torch.Tensor,
+) -> None:
+    """`sample` as two launches: a scan by many programs, a choice by one program an entry."""
+    num_entries, vocab_size = logits.shape
+    whole = max(triton.next_power_of_2(vocab_size), 16)
+    scan_tile = min(SCAN_TILE, whole)
+    groups = min(GROUPS, scan_tile)
+    max_splits = triton.cdiv(vocab_size, scan_tile)
+    tiles_each = triton.cdiv(max_splits * num_entries, TARGET_PROGRAMS)
+    num_splits = triton.cdiv(max_splits, max(tiles_each, 1))
+    # [entry, split]: best score, its index, mass; [entry, split, group]: maximum; [entry, candidate]: logit, index
+    scratch = torch.empty(
+        num_entries * (num_splits * (3 + groups) + 2 * MAX_CANDIDATES), dtype=torch.float32, device=logits.device
+    )
+    per_row = (
+        params.temperature,
+        params.top_k,
+        params.top_p,
+        params.min_p,
+        params.seed_lo,
+        params.seed_hi,
+        params.min_len,
+    )
+    arguments = (
+        logits,
+        logits.stride(0),
+        vocab_size,
+        rows,
+        seq_lens,
+        per_row,
+        tuple(field.stride(0) for field in per_row),
+        params.stop_ids,
+        params.stop_ids.stride(),
+        scratch,
+        num_splits,
+    )
+    constants = {
+        "MIN_TEMPERATURE": MIN_TEMPERATURE,
+        "MAX_TEMPERATURE": MAX_TEMPERATURE,
+        "NUM_STOP_IDS": params.stop_ids.shape[1],
+        "TILE_STOP_IDS": triton.next_power_of_2(params.stop_ids.shape[1]),
+        "GROUPS": groups,
+    }
+    _scan_kernel[(num_entries, num_splits)](*arguments, tiles_each, TILE=scan_tile, num_warps=8, **constants)
+    _choose_kernel[(num_entries,)](
+        *arguments,
+        token_ids,
+        token_ids.stride(),
+        out,
+        TILE=min(CHOOSE_TILE, whole),
+        TILE_SPLITS=triton.next_power_of_2(max_splits),
+        TILE_GROUPS=triton.next_power_of_2(max_splits * groups),
+        MAX_CANDIDATES=MAX_CANDIDATES,
+        # Bits of a float32 in which no two logits of this dtype differ.
+        LOW_BITS={torch.bfloat16: 16, torch.float16: 13}.get(logits.dtype, 0),
+        num_warps=16,
+        **constants,
+    )
+
+
+@triton.jit(do_not_specialize=["num_splits", "tiles_each"])
+def _scan_kernel(
+    logits_ptr,
+    logits_stride,
+    vocab_size,
+    rows_ptr,
+    seq_lens_ptr,
+    per_row,
+    per_row_strides,
+    stop_ids_ptr,
+    stop_ids_strides,
+    scratch_ptr,
+    num_splits,
+    tiles_each,
+    MIN_TEMPERATURE: tl.constexpr,
+    MAX_TEMPERATURE: tl.constexpr,
+    NUM_STOP_IDS: tl.constexpr,
+    TILE_STOP_IDS: tl.constexpr,
+    TILE: tl.constexpr,
+    GROUPS: tl.constexpr,
+):
+    """Leave of one split of a row: its best score, whose index that is, its mass; and its groups' maxima."""
+    entry = tl.program_id(0).to(tl.int64)
+    split = tl.program_id(1)
+    row = tl.load(rows_ptr + entry).to(tl.int64)
+    if row < 0:
+        return
+    temperature, is_greedy, is_truncated, top_k, top_p, min_p, key_0, key_1 = _asked(
+        row, tl.load(seq_lens_ptr + entry), per_row, per_row_strides, vocab_size, MIN_TEMPERATURE, MAX_TEMPERATURE
+    )
+    inverse_temperature = tl.math.div_rn(1.0, tl.maximum(temperature, MIN_TEMPERATURE))
+    stop_ids_ptr += row * stop_ids_strides[0]
+    num_stop_ids = _count_stop_ids(
+        row, tl.load(seq_lens_ptr + entry), per_row, per_row_strides, stop_ids_ptr, stop_ids_strides[1],
+        NUM_STOP_IDS, TILE_STOP_IDS,
+    )  # fmt: skip
+    logits_ptr += entry * logits_stride
+    to_exponent = inverse_temperature * 1.4426950408889634
+    lane = tl.arange(0, TILE)
+    best = tl.full([TILE], float("-inf"), tl.float32)
+    best_index = tl.full([TILE], 0x7FFFFFFF, tl.int32)
+    mass = tl.zeros([TILE], tl.float32)
+    for i in range(tiles_each):
+        index = (split * tiles_each + i) * TILE + lane
+        score = _load_logits(logits_ptr, index, vocab_size, stop_ids_ptr, stop_ids_strides[1], num_stop_ids)
+        if is_truncated:
+            largest = tl.maximum(best, score)
+            shift = tl.where(largest == float("-inf"), 0.0, largest)
+            mass = mass * tl.exp2((best - shift) * to_exponent) + tl.exp2((score - shift) * to_exponent)
+        elif not is_greedy:
+            score = score * inverse_temperature + gumbel_kernel(noise_bits_kernel(index, key_0, key_1))
+        is_better = score > best  # of equal scores a lane keeps the first
+        best_index = tl.where(is_better, index, best_index)
+        best = tl.where(is_better, score, best)
+
+    top = tl.max(best, axis=0)
+    program = entry * num_splits + split
+    num_programs = tl.num_programs(0).to(tl.int64) * num_splits
+    tl.store(scratch_ptr + program, top)
+    token = tl.min(tl.where(best == top, best_index, 0x7FFFFFFF), axis=0)
+    tl.store(scratch_ptr + num_programs + program, token.to(tl.float32, bitcast=True))
+    if is_truncated:
+        shift = tl.where(top == float("-inf"), 0.0, top)
+        tl.store(scratch_ptr + 2 * num_programs + program, tl.sum(mass * tl.exp2((best - shift) * to_exponent), axis=0))
+        group_max = tl.max(tl.reshape(best, [GROUPS, TILE // GROUPS]), axis=1)
+        tl.store(scratch_ptr + (3 * num_programs + program * GROUPS) + tl.arange(0, GROUPS), group_max)
+
+
+@triton.jit(do_not_specialize=["num_splits"])
+def _choose_kernel(
+    logits_ptr,
+    logits_stride,
+    vocab_size,
+    rows_ptr,
+    seq_lens_ptr,
+    per_row,
+    per_row_strides,
+    stop_ids_ptr,
+    stop_ids_strides,
+    scratch_ptr,
+    num_splits,
+    token_ids_ptr,
+    token_ids_strides,
+    out_ptr,
+    MIN_TEMPERATURE: tl.constexpr,
+    MAX_TEMPERATURE: tl.constexpr,
+    NUM_STOP_IDS: tl.constexpr,
+    TILE_STOP_IDS: tl.constexpr,
+    TILE: tl.constexpr,
+    GROUPS: tl.constexpr,
+    TILE_SPLITS: tl.constexpr,
+    TILE_GROUPS: tl.constexpr,
+    MAX_CANDIDATES: tl.constexpr,
+    LOW_BITS: tl.constexpr,
+):
+    """Compare the splits of a row, or draw from what its truncations leave; write the token."""
+    entry = tl.program_id(0).to(tl.int64)
+    row = tl.load(rows_ptr + entry).to(tl.int64)
+    if row < 0:
+        tl.store(out_ptr + entry, 0)
+        return
+    position = tl.load(seq_lens_ptr + entry)
+    temperature, is_greedy, is_truncated, top_k, top_p, min_p, key_0, key_1 = _asked(
+        row, position, per_row, per_row_strides, vocab_size, MIN_TEMPERATURE, MAX_TEMPERATURE
+    )
+    inverse_temperature = tl.math.div_rn(1.0, tl.maximum(temperature, MIN_TEMPERATURE))
+    split = tl.arange(0, TILE_SPLITS)
+    inside = split < num_splits
+    program = entry * num_splits + split
+    num_programs = tl.num_programs(0).to(tl.int64) * num_splits
+    scores = tl.load(scratch_ptr + program, mask=inside, other=float("-inf"))
+    top = tl.max(scores, axis=0)
+    if is_truncated:
+        # What this row keeps is some upper part of its logits: everything from a threshold on.
+        to_exponent = inverse_temperature * 1.4426950408889634
+        logits_ptr += entry * logits_stride
+        stop_ids_ptr += row * stop_ids_strides[0]
+        num_stop_ids = _count_stop_ids(
+            row, position, per_row, per_row_strides, stop_ids_ptr, stop_ids_strides[1], NUM_STOP_IDS, TILE_STOP_IDS
+        )
+        has_top_k = (top_k > 0) & (top_k < vocab_size)
+        has_top_p = top_p < 1.0
+        has_min_p = min_p > 0.0
+        LOWEST: tl.constexpr = (-0x7F800000 >> LOW_BITS) + 1  # above -inf, which is never drawn
+        threshold = tl.full([], LOWEST, tl.int32)
+        if has_min_p:
+            least = _order(top + temperature * tl.log(min_p))
+            threshold = tl.maximum(threshold, (least + ((1 << LOW_BITS) - 1)) >> LOW_BITS)
+
+        # A floor under the threshold from the maxima of groups. For top_p alone how many tokens are needed is a guess.
+        wanted = tl.where(has_top_k, top_k, tl.where(has_min_p, 0x3FFFFFFF, 128))
+        floor = threshold
+        if 2 * wanted <= num_splits * GROUPS:
+            group = tl.arange(0, TILE_GROUPS)
+            group_max = tl.load(
+                scratch_ptr + (3 * num_programs + entry * num_splits * GROUPS) + group,
+                mask=group < num_splits * GROUPS,
+                other=float("-inf"),
+            )
+            floor = tl.maximum(floor, _kth_largest(_order(group_max) >> LOW_BITS, wanted, LOWEST))
+
+        # Collect what reaches the floor.
+        collected_ptr = scratch_ptr + (3 + GROUPS) * num_programs + entry * (2 * MAX_CANDIDATES)
+        lane = tl.arange(0, TILE)
+        num_tokens = tl.full([], 0, tl.int32)
+        for start in range(0, vocab_size, TILE):
+            x = _load_logits(logits_ptr, start + lane, vocab_size, stop_ids_ptr, stop_ids_strides[1], num_stop_ids)
+            reaches = (_order(x) >> LOW_BITS >= floor).to(tl.int32)
+            place = num_tokens + tl.cumsum(reaches, axis=0) - 1
+            fits = (reaches > 0) & (place < MAX_CANDIDATES)
+            tl.store(collected_ptr + place, x, mask=fits)
+            tl.store(collected_ptr + MAX_CANDIDATES + place, (start + lane).to(tl.float32, bitcast=True), mask=fits)
+            num_tokens += tl.sum(reaches, axis=0)
+        tl.debug_barrier()  # other threads' stores are read from here on
+        is_collected = num_tokens <= MAX_CANDIDATES
+        num_tokens = tl.where(is_collected, num_tokens, vocab_size)
+        source = (
+            logits_ptr, vocab_size, stop_ids_ptr, stop_ids_strides[1], num_stop_ids, collected_ptr, top, to_exponent
+        )  # fmt: skip
+
+        masses = tl.load(scratch_ptr + 2 * num_programs + program, mask=inside, other=0.0)
+        total = tl.sum(tl.where(masses > 0, masses * tl.exp2((scores - top) * to_exponent), 0.0), axis=0)
+        count, mass = _reaching(floor, source, num_tokens, is_collected, LOW_BITS, MAX_CANDIDATES, TILE)
+        highest = (_order(top) >> LOW_BITS) + 1
+        if has_top_k:
+            if count > top_k:
+                threshold = _bisect(
+                    floor, highest, count, top_k, 0.0, source, num_tokens, is_collected,
+                    False, LOW_BITS, MAX_CANDIDATES, TILE,
+                )  # fmt: skip
+            else:
+                threshold = floor
+            count, total = _reaching(threshold, source, num_tokens, is_collected, LOW_BITS, MAX_CANDIDATES, TILE)
+        elif has_min_p:
+            total = mass
+        if has_top_p:
+            low = tl.maximum(threshold, floor)
+            if mass < total * top_p:  # the guess was too low
+                is_collected = is_collected & False
+                num_tokens = vocab_size
+                low = threshold
+                count = vocab_size
+            threshold = _bisect(
+                low, highest, count, 0, total * top_p, source, num_tokens, is_collected,
+                True, LOW_BITS, MAX_CANDIDATES, TILE,
+            )  # fmt: skip
+
+        best = tl.full([TILE], float("-inf"), tl.float32)
+        best_index = tl.full([TILE], 0x7FFFFFFF, tl.int32)
+        for start in range(0, num_tokens, TILE):
+            x, index = _load_tokens(start + lane, source, num_tokens, is_collected, MAX_CANDIDATES)
+            score = x * inverse_temperature + gumbel_kernel(noise_bits_kernel(index, key_0, key_1))
+            score = tl.where(_order(x) >> LOW_BITS >= threshold, score, float("-inf"))
+            is_better = score > best
+            best_index = tl.where(is_better, index, best_index)
+            best = tl.where(is_better, score, best)
+        token = tl.min(tl.where(best == tl.max(best, axis=0), best_index, 0x7FFFFFFF), axis=0)
+    else:
+        tokens = tl.load(scratch_ptr + num_programs + program, mask=inside, other=0.0).to(tl.int32, bitcast=True)
+        token = tl.min(tl.where(inside & (scores == top), tokens, 0x7FFFFFFF), axis=0)
+    token = tl.where(token == 0x7FFFFFFF, 0, token)  # all NaN or -inf
+    tl.store(out_ptr + entry, token)
+    tl.store(token_ids_ptr + row * token_ids_strides[0] + position.to(tl.int64) * token_ids_strides[1], token)
+
+
+@triton.jit
+def _asked(
+    row, position, per_row, per_row_strides, vocab_size, MIN_TEMPERATURE: tl.constexpr, MAX_TEMPERATURE: tl.constexpr
+):
+    """A row's parameters, and the keys of its noise at this position."""
+    temperature = tl.load(per_row[0] + row * per_row_strides[0])
+    top_k = tl.load(per_row[1] + row * per_row_strides[1])
+    top_p = tl.load(per_row[2] + row * per_row_strides[2])
+    min_p = tl.load(per_row[3] + row * per_row_strides[3])
+    seed_lo = tl.load(per_row[4] + row * per_row_strides[4])
+    seed_hi = tl.load(per_row[5] + row * per_row_strides[5])
+    key_0, key_1 = noise_keys_kernel(seed_lo, seed_hi, position)
+    is_greedy = temperature < MIN_TEMPERATURE
+    asks_truncation = ((top_k > 0) & (top_k < vocab_size)) | (top_p < 1.0) | (min_p > 0.0)
+    is_truncated = asks_truncation & (temperature >= MIN_TEMPERATURE)
+    temperature = tl.minimum(temperature, MAX_TEMPERATURE)
+    return temperature, is_greedy, is_truncated, top_k, top_p, min_p, key_0, key_1
+
+
+@triton.jit
+def _count_stop_ids(
+    row, position, per_row, per_row_strides, stop_ids_ptr, stop_ids_stride,
+    NUM_STOP_IDS: tl.constexpr, TILE_STOP_IDS: tl.constexpr,
+):  # fmt: skip
+    """How many of the row's stop ids are masked at this position: none once it has its minimal length."""
+    min_len = tl.load(per_row[6] + row * per_row_strides[6])
+    place = tl.arange(0, TILE_STOP_IDS)
+    stop_ids = tl.load(stop_ids_ptr + place * stop_ids_stride, mask=place < NUM_STOP_IDS, other=-1)
+    return tl.where(position < min_len, tl.max(tl.where(stop_ids >= 0, place + 1, 0), axis=0), 0)
+
+
+@triton.jit
+def _load_logits(logits_ptr, index, vocab_size, stop_ids_ptr, stop_ids_stride, num_stop_ids):
+    """float32 logits; -inf for NaN, for masked stop ids, and past the vocabulary."""
+    x = tl.load(logits_ptr + index, mask=index < vocab_size, other=float("-inf")).to(tl.float32)
+    x = tl.where(x == x, x, float("-inf"))
+    for i in range(num_stop_ids):
+        x = tl.where(index == tl.load(stop_ids_ptr + i * stop_ids_stride), float("-inf"), x)
+    return x
+
+
+@triton.jit
+def _load_tokens(place, source, num_tokens, is_collected, MAX_CANDIDATES: tl.constexpr):
+    """Logits and indices of the collected tokens, or of the whole vocabulary."""
+    logits_ptr, vocab_size, stop_ids_ptr, stop_ids_stride, num_stop_ids, collected_ptr, top, to_exponent = source
+    if is_collected:
+        inside = place < num_tokens
+        x = tl.load(collected_ptr + place, mask=inside, other=float("-inf"))
+        index = tl.load(collected_ptr + MAX_CANDIDATES + place, mask=inside, other=0.0).to(tl.int32, bitcast=True)
+    else:
+        x = _load_logits(logits_ptr, place, vocab_size, stop_ids_ptr, stop_ids_stride, num_stop_ids)
+        index = place
+    return x, index
+
+
+@triton.jit
+def _order(x):
+    """int32 in the order of the float32 x, -0 and 0 equal; as many low bits are 0 as in x."""
+    bits = x.to(tl.int32, bitcast=True)
+    return tl.where(bits < 0, -(bits & 0x7FFFFFFF), bits)
+
+
+@triton.jit
+def _middle(low, high):
+    return (low.to(tl.int64) + (high.to(tl.int64) - low) // 2).to(tl.int32)
+
+
+@triton.jit
+def _kth_largest(orders, k, LOWEST: tl.constexpr):
+    """A lower bound of the k-th largest that at most 2 k reach, or the k-th largest itself."""
+    low = tl.full([], LOWEST, tl.int32)
+    high = tl.max(orders, axis=0) + 1
+    while high > low + 1:
+        middle = _middle(low, high)
+        count = tl.sum((orders >= middle).to(tl.int32), axis=0)
+        low = tl.where(count >= k, middle, low)
+        high = tl.where(count < k, middle, tl.where(count <= 2 * k, low + 1, high))
+    return low
+
+
+@triton.jit
+def _reaching(
+    threshold, source, num_tokens, is_collected,
+    LOW_BITS: tl.constexpr, MAX_CANDIDATES: tl.constexpr, TILE: tl.constexpr,
+):  # fmt: skip
+    """How many tokens reach the threshold, and their mass, in which the likeliest token weighs 1."""
+    logits_ptr, vocab_size, stop_ids_ptr, stop_ids_stride, num_stop_ids, collected_ptr, top, to_exponent = source
+    lane = tl.arange(0, TILE)
+    count = tl.zeros([TILE], tl.int32)
+    mass = tl.zeros([TILE], tl.float32)
+    for start in range(0, num_tokens, TILE):
+        x, index = _load_tokens(start + lane, source, num_tokens, is_collected, MAX_CANDIDATES)
+        reaches = _order(x) >> LOW_BITS >= threshold
+        count += reaches.to(tl.int32)
+        mass += tl.where(reaches, tl.exp2((x - top) * to_exponent), 0.0)
+    return tl.sum(count, axis=0), tl.sum(mass, axis=0)
+
+
+@triton.jit
+def _bisect(
+    low, high, count_low, wanted_count, wanted_mass, source, num_tokens, is_collected,
+    BY_MASS: tl.constexpr, LOW_BITS: tl.constexpr, MAX_CANDIDATES: tl.constexpr, TILE: tl.constexpr,
+):  # fmt: skip
+    """The highest threshold that still as many tokens, or as much mass, reach as wanted. `low` is reached by enough."""
+    count_high = tl.full([], 0, tl.int32)
+    while (high > low + 1) & (count_low > count_high + 1):
+        middle = _middle(low, high)
+        count, mass = _reaching(middle, source, num_tokens, is_collected, LOW_BITS, MAX_CANDIDATES, TILE)
+        if BY_MASS:
+            is_enough = mass >= wanted_mass
+        else:
+            is_enough = count >= wanted_count
+        low = tl.where(is_enough, middle, low)
+        count_low = tl.where(is_enough, count, count_low)
+        high = tl.where(is_enough, high, middle)
+        count_high = tl.where(is_enough, count_high, count)
+        if not BY_MASS:
+            high = tl.where(count_low == wanted_count, low + 1, high)
+    return low

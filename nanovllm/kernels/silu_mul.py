@@ -1,0 +1,51 @@
+"""SwiGLU's gate: silu(gate) · up, with silu(x) = x · sigmoid(x) (Shazeer, 2020, arXiv:2002.05202).
+
+Gate and up are the two halves of one projection's output. Per output element of bf16: 6 bytes, about 5 FLOPs: bound
+by memory. Math is in float32, rounded once at the end.
+"""
+
+import torch
+import torch.nn.functional as F
+
+from nanovllm.kernels.triton_shim import tl, triton
+
+
+def silu_mul(gate_up: torch.Tensor) -> torch.Tensor:
+    """`gate_up [tokens, 2 * size]` (rows may be strided) -> `[tokens, size]`."""
+    return silu_mul_triton(gate_up) if gate_up.is_cuda else silu_mul_reference(gate_up)
+
+
+def silu_mul_reference(gate_up: torch.Tensor) -> torch.Tensor:
+    """`silu_mul` in PyTorch."""
+    num_tokens, size = gate_up.shape[0], gate_up.shape[1] // 2
+    piece = 64  # tokens: the float32 copy then stays in cache; 5 times faster than whole at 2048 tokens
+    if num_tokens <= piece:
+        gate, up = gate_up.chunk(2, dim=-1)
+        return F.silu(gate.to(torch.float32, copy=True), inplace=True).mul_(up).to(gate_up.dtype)
+    out = gate_up.new_empty(num_tokens, size)
+    for source, target in zip(gate_up.split(piece), out.split(piece), strict=True):
+        target.copy_(silu_mul_reference(source))
+    return out
+
+
+def silu_mul_triton(gate_up: torch.Tensor) -> torch.Tensor:
+    """`silu_mul` as one launch: a program a token and 1024 outputs."""
+    num_tokens, size = gate_up.shape[0], gate_up.shape[1] // 2
+    out = torch.empty((num_tokens, size), dtype=gate_up.dtype, device=gate_up.device)
+    tile = min(1024, triton.next_power_of_2(size))
+    _silu_mul_kernel[(num_tokens, triton.cdiv(size, tile))](
+        gate_up, out, gate_up.stride(0), SIZE=size, TILE=tile, num_warps=max(tile // 256, 1)
+    )
+    return out
+
+
+@triton.jit
+def _silu_mul_kernel(gate_up_ptr, out_ptr, gate_up_stride, SIZE: tl.constexpr, TILE: tl.constexpr):
+    token = tl.program_id(0).to(tl.int64)
+    column = tl.program_id(1) * TILE + tl.arange(0, TILE)
+    inside = column < SIZE
+    gate_up_ptr += token * gate_up_stride
+    gate = tl.load(gate_up_ptr + column, mask=inside, other=0.0).to(tl.float32)
+    up = tl.load(gate_up_ptr + SIZE + column, mask=inside, other=0.0).to(tl.float32)
+    out = gate / (1 + tl.exp(-gate)) * up
+    tl.store(out_ptr + token * SIZE + column, out.to(out_ptr.dtype.element_ty), mask=inside)

@@ -1,0 +1,71 @@
+"""Checkpoints and engines that the tests share. Everything runs offline and on one thread per worker."""
+
+import gc
+import os
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+os.environ.setdefault("HF_HUB_OFFLINE", "1")
+os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+
+
+@pytest.fixture(scope="session", autouse=True)
+def one_thread_per_worker() -> None:
+    """Workers that each start a thread per core slow one another down, and sums then depend on their number."""
+    import torch
+
+    torch.set_num_threads(1)
+
+
+@pytest.fixture(scope="session", autouse=True)
+def nothing_to_collect_in_libraries() -> None:
+    """An engine collects garbage when it closes, which would walk all that transformers has loaded every time."""
+    import transformers.models.qwen3.modeling_qwen3  # noqa: F401
+
+    gc.freeze()
+
+
+@pytest.fixture(scope="session")
+def checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Callable[..., Path]:
+    """`checkpoint("name of a shape")`: its directory, made once a session."""
+    from checkpoints import SEEDS, SHAPES, save_checkpoint
+
+    made: dict[str, Path] = {}
+
+    def make(name: str) -> Path:
+        if name not in made:
+            made[name] = save_checkpoint(tmp_path_factory.mktemp(name), SHAPES[name], SEEDS.get(name, 0))
+        return made[name]
+
+    return make
+
+
+@pytest.fixture
+def make_llm() -> Iterator[Callable[..., Any]]:
+    """`make_llm(path, **options)`: a small float32 engine on the CPU without tokenizer, closed after the test."""
+    from nanovllm import LLM
+
+    made: list[LLM] = []
+
+    def make(path: Path, max_behind: int | None = None, **options: Any) -> LLM:
+        defaults = {
+            "device": "cpu",
+            "dtype": "float32",
+            "skip_tokenizer_init": True,
+            "kvcache_block_size": 16,
+            "num_kvcache_blocks": 128,
+            "max_num_seqs": 16,
+            "max_num_batched_tokens": 1024,
+        }
+        llm = LLM(str(path), **{**defaults, **options})
+        if max_behind is not None:
+            llm.engine.max_behind = max_behind
+        made.append(llm)
+        return llm
+
+    yield make
+    for llm in made:
+        llm.close()

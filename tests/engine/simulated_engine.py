@@ -1,0 +1,296 @@
+"""The real LLMEngine over a simulated device, so that thousands of schedules run in seconds and every error shows.
+
+The device follows step plans and nothing else: its rows and block tables come from the plans' deltas. Its "model" is a
+hash: the key and value of a token are the hash of the whole prefix up to it, written to a slot. Attention reads every
+slot of the context back and fails unless it finds there the hashes of its own prefix, which it would not if a block
+were stale, lost, shared wrongly or written by two. The next token is a function of the hash, so that what each request
+must answer is known beforehand, whoever shares its batch.
+"""
+
+import random
+from collections import deque
+from itertools import count, pairwise
+from types import SimpleNamespace
+
+from nanovllm.config import Config
+from nanovllm.engine.llm_engine import LLMEngine, StepStats
+from nanovllm.engine.sequence import Sequence
+from nanovllm.sampling_params import SamplingParams
+from nanovllm.worker.step_plan import StepPlan
+
+EOS = 0
+VOCAB_SIZE = 5  # so few that requests stop often, and share prefixes by chance
+
+
+def extend(parent: int, token_id: int) -> int:
+    """The hash of a prefix and one more token."""
+    return ((parent ^ (token_id + 1)) * 6364136223846793005 + 1442695040888963407) % 2**64
+
+
+def prefix_hashes(token_ids: list[int]) -> list[int]:
+    hashes, parent = [], 0
+    for token_id in token_ids:
+        parent = extend(parent, token_id)
+        hashes.append(parent)
+    return hashes
+
+
+def next_token(prefix_hash: int, num_tokens: int, min_len: int, stop_ids: list[int]) -> int:
+    token_id = (prefix_hash >> 40) % VOCAB_SIZE
+    while num_tokens < min_len and token_id in stop_ids:
+        token_id = (token_id + 1) % VOCAB_SIZE
+    return token_id
+
+
+def expected_output(prompt: list[int], params: SamplingParams, max_model_len: int) -> tuple[list[int], str]:
+    """The tokens and the finish reason of a request that runs alone and is never disturbed."""
+    stop_ids = set(params.stop_token_ids) | (set() if params.ignore_eos else {EOS})
+    limit = max_model_len - len(prompt)
+    limit = limit if params.max_tokens is None else min(limit, params.max_tokens)
+    min_len = len(prompt) + params.min_tokens if params.min_tokens else 0
+    tokens, parent = list(prompt), prefix_hashes(prompt)[-1]
+    for produced in range(1, limit + 1):
+        tokens.append(next_token(parent, len(tokens), min_len, sorted(stop_ids)))
+        parent = extend(parent, tokens[-1])
+        if tokens[-1] in stop_ids and produced > params.min_tokens:
+            return tokens[len(prompt) :], "stop"
+    return tokens[len(prompt) :], "length"
+
+
+class SimulatedDevice:
+    """Stands in for ModelRunner."""
+
+    is_cuda = False
+
+    def __init__(self, num_blocks: int, block_size: int, max_model_len: int, num_rows: int, budget: int) -> None:
+        self.num_blocks, self.block_size, self.max_model_len = num_blocks, block_size, max_model_len
+        self.num_rows, self.budget = num_rows, budget
+        self.rows: dict[int, SimpleNamespace] = {}
+        self.slots: list[int | None] = [None] * (num_blocks * block_size)
+        self.launched: StepPlan | None = None
+        self.fail_next = False
+
+    def launch(self, plan: StepPlan) -> SimpleNamespace:
+        if self.fail_next:
+            self.fail_next = False
+            raise RuntimeError("injected device failure")
+        self._check(plan)
+        self._apply_deltas(plan)
+        self._store(plan)
+        self._attend(plan)
+        self.launched = plan
+        sampled = self._sample(plan)
+        return SimpleNamespace(tokens=lambda: sampled)
+
+    def _check(self, plan: StepPlan) -> None:
+        assert plan.rows and len(plan.rows) == len(plan.query_lens)
+        assert len(set(plan.rows)) == len(plan.rows) <= self.num_rows, f"rows {plan.rows}"
+        assert all(0 <= row < self.num_rows for row in plan.rows)
+        assert plan.num_tokens <= self.budget
+        assert min(plan.query_lens) >= 1
+        assert all(n == 1 for n in plan.query_lens[: plan.num_decodes])
+        assert plan.num_decodes <= plan.num_samples <= len(plan.rows)
+        assert len(plan.rows) - plan.num_samples <= 1, "two prompts were cut short in one step"
+        assert {new.row for new in plan.new_rows} <= set(plan.rows)
+        assert {row for row, _, _ in plan.new_blocks} <= set(plan.rows)
+
+    def _apply_deltas(self, plan: StepPlan) -> None:
+        for row, index, block in plan.new_blocks:
+            assert index == len(self.rows[row].block_table), "a block table grew with a gap"
+            self.rows[row].block_table.append(block)
+        for new in plan.new_rows:
+            # An earlier owner's tokens and blocks stay in memory past what the new one overwrites.
+            old = self.rows.get(new.row, SimpleNamespace(token_ids=[]))
+            self.rows[new.row] = SimpleNamespace(
+                token_ids=[*new.token_ids, *old.token_ids[len(new.token_ids) :]],
+                block_table=list(new.block_table),
+                num_computed=new.num_computed_tokens,
+                hashes=prefix_hashes(new.token_ids[: new.num_computed_tokens]),
+                min_len=new.min_len,
+                stop_ids=new.stop_ids,
+            )
+
+    def _slots_of(self, row: SimpleNamespace, start: int, end: int) -> list[int]:
+        size = self.block_size
+        return [row.block_table[p // size] * size + p % size for p in range(start, end)]
+
+    def _store(self, plan: StepPlan) -> None:
+        """A layer stores all keys and values of a step before it attends."""
+        written: set[int] = set()
+        for index, query_len in zip(plan.rows, plan.query_lens, strict=True):
+            row = self.rows[index]
+            start, end = row.num_computed, row.num_computed + query_len
+            parent = row.hashes[-1] if row.hashes else 0
+            for position, slot in zip(range(start, end), self._slots_of(row, start, end), strict=True):
+                assert slot not in written, "two sequences write to one slot"
+                written.add(slot)
+                parent = extend(parent, row.token_ids[position])
+                row.hashes.append(parent)
+                self.slots[slot] = parent
+            row.num_computed = end
+
+    def _attend(self, plan: StepPlan) -> None:
+        for index in plan.rows:
+            row = self.rows[index]
+            read = [self.slots[slot] for slot in self._slots_of(row, 0, row.num_computed)]
+            assert read == row.hashes, "attention read another prefix's keys and values"
+
+    def _sample(self, plan: StepPlan) -> list[int]:
+        sampled = []
+        for index in plan.rows[: plan.num_samples]:
+            row = self.rows[index]
+            n = row.num_computed
+            token_id = next_token(row.hashes[-1], n, row.min_len, row.stop_ids)
+            row.token_ids[n:] = [token_id, *row.token_ids[n + 1 :]]
+            sampled.append(token_id)
+        return sampled
+
+
+def make_engine(
+    num_blocks: int,
+    block_size: int,
+    max_num_seqs: int,
+    max_num_batched_tokens: int,
+    max_model_len: int | None = None,
+    enable_prefix_caching: bool = True,
+    max_behind: int = 0,
+) -> LLMEngine:
+    """An LLMEngine as its constructor leaves it, but for the device."""
+    max_model_len = max_model_len or num_blocks * block_size
+    engine = LLMEngine.__new__(LLMEngine)
+    engine.config = Config(
+        model="simulated",
+        max_num_seqs=max_num_seqs,
+        max_num_batched_tokens=max_num_batched_tokens,
+        enable_prefix_caching=enable_prefix_caching,
+    )
+    rows = min(max_num_seqs, max_num_batched_tokens)
+    engine.runner = SimulatedDevice(num_blocks, block_size, max_model_len, rows, max_num_batched_tokens)
+    engine.eos_token_ids = frozenset({EOS})
+    engine.vocab_size = VOCAB_SIZE
+    engine.max_model_len = max_model_len
+    engine.max_behind = max_behind
+    engine.stats = StepStats()
+    engine._in_flight = deque()
+    engine._unfinished = {}
+    engine._ids = count()
+    engine._random = random.Random(0)
+    engine._make_scheduler()
+    return engine
+
+
+def add_request(engine: LLMEngine, prompt: list[int], params: SamplingParams) -> Sequence:
+    seq = engine.make_sequence(prompt, params)
+    engine.add(seq)
+    return seq
+
+
+def run(engine: LLMEngine, max_steps: int = 10_000) -> None:
+    """Step until nothing is left, checking every invariant after every step."""
+    checker = Checker(engine)
+    for _ in range(max_steps):
+        if not engine.has_unfinished_requests:
+            checker.check_idle()
+            return
+        checker.step()
+    raise AssertionError(f"requests are left after {max_steps} steps")
+
+
+class Checker:
+    """Steps an engine, and holds it to its promises after each step."""
+
+    def __init__(self, engine: LLMEngine) -> None:
+        self.engine = engine
+        self.content_of: dict[bytes, list[int]] = {}  # digest -> the hashes that its block must hold
+        self.earliest: tuple[Sequence | None, tuple[int, int], int] = (None, (0, 0), 0)
+
+    def step(self) -> list[Sequence]:
+        engine = self.engine
+        steps, waited = engine.stats.num_steps, len(engine._in_flight)
+        finished = engine.step()
+        assert engine.stats.num_steps > steps or len(engine._in_flight) < waited, "a step did nothing"
+        assert len(engine._in_flight) <= engine.max_behind
+        assert all(seq.is_finished and seq.request_id not in engine._unfinished for seq in finished)
+        self.check()
+        self._check_progress()
+        return finished
+
+    def check(self) -> None:
+        self._check_blocks()
+        self._check_content()
+        self._check_order()
+        self._check_rows()
+
+    def check_idle(self) -> None:
+        self.check()
+        engine = self.engine
+        assert not engine.scheduler.running and engine.block_manager.num_free_blocks == engine.block_manager.num_blocks
+        stats = engine.current_stats()
+        assert (stats.cache_usage, stats.num_running, stats.num_waiting) == (0.0, 0, 0)
+
+    def _check_blocks(self) -> None:
+        """Every block is free or owned, and owned by as many as it counts."""
+        manager = self.engine.block_manager
+        owners = [0] * manager.num_blocks
+        for seq in self.engine.scheduler.running:
+            assert len(set(seq.block_table)) == len(seq.block_table)
+            assert len(seq.block_table) * manager.block_size >= seq.num_computed_tokens
+            # No more than the next token needs
+            assert len(seq.block_table) <= manager.num_blocks_for(max(len(seq.token_ids), seq.num_computed_tokens))
+            for block in seq.block_table:
+                owners[block] += 1
+        assert manager._ref_count == owners
+        assert set(manager._free) == {block for block, n in enumerate(owners) if n == 0}
+        assert manager.num_free_blocks + sum(n > 0 for n in owners) == manager.num_blocks
+        assert not any(seq.block_table for seq in self.engine.scheduler.waiting)
+
+    def _check_content(self) -> None:
+        """What the prefix map promises to be in a block is there."""
+        manager, device = self.engine.block_manager, self.engine.runner
+        size = manager.block_size
+        for seq in [*self.engine._unfinished.values(), *self.engine.scheduler.running]:
+            if seq.block_digests and seq.block_digests[-1] not in self.content_of:
+                hashes = prefix_hashes(seq.token_ids)
+                for i, digest in enumerate(seq.block_digests):
+                    content = hashes[i * size : (i + 1) * size]
+                    assert self.content_of.setdefault(digest, content) == content, "two prefixes, one digest"
+        for digest, block in manager._block_with.items():
+            assert manager._digest_of[block] == digest
+            if digest in self.content_of:  # unknown only if its one owner finished within this very step
+                content = device.slots[block * size : (block + 1) * size]
+                assert content == self.content_of[digest], "a cached block does not hold what its digest says"
+        cached = {block for block, digest in enumerate(manager._digest_of) if digest is not None}
+        assert cached == set(manager._block_with.values())
+        assert manager.enable_prefix_caching or not cached
+
+    def _check_order(self) -> None:
+        """First come, first served: nobody who waits arrived before anybody who runs."""
+        scheduler = self.engine.scheduler
+        order = [*scheduler.running, *(seq for seq in scheduler.waiting if not seq.is_finished)]
+        arrivals = [int(seq.request_id) for seq in order]
+        assert all(a < b for a, b in pairwise(arrivals)), f"arrivals out of order: {arrivals}"
+        assert {seq.request_id for seq in order} == set(self.engine._unfinished), "a request is lost"
+
+    def _check_rows(self) -> None:
+        """The device, which has seen only deltas, agrees with the host."""
+        scheduler, device = self.engine.scheduler, self.engine.runner
+        used = [seq.row for seq in scheduler.running]
+        assert sorted(used + scheduler._free_rows) == list(range(device.num_rows))
+        assert all(seq.row == -1 for seq in scheduler.waiting)
+        for seq in scheduler.running:
+            row = device.rows[seq.row]
+            assert row.block_table == seq.block_table
+            assert row.num_computed == seq.num_computed_tokens
+            assert row.token_ids[: len(seq.token_ids)] == seq.token_ids
+
+    def _check_progress(self) -> None:
+        """The earliest request advances: no starvation, no livelock."""
+        seq = min(self.engine._unfinished.values(), key=lambda s: int(s.request_id), default=None)
+        if seq is None:
+            self.earliest = (None, (0, 0), 0)
+            return
+        progress = (len(seq.token_ids), seq.num_computed_tokens)
+        last_seq, last_progress, idle = self.earliest
+        idle = idle + 1 if last_seq is seq and progress == last_progress else 0
+        assert idle <= 1, "the earliest request has not advanced for two steps"
+        self.earliest = (seq, progress, idle)

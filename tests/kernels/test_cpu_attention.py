@@ -1,0 +1,75 @@
+"""The CPU's attention against dense attention in float64, with all that must not count finite but absurd."""
+
+import random
+
+import pytest
+import torch
+from paged_cache import PagedCase, dense_attention, make_case
+
+from nanovllm.kernels import cpu_attention
+from nanovllm.kernels.cpu_attention import paged_decode_cpu, paged_prefill_cpu, plan_gather
+
+SHAPES = [  # kv heads, query heads per kv head, head_dim, block size
+    (2, 1, 24, 16),
+    (1, 7, 48, 48),
+    (3, 3, 80, 16),
+    (8, 2, 128, 64),
+    (2, 5, 64, 32),
+]
+SCALE = 0.2
+
+
+def make_finite_case(seed: int, lengths: list[int], shape: tuple[int, ...], dtype: torch.dtype) -> PagedCase:
+    num_kv_heads, _, head_dim, block_size = shape
+    case = make_case(2 * seed, lengths, num_kv_heads, head_dim, block_size, dtype, "cpu")  # even: K apart from V
+    for cache in (case.k_cache, case.v_cache):
+        cache.nan_to_num_(nan=1000.0)
+    return case
+
+
+def assert_is_dense_attention(case: PagedCase, q: torch.Tensor, out: torch.Tensor, starts: list[int]) -> None:
+    """Scores and weights are rounded to the dtype before they are used: an eps of a score is as much of its weight."""
+    for i in range(len(case.seq_lens)):
+        tokens = slice(starts[i], starts[i + 1])
+        expected, bound = dense_attention(q[tokens], case.keys[i], case.values[i], SCALE)
+        largest_score = SCALE * q[tokens].float().norm(dim=-1).max() * case.keys[i].float().norm(dim=-1).max()
+        allowed = (torch.finfo(q.dtype).eps * (2 + largest_score.item()) + 5e-6) * bound
+        error = (out[tokens].double() - expected).abs()
+        assert bool((error <= allowed).all()), f"error is {(error / allowed).max():.3g} of what is allowed"
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("seed", range(len(SHAPES)))
+def test_decode_equals_dense_attention(seed: int, dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch) -> None:
+    rng = random.Random(seed)
+    num_kv_heads, group, head_dim, block_size = SHAPES[seed]
+    monkeypatch.setattr(cpu_attention, "GROUP_BYTES", 3 * 2 * num_kv_heads * block_size * head_dim * dtype.itemsize)
+    lengths = [1, block_size, block_size + 1, *(rng.randint(1, 5 * block_size) for _ in range(6))]
+    case = make_finite_case(seed, lengths, SHAPES[seed], dtype)
+    q = torch.randn(len(lengths), num_kv_heads * group, head_dim).to(dtype)
+    plan = None
+    for _ in range(2):  # the second time over the first one's workspace
+        plan = plan_gather(case.seq_lens, case.rows, case.block_table, case.k_cache, plan)
+        out = torch.full_like(q, float("nan"))
+        paged_decode_cpu(q, case.k_cache, case.v_cache, plan, SCALE, out)
+        assert_is_dense_attention(case, q, out, list(range(len(lengths) + 1)))
+    assert len(plan.groups) > 1
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("seed", range(len(SHAPES)))
+def test_prefill_equals_dense_attention(seed: int, dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch) -> None:
+    rng = random.Random(seed)
+    monkeypatch.setattr(cpu_attention, "QUERY_TILE", 16)
+    num_kv_heads, group, head_dim, _ = SHAPES[seed]
+    chunks = [1, 16, 17, 45]
+    lengths = [chunk + rng.choice([0, 1, 30]) for chunk in chunks]
+    case = make_finite_case(seed, lengths, SHAPES[seed], dtype)
+    q = torch.randn(sum(chunks) + 2, num_kv_heads * group, head_dim).to(dtype)
+    out = torch.full_like(q, float("nan"))
+    starts = [2, 3, 19, 36, 81]  # after two tokens of others
+    query_start = torch.tensor(starts, dtype=torch.int32)
+    cache = (case.k_cache, case.v_cache, case.block_table)
+    paged_prefill_cpu(q, *cache, case.rows, query_start, case.seq_lens, SCALE, out)
+    assert_is_dense_attention(case, q, out, starts)
+    assert bool(out[:2].isnan().all())

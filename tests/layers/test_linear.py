@@ -1,0 +1,141 @@
+"""The layers cut over ranks compute, put together, what the whole layer does."""
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import nn
+
+from nanovllm.layers.embed_head import ParallelLMHead, VocabParallelEmbedding
+from nanovllm.layers.linear import (
+    ColumnParallelLinear,
+    MergedColumnParallelLinear,
+    QKVParallelLinear,
+    RowParallelLinear,
+    TensorParallel,
+)
+
+HIDDEN = 24
+SIZES = [1, 2, 4]
+
+
+def random(*shape: int, seed: int = 0) -> torch.Tensor:
+    return torch.randn(shape, generator=torch.Generator().manual_seed(seed))
+
+
+def load(layer: nn.Module, tensors: dict[str | int | None, torch.Tensor], leaf: str = "weight") -> None:
+    """Give the layer the checkpoint's tensors; what nobody loads stays NaN."""
+    param = getattr(layer, leaf)
+    param.data.fill_(float("nan"))
+    for shard, tensor in tensors.items():
+        layer.load_shard(param, tensor, shard)
+
+
+@pytest.mark.parametrize("size", SIZES)
+def test_columns_of_all_ranks_are_the_whole_output(size: int) -> None:
+    x, weight, bias = random(5, HIDDEN), random(16, HIDDEN, seed=1), random(16, seed=2)
+    parts = []
+    for rank in range(size):
+        layer = ColumnParallelLinear(HIDDEN, 16, TensorParallel(rank, size), bias=True)
+        load(layer, {None: weight})
+        load(layer, {None: bias}, "bias")
+        parts.append(layer(x))
+    torch.testing.assert_close(torch.cat(parts, dim=1), F.linear(x, weight, bias))
+
+
+@pytest.mark.parametrize("size", SIZES)
+def test_partial_sums_of_all_rows_are_the_whole_output_and_hold_the_bias_once(size: int) -> None:
+    x, weight, bias = random(5, HIDDEN), random(16, HIDDEN, seed=1), random(16, seed=2)
+    total = torch.zeros(5, 16)
+    for rank in range(size):
+        layer = RowParallelLinear(HIDDEN, 16, TensorParallel(rank, size), bias=True)
+        load(layer, {None: weight})
+        load(layer, {None: bias}, "bias")
+        share = HIDDEN // size
+        total += layer.matmul(x[:, rank * share : (rank + 1) * share], layer.bias if rank == 0 else None)
+    torch.testing.assert_close(total, F.linear(x, weight, bias), rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.parametrize("size", SIZES)
+def test_merged_columns_keep_each_ranks_gate_beside_its_up(size: int) -> None:
+    x, gate, up = random(5, HIDDEN), random(12, HIDDEN, seed=1), random(12, HIDDEN, seed=2)
+    gates, ups = [], []
+    for rank in range(size):
+        layer = MergedColumnParallelLinear(HIDDEN, [12, 12], TensorParallel(rank, size))
+        load(layer, {1: up, 0: gate})
+        first, second = layer(x).chunk(2, dim=1)
+        gates.append(first)
+        ups.append(second)
+    torch.testing.assert_close(torch.cat(gates, dim=1), F.linear(x, gate))
+    torch.testing.assert_close(torch.cat(ups, dim=1), F.linear(x, up))
+
+
+@pytest.mark.parametrize(("num_heads", "num_kv_heads", "size"), [(4, 2, 1), (4, 2, 2), (8, 4, 4), (8, 2, 4), (4, 1, 4)])
+def test_query_heads_are_cut_and_kv_heads_cut_or_replicated(num_heads: int, num_kv_heads: int, size: int) -> None:
+    head_dim = 6
+    x = random(5, HIDDEN)
+    tensors = {
+        s: random(n * head_dim, HIDDEN, seed=i)
+        for i, (s, n) in enumerate({"q": num_heads, "k": num_kv_heads, "v": num_kv_heads}.items())
+    }
+    whole = {s: F.linear(x, w).view(5, -1, head_dim) for s, w in tensors.items()}
+    for rank in range(size):
+        layer = QKVParallelLinear(HIDDEN, head_dim, num_heads, num_kv_heads, TensorParallel(rank, size))
+        load(layer, tensors)
+        out = layer(x).view(5, -1, head_dim)
+        q, k, v = out.split([layer.num_heads, layer.num_kv_heads, layer.num_kv_heads], dim=1)
+        first = rank * num_heads // size
+        torch.testing.assert_close(q, whole["q"][:, first : first + num_heads // size])
+        # The kv heads that this rank's query heads attend with
+        group = num_heads // num_kv_heads
+        kv = slice(first // group, (first + num_heads // size - 1) // group + 1)
+        torch.testing.assert_close(k, whole["k"][:, kv])
+        torch.testing.assert_close(v, whole["v"][:, kv])
+
+
+@pytest.mark.parametrize("size", SIZES)
+def test_embeddings_and_logits_of_all_ranks_are_the_whole(size: int) -> None:
+    weight, x = random(20, HIDDEN), random(3, HIDDEN, seed=1)
+    ids = torch.tensor([0, 4, 5, 19, 10], dtype=torch.int32)
+    embedded, logits = torch.zeros(5, HIDDEN), []
+    for rank in range(size):
+        tp = TensorParallel(rank, size)
+        embedding, head, tied = (
+            cls(20, HIDDEN, tp) for cls in (VocabParallelEmbedding, ParallelLMHead, ParallelLMHead)
+        )
+        load(embedding, {None: weight})
+        load(head, {None: weight})
+        tied.tie(embedding)
+        embedded += embedding(ids)
+        logits.append(head(x))
+        torch.testing.assert_close(tied(x), logits[-1], rtol=0, atol=0)
+    torch.testing.assert_close(embedded, weight[ids.long()], rtol=0, atol=0)
+    torch.testing.assert_close(torch.cat(logits, dim=1), F.linear(x, weight))
+
+
+def test_what_cannot_be_cut_evenly_is_refused() -> None:
+    with pytest.raises(ValueError, match="out_features=10 cannot be cut into tensor_parallel_size=4 equal parts"):
+        ColumnParallelLinear(8, 10, TensorParallel(0, 4))
+    with pytest.raises(ValueError, match="num_attention_heads=6 cannot be cut"):
+        QKVParallelLinear(8, 4, 6, 2, TensorParallel(0, 4))
+    with pytest.raises(ValueError, match="num_key_value_heads=3 must divide tensor_parallel_size=4"):
+        QKVParallelLinear(8, 4, 12, 3, TensorParallel(0, 4))
+
+
+def test_tensor_of_another_shape_is_refused_with_both_shapes() -> None:
+    layer = ColumnParallelLinear(8, 4, TensorParallel())
+    with pytest.raises(ValueError, match=r"shape \[4, 7\] where the model has \[4, 8\]"):
+        layer.load_shard(layer.weight, torch.zeros(4, 7), None)
+    with pytest.raises(ValueError, match=r"shape \[1\]"):
+        layer.load_shard(layer.weight, torch.zeros(1), None)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_packing_changes_the_layout_and_not_the_layer(dtype: torch.dtype) -> None:
+    layer = ColumnParallelLinear(64, 48, TensorParallel(), bias=True).to(dtype)
+    load(layer, {None: random(48, 64)})
+    load(layer, {None: random(48, seed=1)}, "bias")
+    x = random(7, 64, seed=2).to(dtype)
+    plain = layer(x)
+    layer.pack()
+    tolerance = {torch.float32: 1e-5, torch.bfloat16: 2e-2}[dtype]
+    torch.testing.assert_close(layer(x), plain, rtol=tolerance, atol=tolerance)
