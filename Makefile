@@ -24,7 +24,7 @@ test: lint
 
 # On a machine with a CUDA device, in the Python environment that is active there.
 test-gpu:
-	$(PYTHON) -m pytest -q tests/kernels
+	$(PYTHON) -m pytest -q -n 8 tests/kernels
 	$(PYTHON) -m pytest -q -m gpu
 
 clean:

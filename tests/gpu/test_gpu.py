@@ -169,7 +169,7 @@ class TestGraphs:
         rng.shuffle(lengths)
         params = [SamplingParams(temperature=0.0, max_tokens=n) for n in lengths]
         graphed = make_gpu_llm(path, max_num_seqs=39)
-        assert graphed.engine.runner.graphs.sizes == [1, 2, 4, 8, 16, 32, 39]
+        assert graphed.engine.runner.decode_sizes == [1, 2, 4, 8, 16, 32, 39]
         expected = [Reference(path).greedy(p, n) for p, n in zip(prompts, lengths, strict=True)]
         for _ in range(2):
             assert tokens(graphed, prompts, params) == expected
