@@ -63,7 +63,8 @@ def plan_gather(
     _, num_kv_heads, block_size, head_dim = k_cache.shape
     block_bytes = 2 * num_kv_heads * block_size * head_dim * k_cache.element_size()
     lens, order = seq_lens.sort()
-    num_blocks = (-(-lens // block_size)).tolist()
+    counts = -(-lens // block_size)
+    num_blocks = counts.tolist()
     table = block_table[rows[order]].long()
     heads = torch.arange(num_kv_heads)[:, None]
     groups, first, most = [], 0, 0
@@ -72,7 +73,9 @@ def plan_gather(
         while last < len(num_blocks) and (last + 1 - first) * num_blocks[last] * block_bytes <= GROUP_BYTES:
             last += 1
         width = num_blocks[last - 1]
-        index = (table[first:last, None, :width] * num_kv_heads + heads).flatten()
+        # Past its own blocks a sequence gathers its last one again: another's might hold what is not finite.
+        columns = torch.minimum(torch.arange(width), counts[first:last, None] - 1).long()
+        index = (table[first:last].gather(1, columns)[:, None] * num_kv_heads + heads).flatten()
         inside = torch.arange(width * block_size) < lens[first:last, None]
         mask = torch.where(inside, 0.0, float("-inf"))[:, None, :].repeat_interleave(num_kv_heads, dim=0)
         groups.append(GatherGroup(first, last, index, mask))
