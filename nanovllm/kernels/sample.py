@@ -27,6 +27,7 @@ from nanovllm.kernels.gumbel_noise import (
 from nanovllm.kernels.sample_kernel import sample_triton
 
 CHUNK = 128  # logits
+LIKELY_CHUNKS = 64  # hold the winner in all but odd cases: a flat distribution has some 20 that could
 
 
 @dataclass(slots=True)
@@ -125,14 +126,28 @@ def _draw(x: torch.Tensor, temperature: float, top_k: int, top_p: float, min_p: 
     else:
         # Noise is bounded: what is this far below the top wins only if the top's own noise is below -3 (2 in 10^9).
         floor = top - temperature * (MAX_GUMBEL + 3)
-    if is_truncated or 4 * int((chunk_max >= floor).count_nonzero()) < len(chunk_max):
-        kept = _at_least(x, chunk_max, floor)
-        score = gumbel(noise_bits(spread_index(kept.int()), key_0, key_1)).add_(x[kept].float(), alpha=1 / temperature)
-        best = int(score.argmax())
-        if is_truncated or score[best] > floor / temperature + MAX_GUMBEL:
-            return int(kept[best])
-    spread = spread_indices(len(x), x.device)
-    return _argmax(gumbel(noise_bits(spread, key_0, key_1)).add_(x.float(), alpha=1 / temperature))
+        if 4 * int((chunk_max >= floor).count_nonzero()) > len(chunk_max):
+            return _draw_from_all(x, chunk_max, temperature, key_0, key_1)
+    kept = _at_least(x, chunk_max, floor)
+    score = gumbel(noise_bits(spread_index(kept.int()), key_0, key_1)).add_(x[kept].float(), alpha=1 / temperature)
+    best = int(score.argmax())
+    if not is_truncated and score[best] <= floor / temperature + MAX_GUMBEL:
+        return _draw_from_all(x, chunk_max, temperature, key_0, key_1)
+    return int(kept[best])
+
+
+def _draw_from_all(x: torch.Tensor, chunk_max: torch.Tensor, temperature: float, key_0: int, key_1: int) -> int:
+    """Gumbel-max over `x [vocab]`, all of whose integers are drawn. Logarithms are taken only where one could win."""
+    bits = noise_bits(spread_indices(len(x), x.device), key_0, key_1)
+    # No score of a chunk exceeds that of its best logit with its best noise, which is that of its least bits.
+    bound = gumbel(~_chunk_max(~bits)).add_(chunk_max, alpha=1 / temperature)
+    first = bound.topk(min(LIKELY_CHUNKS + 1, len(bound)))
+    index = _members(first.indices[:LIKELY_CHUNKS].sort().values, len(x))
+    score = gumbel(bits[index]).add_(x[index].float(), alpha=1 / temperature)
+    best = int(score.argmax())
+    if len(bound) <= LIKELY_CHUNKS or score[best] > first.values[-1]:
+        return int(index[best])
+    return _argmax(gumbel(bits).add_(x.float(), alpha=1 / temperature))
 
 
 def _truncate(
@@ -173,8 +188,12 @@ def _chunk_max(x: torch.Tensor) -> torch.Tensor:
 
 def _at_least(x: torch.Tensor, chunk_max: torch.Tensor, floor: float) -> torch.Tensor:
     """The indices, ascending, at which `x [size]` is `floor` or more. Looks only into chunks that have any."""
-    chunk = (chunk_max >= floor).nonzero()
-    index = (chunk * CHUNK + torch.arange(CHUNK, device=x.device)).flatten()
-    if len(index) and index[-1] >= len(x):
-        index = index[: len(x) % CHUNK - CHUNK]
+    index = _members((chunk_max >= floor).nonzero().squeeze(1), len(x))
     return index[x[index].float() >= floor]  # a comparison in bfloat16 would round the floor
+
+
+def _members(chunks: torch.Tensor, size: int) -> torch.Tensor:
+    """The indices below `size` of the elements of `chunks`, which ascend."""
+    index = (chunks.unsqueeze(1) * CHUNK + torch.arange(CHUNK, device=chunks.device)).flatten()
+    is_cut = len(index) > 0 and index[-1] >= size
+    return index[: size % CHUNK - CHUNK] if is_cut else index
