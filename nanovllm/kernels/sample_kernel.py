@@ -22,6 +22,7 @@ from nanovllm.kernels.gumbel_noise import (
     noise_bits_kernel,
     noise_keys_kernel,
 )
+from nanovllm.kernels.sample_threshold import bisect, kth_largest, load_logits, load_tokens, order, reaching
 from nanovllm.kernels.triton_shim import tl, triton
 
 if TYPE_CHECKING:
@@ -143,7 +144,7 @@ def _scan_kernel(
     mass = tl.zeros([TILE], tl.float32)
     for i in range(tiles_each):
         index = (split * tiles_each + i) * TILE + lane
-        score = _load_logits(logits_ptr, index, vocab_size, stop_ids_ptr, stop_ids_strides[1], num_stop_ids)
+        score = load_logits(logits_ptr, index, vocab_size, stop_ids_ptr, stop_ids_strides[1], num_stop_ids)
         if is_truncated:
             largest = tl.maximum(best, score)
             shift = tl.where(largest == float("-inf"), 0.0, largest)
@@ -225,7 +226,7 @@ def _choose_kernel(
         LOWEST: tl.constexpr = (-0x7F800000 >> LOW_BITS) + 1  # above -inf, which is never drawn
         threshold = tl.full([], LOWEST, tl.int32)
         if has_min_p:
-            least = _order(top + temperature * tl.log(min_p))
+            least = order(top + temperature * tl.log(min_p))
             threshold = tl.maximum(threshold, (least + ((1 << LOW_BITS) - 1)) >> LOW_BITS)
 
         # A floor under the threshold from the maxima of groups. For top_p alone how many tokens are needed is a guess.
@@ -238,15 +239,15 @@ def _choose_kernel(
                 mask=group < num_splits * GROUPS,
                 other=float("-inf"),
             )
-            floor = tl.maximum(floor, _kth_largest(_order(group_max) >> LOW_BITS, wanted, LOWEST))
+            floor = tl.maximum(floor, kth_largest(order(group_max) >> LOW_BITS, wanted, LOWEST))
 
         # Collect what reaches the floor.
         collected_ptr = scratch_ptr + (3 + GROUPS) * num_programs + entry * (2 * MAX_CANDIDATES)
         lane = tl.arange(0, TILE)
         num_tokens = tl.full([], 0, tl.int32)
         for start in range(0, vocab_size, TILE):
-            x = _load_logits(logits_ptr, start + lane, vocab_size, stop_ids_ptr, stop_ids_strides[1], num_stop_ids)
-            reaches = (_order(x) >> LOW_BITS >= floor).to(tl.int32)
+            x = load_logits(logits_ptr, start + lane, vocab_size, stop_ids_ptr, stop_ids_strides[1], num_stop_ids)
+            reaches = (order(x) >> LOW_BITS >= floor).to(tl.int32)
             place = num_tokens + tl.cumsum(reaches, axis=0) - 1
             fits = (reaches > 0) & (place < MAX_CANDIDATES)
             tl.store(collected_ptr + place, x, mask=fits)
@@ -261,17 +262,17 @@ def _choose_kernel(
 
         masses = tl.load(scratch_ptr + 2 * num_programs + program, mask=inside, other=0.0)
         total = tl.sum(tl.where(masses > 0, masses * tl.exp2((scores - top) * to_exponent), 0.0), axis=0)
-        count, mass = _reaching(floor, source, num_tokens, is_collected, LOW_BITS, MAX_CANDIDATES, TILE)
-        highest = (_order(top) >> LOW_BITS) + 1
+        count, mass = reaching(floor, source, num_tokens, is_collected, LOW_BITS, MAX_CANDIDATES, TILE)
+        highest = (order(top) >> LOW_BITS) + 1
         if has_top_k:
             if count > top_k:
-                threshold = _bisect(
+                threshold = bisect(
                     floor, highest, count, top_k, 0.0, source, num_tokens, is_collected,
                     False, LOW_BITS, MAX_CANDIDATES, TILE,
                 )  # fmt: skip
             else:
                 threshold = floor
-            count, total = _reaching(threshold, source, num_tokens, is_collected, LOW_BITS, MAX_CANDIDATES, TILE)
+            count, total = reaching(threshold, source, num_tokens, is_collected, LOW_BITS, MAX_CANDIDATES, TILE)
         elif has_min_p:
             total = mass
         if has_top_p:
@@ -281,7 +282,7 @@ def _choose_kernel(
                 num_tokens = vocab_size
                 low = threshold
                 count = vocab_size
-            threshold = _bisect(
+            threshold = bisect(
                 low, highest, count, 0, total * top_p, source, num_tokens, is_collected,
                 True, LOW_BITS, MAX_CANDIDATES, TILE,
             )  # fmt: skip
@@ -289,9 +290,9 @@ def _choose_kernel(
         best = tl.full([TILE], float("-inf"), tl.float32)
         best_index = tl.full([TILE], 0x7FFFFFFF, tl.int32)
         for start in range(0, num_tokens, TILE):
-            x, index = _load_tokens(start + lane, source, num_tokens, is_collected, MAX_CANDIDATES)
+            x, index = load_tokens(start + lane, source, num_tokens, is_collected, MAX_CANDIDATES)
             score = x * inverse_temperature + gumbel_kernel(noise_bits_kernel(index, key_0, key_1))
-            score = tl.where(_order(x) >> LOW_BITS >= threshold, score, float("-inf"))
+            score = tl.where(order(x) >> LOW_BITS >= threshold, score, float("-inf"))
             is_better = score > best
             best_index = tl.where(is_better, index, best_index)
             best = tl.where(is_better, score, best)
@@ -333,93 +334,3 @@ def _count_stop_ids(
     place = tl.arange(0, TILE_STOP_IDS)
     stop_ids = tl.load(stop_ids_ptr + place * stop_ids_stride, mask=place < NUM_STOP_IDS, other=-1)
     return tl.where(position < min_len, tl.max(tl.where(stop_ids >= 0, place + 1, 0), axis=0), 0)
-
-
-@triton.jit
-def _load_logits(logits_ptr, index, vocab_size, stop_ids_ptr, stop_ids_stride, num_stop_ids):
-    """float32 logits; -inf for NaN, for masked stop ids, and past the vocabulary."""
-    x = tl.load(logits_ptr + index, mask=index < vocab_size, other=float("-inf")).to(tl.float32)
-    x = tl.where(x == x, x, float("-inf"))
-    for i in range(num_stop_ids):
-        x = tl.where(index == tl.load(stop_ids_ptr + i * stop_ids_stride), float("-inf"), x)
-    return x
-
-
-@triton.jit
-def _load_tokens(place, source, num_tokens, is_collected, MAX_CANDIDATES: tl.constexpr):
-    """Logits and indices of the collected tokens, or of the whole vocabulary."""
-    logits_ptr, vocab_size, stop_ids_ptr, stop_ids_stride, num_stop_ids, collected_ptr, top, to_exponent = source
-    if is_collected:
-        inside = place < num_tokens
-        x = tl.load(collected_ptr + place, mask=inside, other=float("-inf"))
-        index = tl.load(collected_ptr + MAX_CANDIDATES + place, mask=inside, other=0.0).to(tl.int32, bitcast=True)
-    else:
-        x = _load_logits(logits_ptr, place, vocab_size, stop_ids_ptr, stop_ids_stride, num_stop_ids)
-        index = place
-    return x, index
-
-
-@triton.jit
-def _order(x):
-    """int32 in the order of the float32 x, -0 and 0 equal; as many low bits are 0 as in x."""
-    bits = x.to(tl.int32, bitcast=True)
-    return tl.where(bits < 0, -(bits & 0x7FFFFFFF), bits)
-
-
-@triton.jit
-def _middle(low, high):
-    return (low.to(tl.int64) + (high.to(tl.int64) - low) // 2).to(tl.int32)
-
-
-@triton.jit
-def _kth_largest(orders, k, LOWEST: tl.constexpr):
-    """A lower bound of the k-th largest that at most 2 k reach, or the k-th largest itself."""
-    low = tl.full([], LOWEST, tl.int32)
-    high = tl.max(orders, axis=0) + 1
-    while high > low + 1:
-        middle = _middle(low, high)
-        count = tl.sum((orders >= middle).to(tl.int32), axis=0)
-        low = tl.where(count >= k, middle, low)
-        high = tl.where(count < k, middle, tl.where(count <= 2 * k, low + 1, high))
-    return low
-
-
-@triton.jit
-def _reaching(
-    threshold, source, num_tokens, is_collected,
-    LOW_BITS: tl.constexpr, MAX_CANDIDATES: tl.constexpr, TILE: tl.constexpr,
-):  # fmt: skip
-    """How many tokens reach the threshold, and their mass, in which the likeliest token weighs 1."""
-    logits_ptr, vocab_size, stop_ids_ptr, stop_ids_stride, num_stop_ids, collected_ptr, top, to_exponent = source
-    lane = tl.arange(0, TILE)
-    count = tl.zeros([TILE], tl.int32)
-    mass = tl.zeros([TILE], tl.float32)
-    for start in range(0, num_tokens, TILE):
-        x, index = _load_tokens(start + lane, source, num_tokens, is_collected, MAX_CANDIDATES)
-        reaches = _order(x) >> LOW_BITS >= threshold
-        count += reaches.to(tl.int32)
-        mass += tl.where(reaches, tl.exp2((x - top) * to_exponent), 0.0)
-    return tl.sum(count, axis=0), tl.sum(mass, axis=0)
-
-
-@triton.jit
-def _bisect(
-    low, high, count_low, wanted_count, wanted_mass, source, num_tokens, is_collected,
-    BY_MASS: tl.constexpr, LOW_BITS: tl.constexpr, MAX_CANDIDATES: tl.constexpr, TILE: tl.constexpr,
-):  # fmt: skip
-    """The highest threshold that still as many tokens, or as much mass, reach as wanted. `low` is reached by enough."""
-    count_high = tl.full([], 0, tl.int32)
-    while (high > low + 1) & (count_low > count_high + 1):
-        middle = _middle(low, high)
-        count, mass = _reaching(middle, source, num_tokens, is_collected, LOW_BITS, MAX_CANDIDATES, TILE)
-        if BY_MASS:
-            is_enough = mass >= wanted_mass
-        else:
-            is_enough = count >= wanted_count
-        low = tl.where(is_enough, middle, low)
-        count_low = tl.where(is_enough, count, count_low)
-        high = tl.where(is_enough, high, middle)
-        count_high = tl.where(is_enough, count_high, count)
-        if not BY_MASS:
-            high = tl.where(count_low == wanted_count, low + 1, high)
-    return low

@@ -1,0 +1,97 @@
+"""Which logits of a row a truncation keeps: everything from a threshold on, found by bisection instead of a sort.
+
+A threshold is an integer of the same order as float32 logits, shortened to the bits that the logits' dtype has, so a
+bisection ends after at most 16 or 32 passes over the tokens in question, and ends exactly. For `sample_kernel.py`.
+"""
+
+from nanovllm.kernels.triton_shim import tl, triton
+
+
+@triton.jit
+def load_logits(logits_ptr, index, vocab_size, stop_ids_ptr, stop_ids_stride, num_stop_ids):
+    """float32 logits; -inf for NaN, for masked stop ids, and past the vocabulary."""
+    x = tl.load(logits_ptr + index, mask=index < vocab_size, other=float("-inf")).to(tl.float32)
+    x = tl.where(x == x, x, float("-inf"))
+    for i in range(num_stop_ids):
+        x = tl.where(index == tl.load(stop_ids_ptr + i * stop_ids_stride), float("-inf"), x)
+    return x
+
+
+@triton.jit
+def load_tokens(place, source, num_tokens, is_collected, MAX_CANDIDATES: tl.constexpr):
+    """Logits and indices of the collected tokens, or of the whole vocabulary."""
+    logits_ptr, vocab_size, stop_ids_ptr, stop_ids_stride, num_stop_ids, collected_ptr, top, to_exponent = source
+    if is_collected:
+        inside = place < num_tokens
+        x = tl.load(collected_ptr + place, mask=inside, other=float("-inf"))
+        index = tl.load(collected_ptr + MAX_CANDIDATES + place, mask=inside, other=0.0).to(tl.int32, bitcast=True)
+    else:
+        x = load_logits(logits_ptr, place, vocab_size, stop_ids_ptr, stop_ids_stride, num_stop_ids)
+        index = place
+    return x, index
+
+
+@triton.jit
+def order(x):
+    """int32 in the order of the float32 x, -0 and 0 equal; as many low bits are 0 as in x."""
+    bits = x.to(tl.int32, bitcast=True)
+    return tl.where(bits < 0, -(bits & 0x7FFFFFFF), bits)
+
+
+@triton.jit
+def _middle(low, high):
+    return (low.to(tl.int64) + (high.to(tl.int64) - low) // 2).to(tl.int32)
+
+
+@triton.jit
+def kth_largest(orders, k, LOWEST: tl.constexpr):
+    """A lower bound of the k-th largest that at most 2 k reach, or the k-th largest itself."""
+    low = tl.full([], LOWEST, tl.int32)
+    high = tl.max(orders, axis=0) + 1
+    while high > low + 1:
+        middle = _middle(low, high)
+        count = tl.sum((orders >= middle).to(tl.int32), axis=0)
+        low = tl.where(count >= k, middle, low)
+        high = tl.where(count < k, middle, tl.where(count <= 2 * k, low + 1, high))
+    return low
+
+
+@triton.jit
+def reaching(
+    threshold, source, num_tokens, is_collected,
+    LOW_BITS: tl.constexpr, MAX_CANDIDATES: tl.constexpr, TILE: tl.constexpr,
+):  # fmt: skip
+    """How many tokens reach the threshold, and their mass, in which the likeliest token weighs 1."""
+    logits_ptr, vocab_size, stop_ids_ptr, stop_ids_stride, num_stop_ids, collected_ptr, top, to_exponent = source
+    lane = tl.arange(0, TILE)
+    count = tl.zeros([TILE], tl.int32)
+    mass = tl.zeros([TILE], tl.float32)
+    for start in range(0, num_tokens, TILE):
+        x, index = load_tokens(start + lane, source, num_tokens, is_collected, MAX_CANDIDATES)
+        reaches = order(x) >> LOW_BITS >= threshold
+        count += reaches.to(tl.int32)
+        mass += tl.where(reaches, tl.exp2((x - top) * to_exponent), 0.0)
+    return tl.sum(count, axis=0), tl.sum(mass, axis=0)
+
+
+@triton.jit
+def bisect(
+    low, high, count_low, wanted_count, wanted_mass, source, num_tokens, is_collected,
+    BY_MASS: tl.constexpr, LOW_BITS: tl.constexpr, MAX_CANDIDATES: tl.constexpr, TILE: tl.constexpr,
+):  # fmt: skip
+    """The highest threshold that still as many tokens, or as much mass, reach as wanted. `low` is reached by enough."""
+    count_high = tl.full([], 0, tl.int32)
+    while (high > low + 1) & (count_low > count_high + 1):
+        middle = _middle(low, high)
+        count, mass = reaching(middle, source, num_tokens, is_collected, LOW_BITS, MAX_CANDIDATES, TILE)
+        if BY_MASS:
+            is_enough = mass >= wanted_mass
+        else:
+            is_enough = count >= wanted_count
+        low = tl.where(is_enough, middle, low)
+        count_low = tl.where(is_enough, count, count_low)
+        high = tl.where(is_enough, high, middle)
+        count_high = tl.where(is_enough, count_high, count)
+        if not BY_MASS:
+            high = tl.where(count_low == wanted_count, low + 1, high)
+    return low
