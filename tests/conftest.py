@@ -7,16 +7,18 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+if not torch.cuda.is_available():
+    # Kernels then run in Triton's interpreter, which it must know before a test imports the first one.
+    os.environ["TRITON_INTERPRET"] = "1"
 
 
 @pytest.fixture(scope="session", autouse=True)
 def one_thread_per_worker() -> None:
     """Workers that each start a thread per core slow one another down, and sums then depend on their number."""
-    import torch
-
     torch.set_num_threads(1)
 
 
