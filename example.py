@@ -13,7 +13,7 @@ PROMPTS = [  # the demo model has read the standard library, and little else
     "class Stack:\n",
     "def read_lines(path):\n",
     "import os\nimport sys\n\n",
-    "for key, value in ",
+    'if __name__ == "__main__":\n',
 ]
 
 
