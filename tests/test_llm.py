@@ -446,6 +446,15 @@ class TestSpeech:
         tokens(llm, PROMPTS)
         assert before.num_steps == 0 < llm.stats().num_steps
 
+    def test_counters_go_on_after_a_failure(self, llm: LLM) -> None:
+        tokens(llm, PROMPTS)
+        before = llm.stats()
+        Interrupt(llm.engine.runner, "launch", 2, RuntimeError("device lost"))
+        with pytest.raises(RuntimeError):
+            tokens(llm, PROMPTS)
+        assert llm.stats().prefix_queries > before.prefix_queries > 0
+        assert llm.stats().num_steps > before.num_steps
+
 
 class TestImport:
     def test_loads_neither_torch_nor_transformers(self) -> None:
