@@ -11,9 +11,9 @@ from nanovllm import LLM, SamplingParams, demo_model
 
 PROMPTS = [  # the demo model has read the standard library, and little else
     "class Stack:\n",
-    "def read_lines(path):\n",
+    "def connect(host, port):\n",
+    "def load(file):\n",
     "import os\nimport sys\n\n",
-    'if __name__ == "__main__":\n',
 ]
 
 

@@ -1,11 +1,21 @@
-"""The small trained model that ships with the package."""
+"""The small trained model that ships with the package, so that a fresh clone generates text with no download."""
 
 from pathlib import Path
 
+DIRECTORY = Path(__file__).parent / "assets" / "demo"
+FILES = ("config.json", "generation_config.json", "model.safetensors", "tokenizer.json", "tokenizer_config.json")
+
 
 def demo_model() -> str:
-    """The directory of the demo model. Raises FileNotFoundError if the package's data are missing."""
-    path = Path(__file__).parent / "assets" / "demo"
-    if not (path / "config.json").is_file():
-        raise FileNotFoundError(f"the demo model is missing: no config.json in {path}")
-    return str(path)
+    """The directory of the demo model, in the Hugging Face layout: for `LLM(demo_model())` or transformers.
+
+    Raises:
+        FileNotFoundError: naming the files which this installation lacks.
+    """
+    missing = [name for name in FILES if not (DIRECTORY / name).is_file()]
+    if missing:
+        raise FileNotFoundError(
+            f"the demo model in {DIRECTORY} lacks {', '.join(missing)}: install nano-vllm with its package data, "
+            "or make the model anew with tools/train_demo_model.py"
+        )
+    return str(DIRECTORY)

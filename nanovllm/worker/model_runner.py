@@ -5,6 +5,8 @@ before it left its tokens, so the host is on the path of no token.
 """
 
 import logging
+import math
+import mmap
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -188,7 +190,7 @@ class ModelRunner:
         max_tokens = self.config.max_num_batched_tokens
         # [layers, K and V, blocks, kv_heads, block_size, head_dim]: one block of one head is contiguous.
         shape = (len(self.attention_layers), 2, num_blocks, layer.num_kv_heads, self.block_size, layer.head_dim)
-        self.kv_cache = torch.zeros(shape, dtype=self.dtype, device=self.device)
+        self.kv_cache = zeros_on_demand(shape, self.dtype, self.device)
         for attention, (k_cache, v_cache) in zip(self.attention_layers, self.kv_cache, strict=True):
             attention.k_cache, attention.v_cache = k_cache, v_cache
         max_blocks = -(-self.max_model_len // self.block_size)
@@ -232,6 +234,14 @@ class ModelRunner:
         graphs = DecodeGraphs()
         graphs.capture(self._run_decodes, self.decode_sizes[-1:])
         return free - torch.cuda.mem_get_info()[0]
+
+
+def zeros_on_demand(shape: tuple[int, ...], dtype: torch.dtype, device: str) -> torch.Tensor:
+    """Zeros. On a CPU a page of them costs neither memory nor time before it is first written."""
+    if device != "cpu":
+        return torch.zeros(shape, dtype=dtype, device=device)
+    pages = mmap.mmap(-1, math.prod(shape) * dtype.itemsize)
+    return torch.frombuffer(pages, dtype=dtype).view(shape)
 
 
 def resolve_device(device: str) -> str:
