@@ -72,17 +72,19 @@ def qk_norm_rope_store_reference(
     v = v.unflatten(1, (num_kv_heads, head_dim))
     # A copy even of float32, for it is changed in place: fresh temporaries would cost more than the arithmetic.
     x = qk.unflatten(1, (num_qk, head_dim)).to(torch.float32, copy=True)
-    for weight, heads in ((q_weight, x[:, :num_heads]), (k_weight, x[:, num_heads:])):
-        if weight is not None:
-            heads.mul_(heads.square().mean(-1, keepdim=True).add_(eps).rsqrt_()).mul_(weight)
+    if q_weight is not None or k_weight is not None:
+        scale = x.square().mean(-1, keepdim=True).add_(eps).rsqrt_()
+        for weight, heads in ((q_weight, slice(0, num_heads)), (k_weight, slice(num_heads, None))):
+            if weight is not None:
+                x[:, heads].mul_(scale[:, heads]).mul_(weight)
     half = cos_sin.shape[1] // 2
-    cos, sin = cos_sin[positions].unsqueeze(1).chunk(2, dim=-1)  # [tokens, 1, half]
+    cos, sin = cos_sin.index_select(0, positions).unsqueeze(1).split(half, dim=-1)  # [tokens, 1, half]
     first, second = x[..., :half], x[..., half : 2 * half]
     turned = first * sin
     first.mul_(cos).addcmul_(second, sin, value=-1)
     second.mul_(cos).add_(turned)
     q, k = x.to(qkv.dtype).split([num_heads, num_kv_heads], dim=1)
-    if bool((slot_mapping < 0).any()):
+    if len(slot_mapping) and slot_mapping.min() < 0:
         stored = slot_mapping >= 0
         slot_mapping, k, v = slot_mapping[stored], k[stored], v[stored]
     block, offset = slot_mapping // block_size, slot_mapping % block_size
