@@ -17,7 +17,7 @@ class Config:
         model: a local directory in the Hugging Face layout, or a hub id.
         tokenizer: directory or hub id of the tokenizer, if not the model's.
         skip_tokenizer_init: run on token ids alone; outputs carry no text.
-        trust_remote_code: let `transformers` run code that comes with the model's config or tokenizer.
+        trust_remote_code: let `transformers` run code that comes with the model's tokenizer.
         revision: branch, tag or commit on the hub.
         dtype: of weights, activations and cache; "auto" is the checkpoint's.
         device: "auto" is CUDA where there is one.

@@ -44,14 +44,13 @@ class LLMEngine:
     """Requests in, finished sequences out. Not thread-safe: one caller at a time."""
 
     def __init__(self, config: Config) -> None:
-        from nanovllm.models import model_class
         from nanovllm.models.loader import load_eos_token_ids, load_hf_config, resolve_model_path
         from nanovllm.worker.model_runner import MAX_STEPS_IN_FLIGHT, ModelRunner
 
         self.config = config
         self.model_path = resolve_model_path(config.model, config.revision)
-        hf_config = load_hf_config(self.model_path, config.trust_remote_code)
-        self.runner = ModelRunner(config, hf_config, model_class(hf_config), self.model_path)
+        hf_config, model_class = load_hf_config(self.model_path)
+        self.runner = ModelRunner(config, hf_config, model_class, self.model_path)
         self.eos_token_ids = load_eos_token_ids(self.model_path, hf_config)
         self.vocab_size: int = hf_config.vocab_size
         self.max_model_len = self.runner.max_model_len

@@ -16,7 +16,7 @@ class Qwen3Attention(nn.Module):
     def __init__(self, config: Any, tp: TensorParallel) -> None:
         super().__init__()
         hidden_size, num_heads, bias = config.hidden_size, config.num_attention_heads, config.attention_bias
-        head_dim = getattr(config, "head_dim", None) or hidden_size // num_heads
+        head_dim = config.head_dim
         self.qkv_proj = QKVParallelLinear(hidden_size, head_dim, num_heads, config.num_key_value_heads, tp, bias)
         self.o_proj = RowParallelLinear(num_heads * head_dim, hidden_size, tp, bias)
         self.q_norm = RMSNorm(head_dim, config.rms_norm_eps)
@@ -74,6 +74,23 @@ class Qwen3Model(nn.Module):
 class Qwen3ForCausalLM(nn.Module):
     """`forward` gives hidden states `[tokens, hidden_size]`; `compute_logits`, `[n, vocab_size]` of those it gets."""
 
+    required_config = [
+        "vocab_size",
+        "hidden_size",
+        "intermediate_size",
+        "num_hidden_layers",
+        "num_attention_heads",
+        "num_key_value_heads",
+    ]
+    default_config = {  # of transformers' Qwen3Config, for keys that a config.json leaves out
+        "head_dim": 128,
+        "hidden_act": "silu",
+        "rms_norm_eps": 1e-6,
+        "attention_bias": False,
+        "tie_word_embeddings": False,
+        "max_position_embeddings": 32768,
+        "use_sliding_window": False,
+    }
     # Parameters that hold several of the checkpoint's tensors: name -> (the tensor's name, its shard)
     packed_modules = {
         "qkv_proj": [("q_proj", "q"), ("k_proj", "k"), ("v_proj", "v")],
@@ -82,6 +99,8 @@ class Qwen3ForCausalLM(nn.Module):
 
     def __init__(self, config: Any, tp: TensorParallel) -> None:
         super().__init__()
+        if config.use_sliding_window:
+            raise ValueError("use_sliding_window=True in config.json is not supported: attention here is full")
         self.model = Qwen3Model(config, tp)
         self.lm_head = ParallelLMHead(config.vocab_size, config.hidden_size, tp)
         if config.tie_word_embeddings:

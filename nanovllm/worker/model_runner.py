@@ -256,8 +256,10 @@ def resolve_dtype(dtype: str, hf_config: Any) -> torch.dtype:
     """ "auto" is what the checkpoint was saved in, or float32 if it does not say."""
     if dtype != "auto":
         return getattr(torch, dtype)
-    saved = getattr(hf_config, "dtype", None) or torch.float32
-    return getattr(torch, saved) if isinstance(saved, str) else saved
+    saved = getattr(hf_config, "dtype", None) or getattr(hf_config, "torch_dtype", None) or "float32"
+    if saved not in ("bfloat16", "float16", "float32"):
+        raise ValueError(f"dtype={saved!r} in config.json is not supported; give LLM a dtype")
+    return getattr(torch, saved)
 
 
 def resolve_max_model_len(config: Config, hf_config: Any) -> int:

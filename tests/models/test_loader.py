@@ -97,11 +97,6 @@ def test_unknown_architecture_is_answered_with_those_there_are(
     assert "architectures=" in message and "Qwen3ForCausalLM" in message
 
 
-def test_unknown_model_type_is_a_value_error(model_dir: Path, make_llm: Callable[..., LLM]) -> None:
-    edit_config(model_dir, model_type="no_such_type", architectures=["NoSuchModel"])
-    assert "no_such_type" in load_error(model_dir, ValueError, make_llm)
-
-
 def test_unknown_activation_is_named(model_dir: Path, make_llm: Callable[..., LLM]) -> None:
     edit_config(model_dir, hidden_act="gelu")
     assert "hidden_act='gelu' must be 'silu'" in load_error(model_dir, ValueError, make_llm)
@@ -272,3 +267,31 @@ def test_damaged_generation_config_is_named(model_dir: Path, make_llm: Callable[
     (model_dir / "generation_config.json").write_text("{")
     with pytest.raises((OSError, ValueError), match="generation_config.json"):
         make_llm(model_dir)
+
+
+def test_defaults_of_a_config_are_those_of_transformers() -> None:
+    from transformers import Qwen3Config
+
+    from nanovllm.models.qwen3 import Qwen3ForCausalLM
+
+    defaults = Qwen3Config().to_dict()
+    assert Qwen3ForCausalLM.default_config == {key: defaults[key] for key in Qwen3ForCausalLM.default_config}
+
+
+@pytest.mark.parametrize(
+    ("change", "named"),
+    [
+        ({"hidden_size": None}, "hidden_size"),
+        ({"use_sliding_window": True}, "use_sliding_window"),
+        ({"dtype": "float8_e4m3fn"}, "float8_e4m3fn"),
+        ({"hidden_act": "gelu"}, "gelu"),
+    ],
+)
+def test_config_that_is_not_for_this_engine_is_refused_by_name(
+    tmp_path: Path, change: dict[str, Any], named: str
+) -> None:
+    save_checkpoint(tmp_path, {})
+    config = json.loads((tmp_path / "config.json").read_text())
+    (tmp_path / "config.json").write_text(json.dumps({**config, **change}))
+    with pytest.raises(ValueError, match=named):
+        LLM(str(tmp_path), device="cpu", skip_tokenizer_init=True)
