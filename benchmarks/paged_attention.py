@@ -1,6 +1,6 @@
 """Paged attention on this GPU, against its read bandwidth and matmul rate: where the kernels' constants come from.
 
-    python benchmarks/paged_attention.py [--quick]
+    python -m benchmarks.paged_attention [--quick]
 
 Decode is timed on the length mix of the headline workload (256 requests, prompts and outputs uniform in 100..1024) at
 four of its steps, on long contexts, and on a few short streams; prefill on whole prompts. One line per set of launch
