@@ -68,10 +68,7 @@ class Scheduler:
 
     def _continue_decodes(self, step: ScheduledStep) -> None:
         """One token for each running sequence whose prompt is done, preempting from the end when blocks run out."""
-        i = 0
-        while i < len(self.running):
-            seq = self.running[i]
-            i += 1
+        for seq in self.running:  # a preemption takes its victim from the end, at or past the loop's place
             if seq.num_tokens - seq.num_computed_tokens != 1 or seq.num_tokens >= seq.max_len:
                 continue  # its prompt is under way, or its last token is in flight
             num_held = len(seq.block_table)

@@ -2,21 +2,19 @@
 
 import torch
 import torch.nn.functional as F
-from torch import nn
 
 from nanovllm.kernels.packed_linear import pack_weight, packed_rows
-from nanovllm.layers.linear import Linear, TensorParallel, copy_exactly, slice_for_rank
+from nanovllm.layers.linear import ColumnParallelLinear, TensorParallel
 
 
-class VocabParallelEmbedding(Linear):
+class VocabParallelEmbedding(ColumnParallelLinear):
     """Each rank keeps the vectors of a slice of the vocabulary, and contributes zeros for other tokens.
 
     The weight is also a matrix: that of a tied output projection, `[vocab_size / ranks, hidden_size]`.
     """
 
     def __init__(self, vocab_size: int, hidden_size: int, tp: TensorParallel) -> None:
-        super().__init__(hidden_size, tp.split(vocab_size, "vocab_size"))
-        self.tp = tp
+        super().__init__(hidden_size, vocab_size, tp)
         self.vocab_share = vocab_size // tp.size
 
     def forward(self, input_ids: torch.Tensor) -> torch.Tensor:
@@ -27,10 +25,6 @@ class VocabParallelEmbedding(Linear):
         is_mine = (local >= 0) & (local < self.vocab_share)
         embedded = self._look_up(torch.where(is_mine, local, 0))
         return self.tp.all_reduce(embedded.masked_fill_(~is_mine.unsqueeze(1), 0))
-
-    def load_shard(self, param: nn.Parameter, loaded: torch.Tensor, shard: str | int | None) -> None:
-        """Copy this rank's rows. Raises ValueError on a wrong shape."""
-        copy_exactly(param, slice_for_rank(loaded, 0, self.tp.rank, self.tp.size))
 
     def pack(self) -> None:
         """Nothing: rows are read from the plain weight, unless it is also the head's."""
@@ -45,12 +39,11 @@ class VocabParallelEmbedding(Linear):
         return F.embedding(ids, self.weight) if self.packed is None else packed_rows(self.packed, ids)
 
 
-class ParallelLMHead(Linear):
+class ParallelLMHead(ColumnParallelLinear):
     """The output projection. When tied, it has no weight of its own but uses the embedding's."""
 
     def __init__(self, vocab_size: int, hidden_size: int, tp: TensorParallel) -> None:
-        super().__init__(hidden_size, tp.split(vocab_size, "vocab_size"))
-        self.tp = tp
+        super().__init__(hidden_size, vocab_size, tp)
         self._tied_to: list[VocabParallelEmbedding] = []  # in a list, for a submodule would own its weight
 
     @property
@@ -71,7 +64,3 @@ class ParallelLMHead(Linear):
             self._tied_to[0].pack_for_head()
         else:
             super().pack()
-
-    def load_shard(self, param: nn.Parameter, loaded: torch.Tensor, shard: str | int | None) -> None:
-        """Copy this rank's rows. Raises ValueError on a wrong shape."""
-        copy_exactly(param, slice_for_rank(loaded, 0, self.tp.rank, self.tp.size))

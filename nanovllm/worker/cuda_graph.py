@@ -15,7 +15,7 @@ import torch
 
 
 def batch_sizes(largest: int) -> list[int]:
-    """The sizes worth a graph: a batch is padded by less than a tenth, or by less than 16."""
+    """The sizes worth a graph: a batch is padded by less than 16, or by less than an eighth."""
     sizes = {1, 2, 4, 8, *range(16, 257, 16), *range(288, largest, 32), largest}
     return sorted(size for size in sizes if size <= largest)
 
