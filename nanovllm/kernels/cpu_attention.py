@@ -17,6 +17,7 @@ Slots past the end of a sequence are multiplied too, by a weight of zero, so wha
 from dataclasses import dataclass
 
 import torch
+import torch.nn.functional as F
 
 from nanovllm.kernels.paged_kv import gather_kv
 
@@ -29,21 +30,22 @@ class GatherGroup:
     """Sequences `first` to `last` of a step sorted by length.
 
     `index [seqs * kv_heads * blocks]` picks (block, head) tiles of the cache; `mask [seqs * kv_heads, 1, tokens]`
-    float32 is 0 within a sequence and -inf past its end.
+    float32 is 0 within a sequence and -inf past its end, or None if all have `length` tokens.
     """
 
     first: int
     last: int
     index: torch.Tensor
-    mask: torch.Tensor
+    length: int
+    mask: torch.Tensor | None
 
 
 @dataclass(slots=True)
 class GatherPlan:
     """Which blocks a decode step gathers, group by group: made once a step, used by every layer."""
 
-    order: torch.Tensor  # [seqs] int64, by length
-    inverse: torch.Tensor  # [seqs] int64
+    order: torch.Tensor | None  # [seqs] int64, by length; None when they are in that order
+    inverse: torch.Tensor | None  # [seqs] int64
     groups: list[GatherGroup]
     workspace: torch.Tensor  # [2, elements]
 
@@ -62,10 +64,13 @@ def plan_gather(
     """
     _, num_kv_heads, block_size, head_dim = k_cache.shape
     block_bytes = 2 * num_kv_heads * block_size * head_dim * k_cache.element_size()
-    lens, order = seq_lens.sort()
-    counts = -(-lens // block_size)
-    num_blocks = counts.tolist()
-    table = block_table[rows[order]].long()
+    order = inverse = None
+    if len(seq_lens) > 1:
+        seq_lens, order = seq_lens.sort()
+        rows, inverse = rows[order], order.argsort()
+    counts = -(-seq_lens // block_size)
+    num_blocks, lengths = counts.tolist(), seq_lens.tolist()
+    table = block_table[rows].long()
     heads = torch.arange(num_kv_heads)[:, None]
     groups, first, most = [], 0, 0
     while first < len(num_blocks):
@@ -76,15 +81,17 @@ def plan_gather(
         # Past its own blocks a sequence gathers its last one again: another's might hold what is not finite.
         columns = torch.minimum(torch.arange(width), counts[first:last, None] - 1).long()
         index = (table[first:last].gather(1, columns)[:, None] * num_kv_heads + heads).flatten()
-        inside = torch.arange(width * block_size) < lens[first:last, None]
-        mask = torch.where(inside, 0.0, float("-inf"))[:, None, :].repeat_interleave(num_kv_heads, dim=0)
-        groups.append(GatherGroup(first, last, index, mask))
+        mask = None
+        if lengths[first] < lengths[last - 1]:
+            inside = torch.arange(width * block_size) < seq_lens[first:last, None]
+            mask = torch.where(inside, 0.0, float("-inf"))[:, None, :].repeat_interleave(num_kv_heads, dim=0)
+        groups.append(GatherGroup(first, last, index, lengths[last - 1], mask))
         most = max(most, index.numel() * block_size * head_dim)
         first = last
     workspace = previous.workspace if previous is not None else k_cache.new_empty(2, 0)
     if workspace.shape[1] < most:
         workspace = k_cache.new_empty(2, most + most // 4)
-    return GatherPlan(order, order.argsort(), groups, workspace)
+    return GatherPlan(order, inverse, groups, workspace)
 
 
 def paged_decode_cpu(
@@ -100,18 +107,24 @@ def paged_decode_cpu(
     num_blocks, num_kv_heads, block_size, _ = k_cache.shape
     tile = block_size * head_dim
     keys, values = k_cache.view(num_blocks * num_kv_heads, tile), v_cache.view(num_blocks * num_kv_heads, tile)
-    grouped = q.index_select(0, plan.order).view(num_seqs * num_kv_heads, num_heads // num_kv_heads, head_dim)
-    result = torch.empty_like(grouped)
+    shape = (num_seqs * num_kv_heads, num_heads // num_kv_heads, head_dim)
+    grouped = (q if plan.order is None else q.index_select(0, plan.order)).reshape(shape)
+    result = torch.empty_like(grouped) if plan.order is not None else out.view(shape)
     for group in plan.groups:
         n, part = group.index.numel(), slice(group.first * num_kv_heads, group.last * num_kv_heads)
         k, v = plan.workspace[:, : n * tile].view(2, n, tile)
         torch.index_select(keys, 0, group.index, out=k)
         torch.index_select(values, 0, group.index, out=v)
         batch = (part.stop - part.start, -1, head_dim)
+        if group.mask is None:  # few sequences: fewer operations count for more
+            k, v = k.view(batch)[None, :, : group.length], v.view(batch)[None, :, : group.length]
+            result[part] = F.scaled_dot_product_attention(grouped[None, part], k, v, scale=scale)[0]
+            continue
         scores = torch.bmm(grouped[part], k.view(batch).transpose(1, 2))  # [seqs * kv_heads, group, tokens]
         weights = torch.softmax(torch.add(group.mask, scores, alpha=scale), dim=-1).to(q.dtype)
         torch.bmm(weights, v.view(batch), out=result[part])
-    torch.index_select(result.view(num_seqs, num_heads, head_dim), 0, plan.inverse, out=out)
+    if plan.inverse is not None:
+        torch.index_select(result.view(num_seqs, num_heads, head_dim), 0, plan.inverse, out=out)
 
 
 def paged_prefill_cpu(

@@ -68,13 +68,10 @@ def pack_weight(weight: Tensor) -> PackedWeight | None:
 
 
 def packed_linear(x: Tensor, packed: PackedWeight, bias: Tensor | None = None) -> Tensor:
-    """x `[..., K]` times the packed weight transposed, plus `bias` `[N]`: `[..., N]` in the dtype of the weight."""
-    if x.dtype != packed.dtype:
-        raise ValueError(f"x has dtype {x.dtype}, the packed weight {packed.dtype}; they must be equal")
-    if x.shape[-1] != packed.shape[1]:
-        raise ValueError(f"x has {x.shape[-1]} columns, the packed weight expects {packed.shape[1]}")
-    if x.numel() == 0:
-        return x.new_empty(*x.shape[:-1], packed.shape[0])
+    """x `[..., K]` times the packed weight transposed, plus `bias` `[N]`: `[..., N]` in the dtype of the weight.
+
+    Raises RuntimeError if x has another dtype or K.
+    """
     if packed.dtype == torch.float16:
         out = torch.ops.quantized.linear_dynamic_fp16(x.float(), packed.opaque)
         return (out if bias is None else out + bias).to(torch.float16)

@@ -11,6 +11,7 @@ import torch
 from torch import nn
 
 from nanovllm.kernels.cpu_attention import GatherPlan
+from nanovllm.kernels.cpu_rope_store import RopeStorePlan
 from nanovllm.kernels.paged_decode import DecodePlan, paged_decode
 from nanovllm.kernels.paged_prefill import paged_prefill
 from nanovllm.kernels.qk_norm_rope_store import qk_norm_rope_store
@@ -32,6 +33,7 @@ class AttentionMetadata:
     block_table: torch.Tensor  # [rows, max_blocks] int32
     num_decodes: int
     decode_plan: DecodePlan | GatherPlan | None  # how the decodes' contexts are cut up, made once for all layers
+    rope_store_plan: RopeStorePlan | None  # on a CPU: each token's rotation and place, likewise
 
 
 class Attention(nn.Module):
@@ -66,6 +68,7 @@ class Attention(nn.Module):
             self.k_cache,
             self.v_cache,
             self.num_heads,
+            meta.rope_store_plan,
         )  # [tokens, heads, head_dim]
         out = torch.empty_like(q)
         n = meta.num_decodes

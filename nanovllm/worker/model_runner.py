@@ -15,6 +15,7 @@ import torch
 
 from nanovllm.config import Config
 from nanovllm.kernels.cpu_attention import GatherPlan, plan_gather
+from nanovllm.kernels.cpu_rope_store import plan_rope_store
 from nanovllm.kernels.paged_decode import DecodePlan, plan_decode
 from nanovllm.kernels.prepare_inputs import StepInputs, prepare_inputs
 from nanovllm.kernels.sample import sample
@@ -103,15 +104,17 @@ class ModelRunner:
         seq_lens = inputs.seq_lens[:num_seqs]
         if num_decodes:
             self.decode_plan = self._plan_decodes(rows[:num_decodes], seq_lens[:num_decodes])
+        positions, slots = inputs.positions[:num_tokens], inputs.slot_mapping[:num_tokens]
         meta = AttentionMetadata(
-            positions=inputs.positions[:num_tokens],
-            slot_mapping=inputs.slot_mapping[:num_tokens],
+            positions=positions,
+            slot_mapping=slots,
             rows=rows,
             query_start=query_start,
             seq_lens=seq_lens,
             block_table=batch.block_table,
             num_decodes=num_decodes,
             decode_plan=self.decode_plan,
+            rope_store_plan=None if self.is_cuda else plan_rope_store(positions, slots, self.cos_sin, self.block_size),
         )
         hidden = self.model(inputs.input_ids[:num_tokens], self.cos_sin, meta)
         if num_tokens > num_samples:  # only a sequence's last token is asked for its logits

@@ -44,7 +44,7 @@ def test_decode_equals_dense_attention(seed: int, dtype: torch.dtype, monkeypatc
     rng = random.Random(seed)
     num_kv_heads, group, head_dim, block_size = SHAPES[seed]
     monkeypatch.setattr(cpu_attention, "GROUP_BYTES", 3 * 2 * num_kv_heads * block_size * head_dim * dtype.itemsize)
-    lengths = [1, block_size, block_size + 1, *(rng.randint(1, 5 * block_size) for _ in range(6))]
+    lengths = [1, 7, 7, 7, block_size, block_size + 1, *(rng.randint(1, 5 * block_size) for _ in range(6))]
     case = make_finite_case(seed, lengths, SHAPES[seed], dtype)
     q = torch.randn(len(lengths), num_kv_heads * group, head_dim).to(dtype)
     plan = None
