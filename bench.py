@@ -8,78 +8,86 @@
 Without `--model` the weights are random, of the shape of `--shape`: speed does not depend on their values. Printed
 are the runs, the best of them against the roofline (see benchmarks/roofline.py) at ceilings measured in the same
 process, where the time of a separate, instrumented run went (benchmarks/step_timing.py), and all of it as one line of
-JSON, the last.
+JSON, the last. Three more modes print a table before it:
+
+    python bench.py --all                                 every goal of benchmarks/targets.py, measured and judged
+    python bench.py --scaling                             more requests, more rows, and a quarter of the cache they need
+    python bench.py --ablate [--chart FILE.png]           the headline with one optimization off at a time
+    python bench.py --ablate --from-json FILE --chart FILE.png     the chart of an earlier run's output
+
+They have workloads of their own, which `--shrink N` makes N times smaller to try a mode out.
 """
 
 import argparse
 import json
+from collections.abc import Callable
 from dataclasses import asdict, fields, replace
 from pathlib import Path
 from typing import Any
 
 import torch
 
-from benchmarks.ceilings import measure_ceilings
-from benchmarks.engines import ENGINES, BenchmarkedEngine, EngineOptions, make_engine
+from benchmarks import ablation, all_rows, scaling
+from benchmarks.engines import ENGINES, EngineOptions, make_engine
 from benchmarks.machine import describe_machine, describe_versions, seconds_since_process_start
-from benchmarks.report import ceilings_line, comparison_line, result_lines, split_lines, startup_line
-from benchmarks.roofline import model_shape, read_config, roofline
+from benchmarks.report import comparison_line, result_lines, split_lines, startup_line
+from benchmarks.roofline import read_config
 from benchmarks.runs import compare, measure_split, run_alternating, warm_up
-from benchmarks.workloads import PRESETS, LengthMix, Workload, draw, few_streams
+from benchmarks.setting import SHAPES, Setting
+from benchmarks.workloads import PRESETS, LengthMix, few_streams
 
-SHAPES = Path(__file__).parent / "benchmarks" / "shapes"
+MODES: dict[str, Callable[[Setting], dict[str, Any]]] = {
+    "all": all_rows.run,
+    "scaling": scaling.run,
+    "ablate": ablation.run,
+}
 
 
 def main() -> None:
     args = parse_args()
-    config = read_config(args.model)
-    workloads = make_workloads(args, config["vocab_size"])
-    options = engine_options(args, config, workloads)
+    if args.from_json:
+        report = ablation.read_report(args.from_json)
+        print(*ablation.ablation_lines(report["ablation"]), sep="\n")
+    else:
+        setting = make_setting(args)
+        report = MODES[args.mode](setting) if args.mode else measure(setting, args)
+        report = describe(setting) | report
+        print(json.dumps(report))
+    if args.chart:
+        ablation.draw_chart(report, args.chart)
 
-    engines = [make_engine(args.engine, options)]
+
+def describe(setting: Setting) -> dict[str, Any]:
+    """What was measured, on what."""
+    options = setting.options
+    return {
+        "benchmark": "nano-vllm",
+        "model": options.model_dir.name,
+        "options": {**asdict(options), "model_dir": str(options.model_dir)},
+        "temperature": setting.temperature,
+        "seed": setting.seed,
+        "shrink": setting.shrink,
+        "machine": describe_machine(options.device),
+        "versions": describe_versions(),
+    }
+
+
+def measure(setting: Setting, args: argparse.Namespace) -> dict[str, Any]:
+    """Every workload's timed runs, comparison and split: printed, and returned for the JSON."""
+    workloads = [setting.draw(name, mix) for name, mix in workload_mixes(args).items()]
+    engines = [make_engine(args.engine, setting.options)]
     startup = {"engine_ready_s": seconds_since_process_start()}
     warm_up(engines[0], workloads[0], num_tokens=1)
     startup["first_token_s"] = seconds_since_process_start()
     print(startup_line(startup), flush=True)
     if args.compare:
-        engines.append(make_engine(args.compare, options))
-
-    report: dict[str, Any] = {
-        "benchmark": "nano-vllm",
-        "model": args.model.name,
-        "options": {**asdict(options), "model_dir": str(options.model_dir)},
-        "temperature": args.temperature,
-        "seed": args.seed,
-        "startup": startup,
-        "machine": describe_machine(options.device),
-        "versions": describe_versions(),
-    }
-    report |= measure(args, config, options, engines, workloads)
-    for engine in engines:
-        engine.close()
-    print(json.dumps(report))
-
-
-def measure(
-    args: argparse.Namespace,
-    config: dict,
-    options: EngineOptions,
-    engines: list[BenchmarkedEngine],
-    workloads: list[Workload],
-) -> dict[str, Any]:
-    """The ceilings, then every workload's timed runs, comparison and split: printed, and returned for the JSON."""
-    dtype = resolve_dtype(options.dtype, config)
-    ceilings = measure_ceilings(options.device, getattr(torch, dtype))
-    print(ceilings_line(ceilings, dtype), flush=True)
-    shape = model_shape(config, getattr(torch, dtype).itemsize)
+        engines.append(make_engine(args.compare, setting.options))
+    ceilings = setting.measure_ceilings()
     for engine in engines:
         warm_up(engine, workloads[0], num_tokens=16)
     results, comparisons, splits = [], [], []
     for workload in workloads:
-        bound = roofline(shape, workload.input_lens, workload.max_tokens, ceilings, options.max_num_seqs)
-        for result in run_alternating(engines, workload, args.repeat):
-            result.roofline = asdict(bound)
-            result.percent_of_roofline = 100 * bound.total_s / result.best_s
+        for result in run_alternating(engines, workload, setting.repeat, setting.bound(workload, ceilings)):
             print(*result_lines(result), sep="\n", flush=True)
             results.append(result)
         if args.compare:
@@ -88,7 +96,10 @@ def measure(
         if engines[0].name == "nanovllm" and not args.no_split:
             splits.append(measure_split(engines[0], workload))
             print(*split_lines(splits[-1]), sep="\n", flush=True)
+    for engine in engines:
+        engine.close()
     return {
+        "startup": startup,
         "ceilings": asdict(ceilings),
         "results": [asdict(result) for result in results],
         "comparisons": comparisons,
@@ -108,10 +119,18 @@ def parse_args() -> argparse.Namespace:
     add(
         "--compare", choices=ENGINES, help="a second engine, loaded beside the first, its runs in turn with the first's"
     )
-    add("--workload", choices=sorted(PRESETS), default="headline")
-    add("--streams", help="latency mode: numbers of streams, as in 1,8,32")
+    modes = parser.add_mutually_exclusive_group()
+    for mode in MODES:
+        modes.add_argument(f"--{mode}", dest="mode", action="store_const", const=mode, help="see above")
+    add("--shrink", type=int, default=1, help="of these modes: divide every number of requests and tokens by so much")
+    add("--chart", type=Path, help="of --ablate: a PNG to draw, with matplotlib")
+    add("--from-json", type=Path, help="of --ablate: what an earlier run printed, in place of measuring")
+    workload = parser.add_argument_group("workload, where no mode has its own")
+    own = [workload.add_argument("--workload", choices=sorted(PRESETS), help="headline if nothing is said")]
+    own.append(workload.add_argument("--streams", help="latency mode: numbers of streams, as in 1,8,32"))
     for name in (f.name for f in fields(LengthMix) if f.type is int):
-        add("--" + name.replace("_", "-"), type=int, help="in place of the workload's own")
+        option = "--" + name.replace("_", "-")
+        own.append(workload.add_argument(option, type=int, help="in place of the workload's own"))
     add("--temperature", type=float, default=0.6)
     add("--seed", type=int, default=0, help="of the workload's lengths and ids")
     add("--repeat", type=int, default=2, help="timed runs; the best counts")
@@ -131,6 +150,22 @@ def parse_args() -> argparse.Namespace:
         parser.error("--model has a shape of its own: give one of --model and --shape")
     if args.repeat < 1:
         parser.error(f"--repeat {args.repeat} must be at least 1")
+    if args.mode:
+        given = [a.option_strings[0] for a in own if getattr(args, a.dest) is not None]
+        given += ["--compare"] * bool(args.compare) + ["--engine"] * (args.engine != "nanovllm")
+        if given:
+            parser.error(f"--{args.mode} has workloads and an engine of its own: it takes no {', '.join(given)}")
+    elif args.shrink != 1:
+        parser.error("--shrink is for --all, --scaling and --ablate")
+    if not 1 <= args.shrink <= 64:
+        parser.error(f"--shrink {args.shrink} must be in [1, 64]")
+    if (args.chart or args.from_json) and args.mode != "ablate":
+        parser.error("--chart and --from-json are for --ablate")
+    if args.chart:
+        try:
+            ablation.check_chart(args.chart)
+        except (ImportError, ValueError) as error:
+            parser.error(f"--chart: {error}")
     args.load_format = args.load_format or ("auto" if args.model else "dummy")
     args.model = args.model or SHAPES / (args.shape or "qwen3-0.6b")
     if not (args.model / "config.json").is_file():
@@ -138,32 +173,28 @@ def parse_args() -> argparse.Namespace:
     return args
 
 
-def make_workloads(args: argparse.Namespace, vocab_size: int) -> list[Workload]:
-    """The chosen preset with the lengths given in place of its own, or one workload for each number of streams."""
+def workload_mixes(args: argparse.Namespace) -> dict[str, LengthMix]:
+    """The chosen preset with the lengths given in place of its own, or one mix for each number of streams."""
     if args.streams:
         counts = [int(n) for n in args.streams.split(",")]
         mixes = {f"{n} stream{'s' * (n > 1)}": few_streams(n) for n in counts}
     else:
-        mixes = {args.workload: PRESETS[args.workload]}
+        name = args.workload or "headline"
+        mixes = {name: PRESETS[name]}
     given = {f.name: getattr(args, f.name, None) for f in fields(LengthMix)}
     given = {name: value for name, value in given.items() if value is not None}
-    return [draw(name, replace(mix, **given), vocab_size, args.temperature, args.seed) for name, mix in mixes.items()]
+    return {name: replace(mix, **given) for name, mix in mixes.items()}
 
 
-def engine_options(args: argparse.Namespace, config: dict, workloads: list[Workload]) -> EngineOptions:
-    """Raises ValueError if a request is longer than the model or `--max-model-len` allows."""
-    max_model_len = min(args.max_model_len, config.get("max_position_embeddings", args.max_model_len))
-    longest = max(len(p) + n for w in workloads for p, n in zip(w.prompts, w.max_tokens, strict=True))
-    if longest > max_model_len:
-        raise ValueError(
-            f"the workload's longest request has {longest} tokens, more than max_model_len={max_model_len}"
-        )
-    return EngineOptions(
+def make_setting(args: argparse.Namespace) -> Setting:
+    """The options' values, in the benchmark's own terms."""
+    config = read_config(args.model)
+    options = EngineOptions(
         model_dir=args.model,
         load_format=args.load_format,
         device=resolve_device(args.device),
         dtype=args.dtype,
-        max_model_len=max_model_len,
+        max_model_len=min(args.max_model_len, config.get("max_position_embeddings", args.max_model_len)),
         enforce_eager=args.enforce_eager,
         enable_prefix_caching=not args.no_prefix_caching,
         block_size=args.block_size,
@@ -172,16 +203,19 @@ def engine_options(args: argparse.Namespace, config: dict, workloads: list[Workl
         max_num_batched_tokens=args.max_num_batched_tokens,
         gpu_memory_utilization=args.gpu_memory_utilization,
     )
+    return Setting(
+        options=options,
+        config=config,
+        temperature=args.temperature,
+        seed=args.seed,
+        repeat=args.repeat,
+        shrink=args.shrink,
+    )
 
 
 def resolve_device(device: str) -> str:
     """ "auto" is CUDA where there is one."""
     return device if device != "auto" else "cuda" if torch.cuda.is_available() else "cpu"
-
-
-def resolve_dtype(dtype: str, config: dict) -> str:
-    """ "auto" is what the config.json says, in either spelling, or float32."""
-    return dtype if dtype != "auto" else config.get("dtype") or config.get("torch_dtype") or "float32"
 
 
 if __name__ == "__main__":

@@ -16,7 +16,9 @@ from nanovllm.kernels.triton_shim import tl, triton
 READ_BYTES = {"cuda": 4 << 30, "cpu": 1 << 30}  # far beyond any cache
 MATMUL_SIZE = {"cuda": 8192, "cpu": 2048}
 NUM_TRIALS = 8
-_NUM_READERS, _READ_TILE = 16384, 4096  # programs of the read kernel, and elements each takes at a time
+WHOLE = 1 << 15  # elements: two halves of whole tiles, or masks would keep the read kernel from wide loads
+# Launches of the read kernel: programs (None: as many as there are tiles), elements each takes at a time, warps
+_READERS = ((16384, 4096, 4), (None, 4096, 4), (None, 8192, 8), (None, 16384, 8))
 
 
 @dataclass(slots=True, frozen=True)
@@ -28,20 +30,23 @@ class Ceilings:
     matmul_flops_per_s: float
 
 
-def measure_ceilings(device: str, dtype: torch.dtype) -> Ceilings:
-    """Measure `device` ("cuda" or "cpu", with the threads torch uses); the matmul is of `dtype`. About a second."""
-    num_bytes = READ_BYTES[device]
+def measure_ceilings(device: str, dtype: torch.dtype, shrink: int = 1) -> Ceilings:
+    """Measure `device` ("cuda" or "cpu", with the threads torch uses); the matmul is of `dtype`. A second or two.
+
+    With `shrink` the operands have that many times fewer bytes: quick, and no ceilings any more.
+    """
+    num_bytes = READ_BYTES[device] // shrink
     if device == "cuda":  # an engine may hold most of the memory
         num_bytes = min(num_bytes, torch.cuda.mem_get_info()[0] // 4)
-    x = torch.ones(num_bytes // 8 * 2, dtype=torch.float32, device=device)
+    x = torch.ones(num_bytes // 4 // WHOLE * WHOLE, dtype=torch.float32, device=device)
     source, target = x.chunk(2)
-    n = MATMUL_SIZE[device]
+    n = int(MATMUL_SIZE[device] / shrink**0.5)
     a, b = (torch.randn(n, n, dtype=dtype, device=device) for _ in range(2))
     out = torch.empty(n, n, dtype=dtype, device=device)
 
     reads = [partial(torch.sum, x), partial(torch.amax, x)]
     if device == "cuda":
-        reads.append(partial(_read_all, x))
+        reads += [partial(_read_all, x, *reader) for reader in _READERS]
     x_bytes = x.numel() * x.itemsize
     return Ceilings(
         read_bytes_per_s=x_bytes / min(best_seconds(read, device) for read in reads),
@@ -51,27 +56,34 @@ def measure_ceilings(device: str, dtype: torch.dtype) -> Ceilings:
 
 
 def best_seconds(run: Callable[[], object], device: str) -> float:
-    """The shortest of several runs after a first one that does not count, on the device's own clock."""
+    """The shortest of several runs."""
+    return min(run_seconds(run, device, NUM_TRIALS))
+
+
+def run_seconds(run: Callable[[], object], device: str, repeats: int) -> list[float]:
+    """The seconds of each of several runs after a first one that does not count, on the device's own clock."""
     run()
     if device == "cpu":
         times = []
-        for _ in range(NUM_TRIALS):
+        for _ in range(repeats):
             start = perf_counter()
             run()
             times.append(perf_counter() - start)
-        return min(times)
-    events = [torch.cuda.Event(enable_timing=True) for _ in range(NUM_TRIALS + 1)]
-    events[0].record()
-    for event in events[1:]:
-        run()
-        event.record()
+        return times
+    events = [(torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)) for _ in range(repeats)]
     torch.cuda.synchronize()
-    return min(a.elapsed_time(b) for a, b in zip(events, events[1:], strict=False)) / 1e3
+    for begin, end in events:
+        begin.record()
+        run()
+        end.record()
+    torch.cuda.synchronize()
+    return [begin.elapsed_time(end) / 1e3 for begin, end in events]
 
 
-def _read_all(x: torch.Tensor) -> torch.Tensor:
-    sums = torch.empty(_NUM_READERS, dtype=torch.float32, device=x.device)
-    _read_kernel[(_NUM_READERS,)](x, sums, x.numel(), _NUM_READERS, TILE=_READ_TILE)
+def _read_all(x: torch.Tensor, num_programs: int | None, tile: int, num_warps: int) -> torch.Tensor:
+    num_programs = num_programs or triton.cdiv(x.numel(), tile)
+    sums = torch.empty(num_programs, dtype=torch.float32, device=x.device)
+    _read_kernel[(num_programs,)](x, sums, x.numel(), num_programs, TILE=tile, num_warps=num_warps)
     return sums
 
 

@@ -56,3 +56,14 @@ def split_lines(split: dict[str, Any]) -> list[str]:
         f"step); device idle {100 * split['device_idle_share']:.2f} %"
     )
     return lines
+
+
+def table_lines(header: list[str], rows: list[list[str]]) -> list[str]:
+    """A table in columns: the first flush left, the others flush right."""
+    widths = [max(map(len, column)) for column in zip(header, *rows, strict=True)]
+
+    def line(cells: list[str]) -> str:
+        first, *others = zip(cells, widths, strict=True)
+        return "  ".join([first[0].ljust(first[1]), *(cell.rjust(width) for cell, width in others)])
+
+    return [line(header), "  ".join("-" * width for width in widths), *map(line, rows)]

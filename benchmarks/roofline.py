@@ -45,9 +45,8 @@ class ModelShape:
 
 def model_shape(config: dict, bytes_per_element: int) -> ModelShape:
     """The shape of a Hugging Face `config.json` of the Llama and Qwen family."""
-    hidden, layers, heads = config["hidden_size"], config["num_hidden_layers"], config["num_attention_heads"]
-    kv_heads = config.get("num_key_value_heads") or heads
-    head_dim = config.get("head_dim") or hidden // heads
+    hidden, layers = config["hidden_size"], config["num_hidden_layers"]
+    heads, kv_heads, head_dim = attention_heads(config)
     attention = hidden * (heads + 2 * kv_heads) * head_dim + heads * head_dim * hidden
     mlp = 3 * hidden * config["intermediate_size"]
     return ModelShape(
@@ -57,6 +56,12 @@ def model_shape(config: dict, bytes_per_element: int) -> ModelShape:
         attention_flops_per_pair=layers * heads * 4 * head_dim,
         bytes_per_element=bytes_per_element,
     )
+
+
+def attention_heads(config: dict) -> tuple[int, int, int]:
+    """Of a `config.json`: (query heads, key/value heads, head dimension)."""
+    heads = config["num_attention_heads"]
+    return heads, config.get("num_key_value_heads") or heads, config.get("head_dim") or config["hidden_size"] // heads
 
 
 def read_config(model_dir: str | Path) -> dict:

@@ -1,10 +1,11 @@
 """Timed runs: every engine on the same requests, run by run in turn, and what each run has to show for itself."""
 
-from dataclasses import dataclass, field
+from dataclasses import asdict, dataclass, field
 from time import perf_counter
 from typing import Any
 
 from benchmarks.engines import BenchmarkedEngine
+from benchmarks.roofline import Roofline
 from benchmarks.workloads import Workload
 
 
@@ -26,8 +27,10 @@ class Result:
     percent_of_roofline: float = 0.0
 
 
-def run_alternating(engines: list[BenchmarkedEngine], workload: Workload, repeat: int) -> list[Result]:
-    """Time `repeat` runs of each engine, in turn, so that a noisy machine disturbs all alike."""
+def run_alternating(engines: list[BenchmarkedEngine], workload: Workload, repeat: int, bound: Roofline) -> list[Result]:
+    """Time `repeat` runs of each engine, in turn, so that a noisy machine disturbs all alike; `bound`: the workload's
+    roofline.
+    """
     results = [
         Result(
             workload=workload.name,
@@ -36,6 +39,7 @@ def run_alternating(engines: list[BenchmarkedEngine], workload: Workload, repeat
             input_tokens=workload.num_input_tokens,
             output_tokens=workload.num_output_tokens,
             longest_output=max(workload.max_tokens),
+            roofline=asdict(bound),
         )
         for engine in engines
     ]
@@ -46,6 +50,7 @@ def run_alternating(engines: list[BenchmarkedEngine], workload: Workload, repeat
         result.best_s = min(result.runs_s)
         result.output_tok_s = result.output_tokens / result.best_s
         result.ms_per_token = 1e3 * result.best_s / result.longest_output
+        result.percent_of_roofline = 100 * bound.total_s / result.best_s
     return results
 
 
@@ -55,10 +60,14 @@ def timed_run(engine: BenchmarkedEngine, workload: Workload) -> float:
     start = perf_counter()
     outputs = engine.generate(workload)
     elapsed_s = perf_counter() - start
+    _check_lengths(engine, workload, outputs)
+    return elapsed_s
+
+
+def _check_lengths(engine: BenchmarkedEngine, workload: Workload, outputs: list[list[int]]) -> None:
     if [len(token_ids) for token_ids in outputs] != workload.max_tokens:
         num_tokens = sum(map(len, outputs))
         raise RuntimeError(f"{engine.name} gave {num_tokens} tokens where {workload.num_output_tokens} were asked for")
-    return elapsed_s
 
 
 def warm_up(engine: BenchmarkedEngine, workload: Workload, num_tokens: int) -> None:
@@ -77,12 +86,16 @@ def compare(ours: Result, theirs: Result) -> dict[str, Any]:
 
 
 def measure_split(engine: BenchmarkedEngine, workload: Workload) -> dict[str, Any]:
-    """Where the time of one more run goes, an instrumented one. For nano-vLLM, whose parts can be wrapped."""
+    """Where the time of one more run goes, an instrumented one. For nano-vLLM, whose parts can be wrapped.
+
+    Raises RuntimeError unless every request got all its tokens.
+    """
     from benchmarks.step_timing import StepRecorder
 
     engine.reset()
     num_preemptions = engine.llm.stats().num_preemptions
     with StepRecorder(engine.llm.engine) as recorder:
-        engine.generate(workload)
+        outputs = engine.generate(workload)
+    _check_lengths(engine, workload, outputs)
     num_preemptions = engine.llm.stats().num_preemptions - num_preemptions
     return {"workload": workload.name, **recorder.summary(), "num_preemptions": num_preemptions}

@@ -22,6 +22,7 @@ from typing import Any
 import torch
 
 Mark = Any  # a CUDA event, or seconds
+FULL_BATCH = 15 / 16  # of the largest batch that decoded: from here on a step counts as one at full batch
 
 
 @dataclass(slots=True)
@@ -93,13 +94,18 @@ class StepRecorder:
         return start.elapsed_time(end) / 1e3 if self.is_cuda else end - start
 
     def summary(self) -> dict[str, Any]:
-        """The run's split: decode-only steps, steps with prefill, and the host's part in all; seconds."""
+        """The run's split: decode-only steps, steps with prefill, and the host's part in all; seconds.
+
+        `full_batch` is the part of the decode-only steps with nearly as many sequences as ever decoded together.
+        """
         ends = [self._entered, *(step.end for step in self.steps)]
         timings = [
             (step, self._seconds(step.begin, step.end), self._seconds(previous_end, step.begin))
             for step, previous_end in zip(self.steps, ends, strict=False)
         ]
-        decode = _sum_up(timing for timing in timings if timing[0].num_decodes == timing[0].num_seqs)
+        decodes = [timing for timing in timings if timing[0].num_decodes == timing[0].num_seqs]
+        least = FULL_BATCH * max((step.num_seqs for step, _, _ in decodes), default=0)
+        decode, full_batch = _sum_up(decodes), _sum_up(timing for timing in decodes if timing[0].num_seqs >= least)
         prefill = _sum_up(timing for timing in timings if timing[0].num_decodes < timing[0].num_seqs)
         busy_s = decode.busy_s + prefill.busy_s
         idle_s = max(0.0, self.wall_s - busy_s)
@@ -108,6 +114,7 @@ class StepRecorder:
             "wall_s": self.wall_s,
             "decode": asdict(decode),
             "prefill": asdict(prefill),
+            "full_batch": asdict(full_batch),
             "device_busy_s": busy_s,
             "device_idle_share": idle_s / self.wall_s,
             "host_s": host_s,
@@ -118,7 +125,7 @@ class StepRecorder:
 
 
 class _TimedHandle:
-    """A step's handle whose waiting is counted."""
+    """A step's handle whose waiting for tokens is counted."""
 
     def __init__(self, handle: Any, recorder: StepRecorder) -> None:
         self._handle, self._recorder = handle, recorder
@@ -128,6 +135,9 @@ class _TimedHandle:
         tokens = self._handle.tokens()
         self._recorder._waited_s += perf_counter() - start
         return tokens
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._handle, name)
 
 
 @dataclass(slots=True)
@@ -143,6 +153,7 @@ class StepSums:
     idle_s: float = 0.0
     host_s: float = 0.0
     ms_per_step: float = 0.0
+    idle_share: float = 0.0  # of the time: what the device waits for the host
 
 
 def _sum_up(timings: Iterable[tuple[StepTiming, float, float]]) -> StepSums:
@@ -154,5 +165,7 @@ def _sum_up(timings: Iterable[tuple[StepTiming, float, float]]) -> StepSums:
         sums.busy_s += busy_s
         sums.idle_s += idle_s
         sums.host_s += step.host_s
-    sums.ms_per_step = 1e3 * (sums.busy_s + sums.idle_s) / max(sums.num_steps, 1)
+    if sums.num_steps:
+        sums.ms_per_step = 1e3 * (sums.busy_s + sums.idle_s) / sums.num_steps
+        sums.idle_share = sums.idle_s / (sums.busy_s + sums.idle_s)
     return sums

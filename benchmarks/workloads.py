@@ -5,7 +5,7 @@ The headline is that of upstream nano-vLLM (`bench.py` in github.com/GeeeekExplo
 
 import random
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 
 MAX_TOKEN_ID = 10_000  # upstream's; ids are folded into smaller vocabularies, which leaves the lengths as they are
 
@@ -32,6 +32,12 @@ PRESETS = {
 def few_streams(num_streams: int) -> LengthMix:
     """The latency workload: so many requests at once, 128 tokens in and 512 out."""
     return LengthMix(num_seqs=num_streams, min_input=128, max_input=128, min_output=512, max_output=512)
+
+
+def shrunk(mix: LengthMix, by: int) -> LengthMix:
+    """The mix with every number of requests and tokens divided by `by`, but at least 1."""
+    sizes = {f.name: max(1, getattr(mix, f.name) // by) for f in fields(mix) if f.type is int}
+    return LengthMix(**sizes, lengths_first=mix.lengths_first)
 
 
 @dataclass(slots=True, frozen=True)

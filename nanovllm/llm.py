@@ -2,17 +2,17 @@
 
 import gc
 import sys
+from collections.abc import Iterable, Iterator
 from collections.abc import Sequence as ListLike
 from time import perf_counter
 from typing import Any
 
+from nanovllm.chat import chat_prompts
 from nanovllm.config import Config
 from nanovllm.engine.llm_engine import LLMEngine, StepStats
-from nanovllm.engine.sequence import Sequence
-from nanovllm.outputs import CompletionOutput, RequestOutput
+from nanovllm.engine.processor import Processor, Prompt, Request, shorten
+from nanovllm.outputs import RequestOutput, Score
 from nanovllm.sampling_params import SamplingParams
-
-Prompt = str | list[int] | dict[str, Any]
 
 
 class LLM:
@@ -26,26 +26,15 @@ class LLM:
         OSError: the model is not to be found, or its files are damaged.
     """
 
-    _engine: LLMEngine | None = None  # so that close() works on one whose construction failed
+    _processor: Processor | None = None  # so that close() works on one whose construction failed
 
     def __init__(self, model: str, **options: Any) -> None:
-        config = Config.from_options(model, options)
-        self._engine = LLMEngine(config)
-        self._tokenizer: Any = None
-        if not config.skip_tokenizer_init:
-            from transformers import AutoTokenizer
-
-            source = config.tokenizer or str(self._engine.model_path)
-            self._tokenizer = AutoTokenizer.from_pretrained(
-                source, revision=config.revision, trust_remote_code=config.trust_remote_code
-            )
+        self._processor = Processor(Config.from_options(model, options))
 
     @property
     def engine(self) -> LLMEngine:
         """The engine. Raises RuntimeError after `close()`."""
-        if self._engine is None:
-            raise RuntimeError("this LLM is closed")
-        return self._engine
+        return self._open().engine
 
     def generate(
         self,
@@ -64,30 +53,132 @@ class LLM:
             TypeError, ValueError: naming the prompt and what is wrong with it. No request is left behind: when a
                 prompt cannot run, none of the call's does, and when something fails under way, all are aborted.
         """
-        engine = self.engine
-        prompts = _as_list_of_prompts(prompts)
-        params = _one_for_each(sampling_params, len(prompts))
-        seqs = [self._make_sequence(i, p, q) for i, (p, q) in enumerate(zip(prompts, params, strict=True))]
-        progress = _Progress(len(seqs), engine.stats, enabled=use_tqdm)
-        try:
-            for seq in seqs:
-                engine.add(seq)
-            while engine.has_unfinished_requests:
-                progress.update(len(engine.step()))
-        finally:
-            engine.abort(seqs)
-            progress.close()
-        return [self._output(seq) for seq in seqs]
+        requests = self._make_requests(prompts, sampling_params)
+        return self._run(requests, use_tqdm)
+
+    def chat(
+        self,
+        messages: list[dict[str, Any]] | list[list[dict[str, Any]]],
+        sampling_params: SamplingParams | ListLike[SamplingParams] | None = None,
+        use_tqdm: bool = True,
+        chat_template: str | None = None,
+        add_generation_prompt: bool = True,
+        continue_final_message: bool = False,
+        tools: list[dict[str, Any]] | None = None,
+        chat_template_kwargs: dict[str, Any] | None = None,
+    ) -> list[RequestOutput]:
+        """Answer a conversation, or each of a list, written out by the tokenizer's chat template.
+
+        Args:
+            messages: `[{"role": "user", "content": "…"}, …]`, or a list of such lists.
+            chat_template: a Jinja template instead of the tokenizer's.
+            add_generation_prompt: open the assistant's message, which is to be written.
+            continue_final_message: leave the last message open, which is to be continued; not with the above.
+            tools: JSON schemas of functions, for templates that know them.
+            chat_template_kwargs: what else the template knows, `{"enable_thinking": False}` for one.
+
+        Raises:
+            TypeError, ValueError: as `generate`; or the template is missing, or does not take the messages.
+        """
+        prompts = chat_prompts(
+            self.get_tokenizer(),
+            messages,
+            chat_template=chat_template,
+            add_generation_prompt=add_generation_prompt,
+            continue_final_message=continue_final_message,
+            tools=tools,
+            **(chat_template_kwargs or {}),
+        )
+        return self.generate(prompts, sampling_params, use_tqdm)
+
+    def score(self, prompts: Prompt | ListLike[Prompt], use_tqdm: bool = True) -> list[Score]:
+        """How likely the model finds each token of the prompts, given those before it; nothing is generated.
+
+        A prompt may have up to `max_model_len` - 1 tokens, all of which are computed: cached prefixes are of no use.
+
+        Raises: as `generate`.
+        """
+        params = SamplingParams(prompt_logprobs=0, max_tokens=1, temperature=0.0, detokenize=False)
+        outputs = self._run(self._make_requests(prompts, params), use_tqdm)
+        return [
+            Score(
+                output.prompt_token_ids,
+                [
+                    of_token and of_token[token_id].logprob
+                    for token_id, of_token in zip(output.prompt_token_ids, output.prompt_logprobs or [], strict=True)
+                ],
+            )
+            for output in outputs
+        ]
+
+    def stream(
+        self,
+        prompts: Prompt | ListLike[Prompt],
+        sampling_params: SamplingParams | ListLike[SamplingParams] | None = None,
+    ) -> Iterator[RequestOutput]:
+        """Complete every prompt, and yield an output whenever a request has more tokens, each with all it has so far.
+
+        `request_id`s count up in the order of the prompts. Several streams, and calls of `generate` between their
+        outputs, share the engine. To leave early, leave the loop: closing or dropping the iterator aborts what runs.
+
+        Raises: as `generate`, here and not at the first output.
+        """
+        return self._stream(self._make_requests(prompts, sampling_params, is_streaming=True))
+
+    def encode_prompt(self, prompt: Prompt) -> list[int]:
+        """The token ids as which `generate` takes a prompt."""
+        return self._open().encode(prompt)[1]
 
     def get_tokenizer(self) -> Any:
         """The `transformers` tokenizer. Raises ValueError if the engine was made without one."""
-        if self._tokenizer is None:
-            raise ValueError("skip_tokenizer_init=True: this LLM has no tokenizer; give token ids")
-        return self._tokenizer
+        return self._open().tokenizer
+
+    def abort(self, request_id: str | Iterable[str]) -> None:
+        """End requests, between two outputs of a stream, before their time. Unknown and finished ids are passed by."""
+        processor = self._open()
+        processor.abort(processor.find(request_id))
 
     def reset_prefix_cache(self) -> None:
         """Forget all cached prefixes. Requests that run keep their blocks."""
         self.engine.block_manager.forget_content()
+
+    def load_weights(self, named_tensors: Iterable[tuple[str, "torch.Tensor"]]) -> None:  # noqa: F821
+        """Write new weights over the old ones, as after an optimizer step, and empty the prefix cache.
+
+        Args:
+            named_tensors: (name, tensor) with the checkpoint's names and shapes, any dtype and device: all of them,
+                or some. The rest stays as it is, so that a model can come in several calls.
+
+        Raises:
+            RuntimeError: requests are unfinished, or the engine sleeps.
+            TypeError, ValueError: an entry is no such pair, or naming a tensor that is unexpected, there twice, or of
+                the wrong shape. Of a list nothing has been written then; of a generator what came before (see the
+                error's notes). Either way the engine serves on.
+        """
+        self.engine.load_weights(named_tensors)
+
+    def sleep(self, level: int = 1) -> None:
+        """Give the device's memory back: the cache is dropped, and the weights go to host memory (level 1) or nowhere
+        (level 2, after which they must be loaded anew). Until `wake_up()` nothing can be generated.
+
+        Asleep at this level or a deeper one, nothing is done.
+
+        Raises:
+            ValueError: level is not 1 or 2; RuntimeError: requests are unfinished, or the host has no room.
+        """
+        self.engine.sleep(level)
+
+    def wake_up(self) -> None:
+        """Take the device's memory again. After `sleep(2)` call `load_weights()` before anything else.
+
+        Raises:
+            torch.OutOfMemoryError: others hold the memory; the engine sleeps on, and may be woken again.
+        """
+        self.engine.wake_up()
+
+    @property
+    def is_sleeping(self) -> bool:
+        return self.engine.is_sleeping
 
     def stats(self) -> StepStats:
         """Counters since the engine started, and the state of its cache and queue."""
@@ -95,10 +186,10 @@ class LLM:
 
     def close(self) -> None:
         """Give the memory back. May be called again."""
-        if self._engine is None:
+        if self._processor is None:
             return
-        is_cuda = self._engine.runner.is_cuda
-        self._engine = None
+        is_cuda = self._processor.engine.runner.is_cuda
+        self._processor = None
         gc.collect()
         if is_cuda:
             import torch
@@ -115,54 +206,70 @@ class LLM:
         if not sys.is_finalizing():
             self.close()
 
-    def _make_sequence(self, index: int, prompt: Prompt, params: SamplingParams) -> Sequence:
-        name = f"prompts[{index}]"
-        text, token_ids = None, prompt
-        if isinstance(prompt, dict):
-            unknown = prompt.keys() - {"prompt", "prompt_token_ids"}
-            if unknown or not prompt:
-                raise ValueError(f"{name} has the keys {sorted(prompt)}: it must have 'prompt' or 'prompt_token_ids'")
-            text, token_ids = prompt.get("prompt"), prompt.get("prompt_token_ids", prompt.get("prompt"))
-        if isinstance(token_ids, str):
-            text = token_ids
-            token_ids = self.get_tokenizer().encode(text)
-        if not isinstance(token_ids, list) or not all(type(i) is int for i in token_ids):
-            raise TypeError(f"{name}={_shorten(prompt)} must be a string or a list of token ids")
-        return self.engine.make_sequence(token_ids, params, prompt=text, name=name)
+    def _open(self) -> Processor:
+        if self._processor is None:
+            raise RuntimeError("this LLM is closed")
+        return self._processor
 
-    def _output(self, seq: Sequence) -> RequestOutput:
-        token_ids = seq.output_token_ids
-        text = None if self._tokenizer is None else self._tokenizer.decode(token_ids, skip_special_tokens=True)
-        completion = CompletionOutput(0, text, token_ids, seq.finish_reason, seq.stop_reason)
-        return RequestOutput(
-            request_id=seq.request_id,
-            prompt=seq.prompt,
-            prompt_token_ids=seq.token_ids[: seq.num_prompt_tokens],
-            outputs=[completion],
-            finished=True,
-            num_cached_tokens=seq.num_cached_tokens,
-        )
+    def _make_requests(self, prompts: Any, sampling_params: Any, is_streaming: bool = False) -> list[Request]:
+        processor = self._open()
+        prompts = _as_list_of_prompts(prompts)
+        params = _one_for_each(sampling_params, len(prompts))
+        return [
+            processor.make_request(prompt, one, name=f"prompts[{i}]", is_streaming=is_streaming)
+            for i, (prompt, one) in enumerate(zip(prompts, params, strict=True))
+        ]
+
+    def _run(self, requests: list[Request], use_tqdm: bool) -> list[RequestOutput]:
+        processor = self._open()
+        progress = _Progress(requests, processor.engine.stats, enabled=use_tqdm)
+        try:
+            for request in requests:
+                processor.add(request)
+            for request in requests:
+                while not request.is_finished:
+                    progress.update(processor.step())
+        finally:
+            processor.abort(requests)
+            progress.close()
+        return processor.outputs(requests)
+
+    def _stream(self, requests: list[Request]) -> Iterator[RequestOutput]:
+        processor = self._open()
+        try:
+            for request in requests:
+                processor.add(request)
+            while requests:
+                for request in requests:
+                    if request.has_news:
+                        yield processor.output(request)
+                requests = [r for r in requests if r.has_news or not r.is_finished]
+                if any(not request.is_finished for request in requests):
+                    processor.step()
+        finally:
+            processor.abort(requests)
 
 
 class _Progress:
     """A bar that counts requests and shows the rates of the tokens read and written."""
 
-    def __init__(self, total: int, stats: StepStats, enabled: bool) -> None:
+    def __init__(self, requests: list[Request], stats: StepStats, enabled: bool) -> None:
         from tqdm import tqdm
 
-        self._bar = tqdm(total=total, desc="Generating", unit="req", dynamic_ncols=True, disable=not enabled)
+        self._requests = set(requests)
+        self._bar = tqdm(total=len(requests), desc="Generating", unit="req", dynamic_ncols=True, disable=not enabled)
         self._stats = stats
         self._start = perf_counter()
         self._prefill, self._decode = stats.num_prefill_tokens, stats.num_decode_tokens
 
-    def update(self, num_finished: int) -> None:
+    def update(self, changed: list[Request]) -> None:
         if self._bar.disable:
             return
         seconds = perf_counter() - self._start
         prefill = (self._stats.num_prefill_tokens - self._prefill) / seconds
         decode = (self._stats.num_decode_tokens - self._decode) / seconds
         self._bar.set_postfix_str(f"prefill {prefill:.0f} tok/s, decode {decode:.0f} tok/s", refresh=False)
-        self._bar.update(num_finished)
+        self._bar.update(sum(request in self._requests and request.is_finished for request in changed))
 
     def close(self) -> None:
         self._bar.close()
@@ -172,7 +279,7 @@ def _as_list_of_prompts(prompts: Any) -> list[Prompt]:
     if isinstance(prompts, (str, dict)) or (isinstance(prompts, list) and prompts and type(prompts[0]) is int):
         return [prompts]
     if not isinstance(prompts, (list, tuple)):
-        raise TypeError(f"prompts={_shorten(prompts)} must be a string, a list of token ids, or a list of these")
+        raise TypeError(f"prompts={shorten(prompts)} must be a string, a list of token ids, or a list of these")
     return list(prompts)
 
 
@@ -184,14 +291,9 @@ def _one_for_each(sampling_params: Any, num_prompts: int) -> list[SamplingParams
     if not isinstance(sampling_params, (list, tuple)) or not all(
         isinstance(p, SamplingParams) for p in sampling_params
     ):
-        raise TypeError(f"sampling_params={_shorten(sampling_params)} must be a SamplingParams or a list of them")
+        raise TypeError(f"sampling_params={shorten(sampling_params)} must be a SamplingParams or a list of them")
     if len(sampling_params) != num_prompts:
         raise ValueError(
             f"sampling_params has {len(sampling_params)} entries for {num_prompts} prompts: give one, or one for each"
         )
     return list(sampling_params)
-
-
-def _shorten(value: object) -> str:
-    text = repr(value)
-    return text if len(text) <= 80 else text[:77] + "..."

@@ -1,4 +1,4 @@
-"""What a request asks of the sampler and when it ends."""
+"""What a request asks of the sampler, when it ends, and how its text comes back."""
 
 import math
 from collections.abc import Callable
@@ -6,67 +6,102 @@ from dataclasses import dataclass, field
 from typing import Any
 
 MAX_STOP_IDS = 64  # stop ids that min_tokens can hold back: the width of a device-resident row
-_INT64 = range(-(2**63), 2**63)
 
 
 @dataclass(slots=True, frozen=True, kw_only=True)
 class SamplingParams:
-    """How to draw a request's tokens. Names and meanings are vLLM's.
+    """How to draw a request's tokens. Names, meanings and limits are vLLM's.
+
+    Logits are edited in this order: allowed_token_ids, bad_words, min_tokens, logit_bias, repetition, frequency and
+    presence penalty. Greedy is the argmax of what this leaves. Then temperature, min_p, top_k, top_p, and the draw.
 
     Args:
+        n: continuations of the prompt.
+        presence_penalty: taken off the logits of tokens that the output has, in [-2, 2].
+        frequency_penalty: as often as the output has them, in [-2, 2].
+        repetition_penalty: > 0; what the logits of tokens of prompt and output are divided by where they are positive,
+            and multiplied by where they are not.
         temperature: 0 is greedy; otherwise logits are divided by it.
         top_k: sample among the k most likely tokens; 0 or -1 for all.
         top_p: sample among the most likely tokens whose probabilities add up to this, in (0, 1].
         min_p: drop tokens less likely than this times the likeliest, in [0, 1].
         seed: equal seeds draw equal tokens for equal prompts, whoever shares the batch. None: a fresh seed.
-        max_tokens: tokens to generate at the most; None: up to the model's length.
-        min_tokens: neither EOS nor `stop_token_ids` are drawn before this many tokens.
-        ignore_eos: go on past the model's end-of-sequence tokens.
+        stop: strings that end the request.
         stop_token_ids: further ids that end the request.
+        include_stop_str_in_output: leave the stop string at the end of the text.
+        ignore_eos: go on past the model's end-of-sequence tokens.
+        min_tokens: neither EOS nor `stop_token_ids` are drawn before this many tokens.
+        max_tokens: tokens to generate at the most; None: up to the model's length.
+        logit_bias: added to the logits of these tokens, each in [-100, 100].
+        allowed_token_ids: no other token is drawn.
+        bad_words: the last token of such a word is not drawn where the output ends with the others.
+        logprobs: of each token drawn and of so many likeliest tokens, as the model gave them, before any of the above
+            changed them. 0: of the drawn tokens alone; -1: of the whole vocabulary.
+        prompt_logprobs: the same of the prompt's tokens.
+        detokenize: give text.
+        skip_special_tokens: leave special tokens out of the text.
+        spaces_between_special_tokens: put spaces between them.
+        truncate_prompt_tokens: keep only so many of the prompt's last tokens; -1: as many as the model takes.
 
     Raises:
-        ValueError: a value out of range; TypeError: a value of the wrong type. Both name the parameter.
+        ValueError: a value out of range, or values that contradict each other; TypeError: a value of the wrong type.
+            Both name the parameter.
     """
 
+    n: int = 1
+    presence_penalty: float = 0.0
+    frequency_penalty: float = 0.0
+    repetition_penalty: float = 1.0
     temperature: float = 1.0
     top_k: int = 0
     top_p: float = 1.0
     min_p: float = 0.0
     seed: int | None = None
-    max_tokens: int | None = 16
-    min_tokens: int = 0
+    stop: str | tuple[str, ...] | list[str] | None = ()
+    stop_token_ids: tuple[int, ...] | list[int] = ()
+    include_stop_str_in_output: bool = False
     ignore_eos: bool = False
-    stop_token_ids: tuple[int, ...] | list[int] = field(default_factory=tuple)
+    min_tokens: int = 0
+    max_tokens: int | None = 16
+    logit_bias: dict[int, float] | None = field(default=None, hash=False)
+    allowed_token_ids: tuple[int, ...] | list[int] | None = None
+    bad_words: tuple[str, ...] | list[str] | None = ()
+    logprobs: int | None = None
+    prompt_logprobs: int | None = None
+    detokenize: bool = True
+    skip_special_tokens: bool = True
+    spaces_between_special_tokens: bool = True
+    truncate_prompt_tokens: int | None = None
 
     def __post_init__(self) -> None:
-        self._require("temperature", _is_number, lambda v: 0.0 <= v < math.inf, "a finite number >= 0 (0 is greedy)")
-        self._require("top_k", _is_int, lambda v: v >= -1, "an integer >= 1, or 0 or -1 for all tokens")
-        self._require("top_p", _is_number, lambda v: 0.0 < v <= 1.0, "a number in (0, 1]")
-        self._require("min_p", _is_number, lambda v: 0.0 <= v <= 1.0, "a number in [0, 1]")
-        self._require("min_tokens", _is_int, lambda v: v >= 0, "an integer >= 0")
-        self._require("ignore_eos", lambda v: isinstance(v, bool), lambda v: True, "True or False")
-        if self.seed is not None:
-            self._require("seed", _is_int, lambda v: v in _INT64, "None or a 64-bit integer")
-        if self.max_tokens is not None:
-            self._require("max_tokens", _is_int, lambda v: v >= 1, "None or an integer >= 1")
-            if self.min_tokens > self.max_tokens:
-                raise ValueError(f"min_tokens={self.min_tokens} must not exceed max_tokens={self.max_tokens}")
-        self._require(
-            "stop_token_ids",
-            lambda v: isinstance(v, (list, tuple)) and all(_is_int(i) for i in v),
-            lambda v: all(i >= 0 for i in v),
-            "a list of token ids >= 0",
-        )
-        object.__setattr__(self, "stop_token_ids", tuple(self.stop_token_ids))
+        self._normalize()
+        for name, (has_type, in_range, allowed) in _RULES.items():
+            value = getattr(self, name)
+            if value is None and allowed.startswith("None or"):
+                continue
+            if not has_type(value):
+                raise TypeError(f"{name}={value!r} must be {allowed}")
+            if not in_range(value):  # written so that NaN, which compares false with everything, is refused
+                raise ValueError(f"{name}={value!r} must be {allowed}")
+        if self.max_tokens is not None and self.min_tokens > self.max_tokens:
+            raise ValueError(f"min_tokens={self.min_tokens} must not exceed max_tokens={self.max_tokens}")
+        if self.n > 1 and self.temperature < 1e-5:  # which the sampler takes for 0
+            raise ValueError(f"n={self.n} must be 1 with temperature={self.temperature}: all would be the same")
+        if self.stop and not self.detokenize:
+            raise ValueError(f"stop={self.stop!r} must be empty with detokenize=False: it is searched in the text")
 
-    def _require(
-        self, name: str, has_type: Callable[[Any], bool], in_range: Callable[[Any], bool], allowed: str
-    ) -> None:
-        value = getattr(self, name)
-        if not has_type(value):
-            raise TypeError(f"{name}={value!r} must be {allowed}")
-        if not in_range(value):  # written so that NaN, which compares false with everything, is refused
-            raise ValueError(f"{name}={value!r} must be {allowed}")
+    def _normalize(self) -> None:
+        """Own copies of the lists, so that nobody changes them under a request."""
+        if isinstance(self.stop, str):
+            object.__setattr__(self, "stop", (self.stop,))
+        for name in ("stop", "bad_words"):
+            if getattr(self, name) is None:
+                object.__setattr__(self, name, ())
+        for name in ("stop", "bad_words", "stop_token_ids", "allowed_token_ids"):
+            if isinstance(getattr(self, name), list):
+                object.__setattr__(self, name, tuple(getattr(self, name)))
+        if isinstance(self.logit_bias, dict):
+            object.__setattr__(self, "logit_bias", dict(self.logit_bias))
 
 
 def _is_int(value: object) -> bool:
@@ -75,3 +110,53 @@ def _is_int(value: object) -> bool:
 
 def _is_number(value: object) -> bool:
     return isinstance(value, float) or _is_int(value)
+
+
+def _is_bool(value: object) -> bool:
+    return isinstance(value, bool)
+
+
+def _is_ids(value: object) -> bool:
+    return isinstance(value, tuple) and all(map(_is_int, value))
+
+
+def _is_strings(value: object) -> bool:
+    return isinstance(value, tuple) and all(isinstance(v, str) for v in value)
+
+
+def _is_biases(value: object) -> bool:
+    return isinstance(value, dict) and all(map(_is_int, value)) and all(map(_is_number, value.values()))
+
+
+def _all_biases(value: dict[int, float]) -> bool:
+    return all(token >= 0 and -100.0 <= bias <= 100.0 for token, bias in value.items())
+
+
+_INT64 = range(-(2**63), 2**63)
+# name: (type, range, what is allowed)
+_RULES: dict[str, tuple[Callable[[Any], bool], Callable[[Any], bool], str]] = {
+    "n": (_is_int, lambda v: v >= 1, "an integer >= 1"),
+    "presence_penalty": (_is_number, lambda v: -2.0 <= v <= 2.0, "a number in [-2, 2]"),
+    "frequency_penalty": (_is_number, lambda v: -2.0 <= v <= 2.0, "a number in [-2, 2]"),
+    "repetition_penalty": (_is_number, lambda v: 0.0 < v < math.inf, "a finite number > 0"),
+    "temperature": (_is_number, lambda v: 0.0 <= v < math.inf, "a finite number >= 0 (0 is greedy)"),
+    "top_k": (_is_int, lambda v: v >= -1, "an integer >= 1, or 0 or -1 for all tokens"),
+    "top_p": (_is_number, lambda v: 0.0 < v <= 1.0, "a number in (0, 1]"),
+    "min_p": (_is_number, lambda v: 0.0 <= v <= 1.0, "a number in [0, 1]"),
+    "seed": (_is_int, lambda v: v in _INT64, "None or a 64-bit integer"),
+    "stop": (_is_strings, all, "a string or a list of strings, none empty"),
+    "stop_token_ids": (_is_ids, lambda v: all(i >= 0 for i in v), "a list of token ids >= 0"),
+    "include_stop_str_in_output": (_is_bool, lambda v: True, "True or False"),
+    "ignore_eos": (_is_bool, lambda v: True, "True or False"),
+    "min_tokens": (_is_int, lambda v: v >= 0, "an integer >= 0"),
+    "max_tokens": (_is_int, lambda v: v >= 1, "None or an integer >= 1"),
+    "logit_bias": (_is_biases, _all_biases, "None or a dict from token ids >= 0 to numbers in [-100, 100]"),
+    "allowed_token_ids": (_is_ids, lambda v: v and min(v) >= 0, "None or a list of token ids >= 0 that is not empty"),
+    "bad_words": (_is_strings, lambda v: all(w.strip() for w in v), "a list of strings, none blank"),
+    "logprobs": (_is_int, lambda v: v >= -1, "None or an integer >= 0, or -1 for the whole vocabulary"),
+    "prompt_logprobs": (_is_int, lambda v: v >= -1, "None or an integer >= 0, or -1 for the whole vocabulary"),
+    "detokenize": (_is_bool, lambda v: True, "True or False"),
+    "skip_special_tokens": (_is_bool, lambda v: True, "True or False"),
+    "spaces_between_special_tokens": (_is_bool, lambda v: True, "True or False"),
+    "truncate_prompt_tokens": (_is_int, lambda v: v == -1 or v >= 1, "None or an integer >= 1, or -1 for the model's"),
+}

@@ -17,9 +17,9 @@ from benchmarks.ceilings import Ceilings
 from benchmarks.engines import EngineOptions, make_engine
 from benchmarks.machine import seconds_since_process_start
 from benchmarks.roofline import ModelShape, decode_load, model_shape, read_config, roofline
-from benchmarks.runs import Result, compare, timed_run
+from benchmarks.runs import Result, compare, measure_split, timed_run
 from benchmarks.step_timing import StepRecorder
-from benchmarks.workloads import PRESETS, Workload, draw, few_streams
+from benchmarks.workloads import PRESETS, LengthMix, Workload, draw, few_streams, shrunk
 
 ROOT = Path(__file__).parents[1]
 SHAPES = ROOT / "benchmarks" / "shapes"
@@ -62,6 +62,14 @@ def test_small_vocabulary_keeps_the_lengths():
 def test_impossible_workload_is_refused(change):
     with pytest.raises(ValueError, match=next(iter(change))):
         draw("bad", replace(PRESETS["headline"], **change), vocab_size=512)
+
+
+def test_shrunk_mix_is_smaller_in_all_but_kind():
+    mix = LengthMix(num_seqs=256, min_input=100, max_input=1024, min_output=3, max_output=8, lengths_first=True)
+    assert shrunk(mix, 1) == mix
+    assert shrunk(mix, 4) == LengthMix(
+        num_seqs=64, min_input=25, max_input=256, min_output=1, max_output=2, lengths_first=True
+    )
 
 
 @pytest.mark.parametrize("name", ["qwen3-0.6b", "qwen3-8b", "qwen3-32b", "tiny"])
@@ -122,6 +130,18 @@ def test_run_that_lost_tokens_is_not_reported():
         timed_run(engine, Workload("w", [[1]], [3], 0.6))
 
 
+def test_split_of_a_run_that_lost_tokens_is_not_reported():
+    options = EngineOptions(
+        model_dir=SHAPES / "tiny", load_format="dummy", device="cpu", dtype="float32", max_model_len=64,
+        block_size=16, num_blocks=16,
+    )  # fmt: skip
+    engine = make_engine("nanovllm", options)
+    short = replace(engine, generate=lambda workload: [ids[:-1] for ids in engine.generate(workload)])
+    with pytest.raises(RuntimeError, match="gave 4 tokens where 5"):
+        measure_split(short, Workload("w", [[1, 2]], [5], 0.0))
+    engine.close()
+
+
 def test_process_time_counts_from_the_start_of_the_interpreter():
     code = "import sys, time; time.sleep(0.5); sys.path.insert(0, sys.argv[1]); import benchmarks.machine as m;"
     code += "print(m.seconds_since_process_start())"
@@ -175,6 +195,10 @@ def test_split_attributes_time_to_steps_and_host_and_leaves_the_engine_as_it_was
     assert split["host_s"] >= 0.03 and split["host_hidden_s"] < 1e-3  # they took turns
     assert split["host_not_hidden_s"] == pytest.approx(split["wall_s"] - split["device_busy_s"])
     assert split["device_idle_share"] == pytest.approx(split["host_not_hidden_s"] / split["wall_s"])
+    full = split["full_batch"]  # two sequences decode together at most: of the two decode steps, one
+    assert (full["num_steps"], full["num_seqs"]) == (1, 2)
+    assert full["idle_share"] == pytest.approx(full["idle_s"] / (full["busy_s"] + full["idle_s"]))
+    assert 0.2 < full["idle_share"] < 0.5  # 10 ms of 30
 
 
 def test_transformers_batch_gives_each_request_the_tokens_it_gets_alone():
@@ -206,8 +230,8 @@ def test_bench_reports_every_figure_in_its_last_line(tmp_path):
     assert done.returncode == 0, done.stderr
     report = json.loads(done.stdout.splitlines()[-1])
     assert set(report) == {
-        "benchmark", "model", "options", "temperature", "seed", "startup", "machine", "versions", "ceilings",
-        "results", "comparisons", "splits",
+        "benchmark", "model", "options", "temperature", "seed", "shrink", "startup", "machine", "versions",
+        "ceilings", "results", "comparisons", "splits",
     }  # fmt: skip
     assert 0 < report["startup"]["engine_ready_s"] < report["startup"]["first_token_s"]
     assert min(report["ceilings"].values()) > 0

@@ -472,7 +472,7 @@ class TestImport:
 
     def test_exports_what_the_readme_uses(self) -> None:
         assert set(nanovllm.__all__) <= set(dir(nanovllm))
-        assert {"LLM", "SamplingParams", "RequestOutput", "CompletionOutput"} <= set(nanovllm.__all__)
+        assert {"LLM", "AsyncLLM", "SamplingParams", "RequestOutput", "CompletionOutput"} <= set(nanovllm.__all__)
 
 
 def run_python(code: str) -> str:

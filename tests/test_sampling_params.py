@@ -31,6 +31,30 @@ NAN, INF = float("nan"), float("inf")
         ("max_tokens", -1),
         ("min_tokens", -1),
         ("stop_token_ids", [3, -1]),
+        ("n", 0),
+        ("presence_penalty", -2.01),
+        ("presence_penalty", 2.01),
+        ("presence_penalty", NAN),
+        ("frequency_penalty", -2.01),
+        ("frequency_penalty", INF),
+        ("repetition_penalty", 0.0),
+        ("repetition_penalty", -1.0),
+        ("repetition_penalty", INF),
+        ("repetition_penalty", NAN),
+        ("logit_bias", {5: 100.5}),
+        ("logit_bias", {5: -100.5}),
+        ("logit_bias", {5: NAN}),
+        ("logit_bias", {-1: 1.0}),
+        ("allowed_token_ids", []),
+        ("allowed_token_ids", [3, -1]),
+        ("bad_words", ["good", ""]),
+        ("bad_words", [" "]),
+        ("stop", ""),
+        ("stop", ["end", ""]),
+        ("logprobs", -2),
+        ("prompt_logprobs", -2),
+        ("truncate_prompt_tokens", 0),
+        ("truncate_prompt_tokens", -2),
     ],
 )
 def test_value_out_of_range_is_a_value_error_that_names_it(name: str, value: Any) -> None:
@@ -61,6 +85,30 @@ def test_value_out_of_range_is_a_value_error_that_names_it(name: str, value: Any
         ("stop_token_ids", [1.0]),
         ("stop_token_ids", [True]),
         ("stop_token_ids", None),
+        ("n", 1.0),
+        ("n", None),
+        ("n", True),
+        ("presence_penalty", None),
+        ("frequency_penalty", "1"),
+        ("repetition_penalty", None),
+        ("logit_bias", [1.0]),
+        ("logit_bias", {"5": 1.0}),
+        ("logit_bias", {5: "1"}),
+        ("logit_bias", {True: 1.0}),
+        ("allowed_token_ids", 5),
+        ("allowed_token_ids", [1.5]),
+        ("bad_words", "bad"),
+        ("bad_words", [5]),
+        ("stop", 5),
+        ("stop", [5]),
+        ("logprobs", True),
+        ("logprobs", 1.0),
+        ("prompt_logprobs", "5"),
+        ("detokenize", 1),
+        ("skip_special_tokens", None),
+        ("spaces_between_special_tokens", 0),
+        ("include_stop_str_in_output", "no"),
+        ("truncate_prompt_tokens", 3.0),
     ],
 )
 def test_value_of_the_wrong_type_is_a_type_error_that_names_it(name: str, value: Any) -> None:
@@ -73,6 +121,46 @@ def test_min_tokens_above_max_tokens_is_refused() -> None:
         SamplingParams(min_tokens=5, max_tokens=4)
     SamplingParams(min_tokens=4, max_tokens=4)
     SamplingParams(min_tokens=500, max_tokens=None)
+
+
+def test_parameters_that_contradict_each_other_are_refused() -> None:
+    for temperature in (0, 1e-6):
+        with pytest.raises(ValueError, match="n=2 must be 1 with temperature=.*: all would be the same"):
+            SamplingParams(n=2, temperature=temperature)
+    SamplingParams(n=2, temperature=0.1)
+    with pytest.raises(ValueError, match="stop=.*must be empty with detokenize=False"):
+        SamplingParams(stop="end", detokenize=False)
+    SamplingParams(detokenize=False, stop_token_ids=[3])
+
+
+def test_defaults_are_vllms() -> None:
+    defaults = SamplingParams()
+    assert {name: getattr(defaults, name) for name in SamplingParams.__slots__} == {
+        "n": 1,
+        "presence_penalty": 0.0,
+        "frequency_penalty": 0.0,
+        "repetition_penalty": 1.0,
+        "temperature": 1.0,
+        "top_k": 0,
+        "top_p": 1.0,
+        "min_p": 0.0,
+        "seed": None,
+        "stop": (),
+        "stop_token_ids": (),
+        "include_stop_str_in_output": False,
+        "ignore_eos": False,
+        "min_tokens": 0,
+        "max_tokens": 16,
+        "logit_bias": None,
+        "allowed_token_ids": None,
+        "bad_words": (),
+        "logprobs": None,
+        "prompt_logprobs": None,
+        "detokenize": True,
+        "skip_special_tokens": True,
+        "spaces_between_special_tokens": True,
+        "truncate_prompt_tokens": None,
+    }
 
 
 def test_unknown_parameter_and_positional_values_are_refused() -> None:
@@ -102,6 +190,21 @@ def test_unknown_parameter_and_positional_values_are_refused() -> None:
         {"max_tokens": 1},
         {"stop_token_ids": (1, 2)},
         {"stop_token_ids": []},
+        {"n": 1000},
+        {"presence_penalty": -2},
+        {"frequency_penalty": 2.0},
+        {"repetition_penalty": 1e-3},
+        {"logit_bias": None},
+        {"logit_bias": {}},
+        {"logit_bias": {0: -100, 7: 100.0}},
+        {"allowed_token_ids": (0,)},
+        {"bad_words": ("word",)},
+        {"stop": ("a", " ")},
+        {"logprobs": 0},
+        {"logprobs": -1},
+        {"prompt_logprobs": 1000},
+        {"truncate_prompt_tokens": -1},
+        {"truncate_prompt_tokens": 1},
     ],
 )
 def test_values_at_the_edge_of_what_is_allowed_are_taken(values: dict[str, Any]) -> None:
@@ -111,12 +214,24 @@ def test_values_at_the_edge_of_what_is_allowed_are_taken(values: dict[str, Any])
 
 
 def test_parameters_do_not_change_under_a_request() -> None:
-    stop_ids = [1, 2]
-    params = SamplingParams(stop_token_ids=stop_ids)
-    stop_ids.append(3)
-    assert params.stop_token_ids == (1, 2)
+    lists: dict[str, Any] = {"stop_token_ids": [1, 2], "allowed_token_ids": [1, 2], "stop": ["a"], "bad_words": ["b"]}
+    bias = {1: 2.0}
+    params = SamplingParams(**lists, logit_bias=bias)
+    for name, value in lists.items():
+        value.append(value[0])
+        assert getattr(params, name) == tuple(value[:-1])
+    bias[1] = 3.0
+    assert params.logit_bias == {1: 2.0}
+    params = SamplingParams(stop_token_ids=(1, 2))
     with pytest.raises(dataclasses.FrozenInstanceError):
         params.temperature = 0.5
     assert params == SamplingParams(stop_token_ids=(1, 2)) and hash(params) == hash(
         SamplingParams(stop_token_ids=[1, 2])
     )
+    assert hash(SamplingParams(logit_bias=bias)) is not None
+    assert SamplingParams(logit_bias=bias) != SamplingParams()
+
+
+def test_one_stop_string_is_a_list_of_one_and_none_is_none() -> None:
+    assert SamplingParams(stop="end").stop == ("end",)
+    assert SamplingParams(stop=None).stop == SamplingParams(bad_words=None).bad_words == ()

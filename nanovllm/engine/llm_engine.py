@@ -13,7 +13,7 @@ from itertools import count
 
 from nanovllm.config import Config
 from nanovllm.engine.block_manager import BlockManager
-from nanovllm.engine.scheduler import Scheduler
+from nanovllm.engine.scheduler import ScheduledStep, Scheduler
 from nanovllm.engine.sequence import Sequence
 from nanovllm.sampling_params import MAX_STOP_IDS, SamplingParams
 
@@ -36,7 +36,7 @@ class StepStats:
 
 @dataclass(slots=True)
 class _StepInFlight:
-    samples: list[Sequence]
+    scheduled: ScheduledStep
     handle: "StepHandle"  # noqa: F821 -- worker/ imports torch, which is loaded only when an engine is made
 
 
@@ -60,6 +60,7 @@ class LLMEngine:
         self.stats = StepStats()
         self._in_flight: deque[_StepInFlight] = deque()
         self._unfinished: dict[str, Sequence] = {}
+        self.advanced: list[Sequence] = []  # those to which the last step() handed a token
         self._ids = count()
         self._random = random.Random(config.seed)
 
@@ -68,13 +69,22 @@ class LLMEngine:
         return bool(self._unfinished or self._in_flight)
 
     def make_sequence(
-        self, token_ids: list[int], params: SamplingParams, prompt: str | None = None, name: str = "prompt"
+        self,
+        token_ids: list[int],
+        params: SamplingParams,
+        name: str = "prompt",
+        bad_words: tuple[tuple[int, ...], ...] = (),
+        request_id: str | None = None,
     ) -> Sequence:
         """Check a request and give it its shape. The engine is not touched: whatever cannot run is refused here.
 
+        `bad_words` are the token sequences of `params.bad_words`, see `nanovllm.bad_words`.
+
         Raises:
             ValueError: naming the prompt as `name`, what is wrong with it, and what is allowed.
+            RuntimeError: the engine sleeps, or its weights were dropped.
         """
+        self._require_weights()
         if not token_ids:
             raise ValueError(f"{name} is empty: it must have at least one token")
         for token_id in (min(token_ids), max(token_ids)):
@@ -85,34 +95,55 @@ class LLMEngine:
                 f"{name} has {len(token_ids)} tokens: with one to generate, they must fit "
                 f"max_model_len={self.max_model_len}"
             )
-        for token_id in params.stop_token_ids:
-            if token_id >= self.vocab_size:
-                raise ValueError(f"stop_token_ids has {token_id}: ids must be in [0, {self.vocab_size})")
+        self._check_vocabulary(params, bad_words)
         stop_ids = frozenset(params.stop_token_ids) | (frozenset() if params.ignore_eos else self.eos_token_ids)
         if params.min_tokens and len(stop_ids) > MAX_STOP_IDS:
             raise ValueError(f"min_tokens={params.min_tokens} works with at most {MAX_STOP_IDS} stop ids, EOS included")
+        if params.min_tokens and params.allowed_token_ids and stop_ids.issuperset(params.allowed_token_ids):
+            raise ValueError(f"min_tokens={params.min_tokens} holds back all of allowed_token_ids, which are stop ids")
         num_left = self.max_model_len - len(token_ids)
         seed = params.seed if params.seed is not None else self._random.getrandbits(64)
         return Sequence(
-            request_id=str(next(self._ids)),
+            request_id=str(next(self._ids)) if request_id is None else request_id,
             token_ids=list(token_ids),
             params=params,
             max_len=len(token_ids) + min(num_left, params.max_tokens or num_left),
             stop_ids=stop_ids,
             seed=seed & (2**64 - 1),
-            prompt=prompt,
+            bad_words=bad_words,
         )
 
+    def _check_vocabulary(self, params: SamplingParams, bad_words: tuple[tuple[int, ...], ...]) -> None:
+        by_name = {
+            "stop_token_ids": params.stop_token_ids,
+            "logit_bias": params.logit_bias or (),
+            "allowed_token_ids": params.allowed_token_ids or (),
+            "bad_words": [token_id for word in bad_words for token_id in word],
+        }
+        for name, token_ids in by_name.items():
+            if token_ids and max(token_ids) >= self.vocab_size:
+                raise ValueError(f"{name} has {max(token_ids)}: ids must be in [0, {self.vocab_size})")
+
     def add(self, seq: Sequence) -> None:
+        """Queue a request. Raises ValueError if one of its id is unfinished."""
+        if seq.request_id in self._unfinished:
+            raise ValueError(f"request_id={seq.request_id!r} is that of a request which is still running")
         self._unfinished[seq.request_id] = seq
         self.scheduler.add(seq)
 
     def abort(self, seqs: Iterable[Sequence]) -> None:
         """End requests before their time. Those that have finished, or were never added, are left alone."""
         for seq in seqs:
-            if self._unfinished.pop(seq.request_id, None) is not None:
-                seq.finish("abort")
-                self.scheduler.finish(seq)
+            if self._unfinished.get(seq.request_id) is seq:
+                self.finish(seq, "abort")
+
+    def finish(self, seq: Sequence, reason: str, stop_reason: int | str | None = None) -> None:
+        """End a request before its time, or one that has just ended for another reason than it seemed."""
+        seq.finish(reason, stop_reason)
+        if self._unfinished.get(seq.request_id) is seq:
+            del self._unfinished[seq.request_id]
+            self.scheduler.finish(seq)
+        self._drop_surplus()
 
     def step(self) -> list[Sequence]:
         """Launch one step, and return the sequences that an earlier one has finished.
@@ -120,15 +151,62 @@ class LLMEngine:
         If anything fails, every unfinished request is aborted, the cache is emptied, and the error goes on: the
         engine serves the next request.
         """
+        self.advanced = []
         try:
             launched = self._launch_next()
             finished: list[Sequence] = []
             while self._in_flight and (len(self._in_flight) > self.max_behind or not launched):
                 finished += self._read_tokens(self._in_flight.popleft())
+            self._drop_surplus()
             return finished
         except BaseException:
             self._reset()
             raise
+
+    def load_weights(self, named_tensors: Iterable[tuple[str, "torch.Tensor"]]) -> None:  # noqa: F821
+        """Write new weights over the old ones, and empty the prefix cache. For the errors see `LLM.load_weights`."""
+        from nanovllm.worker.sleep import load_weights
+
+        self._require_awake()
+        self._require_idle("load_weights()")
+        try:
+            load_weights(self.runner, named_tensors)
+        finally:
+            self.block_manager.forget_content()
+
+    def sleep(self, level: int) -> None:
+        """Give the device's memory back, the prefix cache included. For the errors see `LLM.sleep`."""
+        from nanovllm.worker.sleep import sleep
+
+        self._require_idle("sleep()")
+        sleep(self.runner, level)
+        self.block_manager.forget_content()
+
+    def wake_up(self) -> None:
+        """Take the device's memory again. For the errors see `LLM.wake_up`."""
+        from nanovllm.worker.sleep import wake_up
+
+        wake_up(self.runner)
+
+    @property
+    def is_sleeping(self) -> bool:
+        return self.runner.sleep_level > 0
+
+    def _require_awake(self) -> None:
+        if self.is_sleeping:
+            raise RuntimeError("the engine sleeps: call wake_up() first")
+
+    def _require_weights(self) -> None:
+        self._require_awake()
+        if self.runner.missing_weights:
+            raise RuntimeError(
+                f"sleep(level=2) has dropped the weights, and {len(self.runner.missing_weights)} tensors, "
+                f"{min(self.runner.missing_weights)!r} for one, have not come back: call load_weights() first"
+            )
+
+    def _require_idle(self, what: str) -> None:
+        if self._unfinished:
+            raise RuntimeError(f"{what} while {len(self._unfinished)} requests are unfinished: finish or abort them")
 
     def _launch_next(self) -> bool:
         """Plan and launch a step. False if there is nothing to compute before more tokens have arrived."""
@@ -136,7 +214,7 @@ class LLMEngine:
         plan = step.plan
         if not plan.rows:
             return False
-        self._in_flight.append(_StepInFlight(step.samples, self.runner.launch(plan)))
+        self._in_flight.append(_StepInFlight(step, self.runner.launch(plan)))
         self.stats.num_steps += 1
         self.stats.num_decode_tokens += plan.num_decodes
         self.stats.num_prefill_tokens += plan.num_tokens - plan.num_decodes
@@ -145,15 +223,33 @@ class LLMEngine:
     def _read_tokens(self, step: _StepInFlight) -> list[Sequence]:
         """Wait for a step's tokens, and hand each to its sequence."""
         finished = []
-        for seq, token_id in zip(step.samples, step.handle.tokens(), strict=True):
+        self._read_prompt_logprobs(step)
+        samples = step.scheduled.samples
+        logprobs = step.handle.logprobs() if step.scheduled.plan.logprobs else [None] * len(samples)
+        for seq, token_id, of_token in zip(samples, step.handle.tokens(), logprobs, strict=True):
             if seq.is_finished:
                 continue  # a surplus token
+            if of_token is not None:
+                seq.append_logprobs(of_token)
             seq.append_token(token_id)
+            self.advanced.append(seq)
             if seq.is_finished:
                 self.scheduler.finish(seq)
                 del self._unfinished[seq.request_id]
                 finished.append(seq)
         return finished
+
+    def _drop_surplus(self) -> None:
+        """With nobody left, no one waits for what is in flight: the runner sees to its buffers."""
+        if not self._unfinished:
+            self._in_flight.clear()
+
+    def _read_prompt_logprobs(self, step: _StepInFlight) -> None:
+        scored = step.scheduled.scored
+        if scored:
+            for (seq, position), values in zip(scored, step.handle.prompt_logprobs(), strict=True):
+                # What has been here before, of a prompt that was preempted under way, comes again.
+                seq.prompt_logprobs[position : position + len(values)] = values
 
     def _reset(self) -> None:
         """After a failure nobody knows how far the host's books and the device have come: begin anew."""

@@ -4,12 +4,13 @@ Orca: Yu et al., OSDI 2022. Prompts enter in chunks beside the running decodes (
 2024), so that a long prompt holds nobody up.
 """
 
+import time
 from collections import deque
 from dataclasses import dataclass, field
 
 from nanovllm.engine.block_manager import BlockManager
 from nanovllm.engine.sequence import Sequence, SequenceStatus
-from nanovllm.worker.step_plan import NewRow, StepPlan
+from nanovllm.worker.step_plan import LogitEdits, NewRow, PromptSpan, StepPlan
 
 # The largest numbers that a device-resident row can hold
 INT32_MAX = 2**31 - 1
@@ -19,10 +20,11 @@ WATERMARK = 0.01  # share of the blocks that an admission leaves free, for those
 
 @dataclass(slots=True)
 class ScheduledStep:
-    """A plan for the device, and the sequences to which the tokens it samples belong, in the plan's order."""
+    """A plan for the device, and the sequences whose tokens it samples and whose prompts it scores, in its order."""
 
     plan: StepPlan = field(default_factory=StepPlan)
     samples: list[Sequence] = field(default_factory=list)
+    scored: list[tuple[Sequence, int]] = field(default_factory=list)  # and the position of the first token scored
 
 
 class Scheduler:
@@ -98,7 +100,7 @@ class Scheduler:
                 continue
             if seq.num_in_flight:
                 break  # just preempted: its last token has not arrived yet
-            prefix = manager.find_prefix(seq)
+            prefix = [] if seq.must_score_prompt else manager.find_prefix(seq)
             spare = self._num_watermark_blocks if self.running else 0
             if manager.num_free_blocks_needed(seq, prefix) + spare > manager.num_free_blocks:
                 break
@@ -106,6 +108,7 @@ class Scheduler:
             manager.admit(seq, prefix)
             if seq.num_preemptions == 0:
                 seq.num_cached_tokens = seq.num_computed_tokens
+                seq.metrics.first_scheduled_time = seq.metrics.first_scheduled_time or time.monotonic()
             seq.status = SequenceStatus.RUNNING
             seq.row = self._free_rows.pop()
             self.running.append(seq)
@@ -119,19 +122,33 @@ class Scheduler:
         """
         step.plan.rows.append(seq.row)
         step.plan.query_lens.append(num_new_tokens)
+        if seq.must_score_prompt:
+            self._score(step, seq, num_new_tokens)
         seq.num_computed_tokens += num_new_tokens
         self.block_manager.publish(seq)
         if seq.num_computed_tokens == seq.num_tokens:
+            if seq.params.logprobs is not None:
+                step.plan.logprobs.append((step.plan.num_samples, seq.params.logprobs))
             step.plan.num_samples += 1
             step.samples.append(seq)
             seq.num_in_flight += 1
         return num_new_tokens
+
+    def _score(self, step: ScheduledStep, seq: Sequence, num_new_tokens: int) -> None:
+        """Ask for the log-probabilities of the prompt's tokens that the chunk predicts: each token the next."""
+        start = seq.num_computed_tokens
+        num_scored = min(start + num_new_tokens, seq.num_prompt_tokens - 1) - start
+        if num_scored > 0:
+            index = len(step.plan.rows) - 1
+            step.plan.prompt_logprobs.append(PromptSpan(index, start, num_scored, seq.params.prompt_logprobs))
+            step.scored.append((seq, start + 1))
 
     def _preempt_latest(self) -> Sequence:
         victim = self.running.pop()
         self._release(victim)
         victim.status = SequenceStatus.WAITING
         victim.num_preemptions += 1
+        victim.metrics.num_preemptions += 1
         self.num_preemptions += 1
         self.waiting.appendleft(victim)
         return victim
@@ -157,4 +174,20 @@ def _new_row(seq: Sequence) -> NewRow:
         seed=seq.seed,
         min_len=min(seq.num_prompt_tokens + params.min_tokens, seq.max_len) if params.min_tokens else 0,
         stop_ids=sorted(seq.stop_ids) if params.min_tokens else [],
+        edits=_edits(seq),
     )
+
+
+def _edits(seq: Sequence) -> LogitEdits | None:
+    """What the sequence changes in its logits; None, as most, if nothing."""
+    params = seq.params
+    edits = LogitEdits(
+        prompt_len=seq.num_prompt_tokens,
+        repetition_penalty=min(params.repetition_penalty, FLOAT32_MAX),
+        frequency_penalty=params.frequency_penalty,
+        presence_penalty=params.presence_penalty,
+        logit_bias=params.logit_bias,
+        allowed_token_ids=params.allowed_token_ids,
+        bad_words=seq.bad_words,
+    )
+    return edits if edits.has_any else None

@@ -1,9 +1,12 @@
 """A request as the engine sees it: tokens, blocks, and how far the device has come."""
 
+import time
 from dataclasses import dataclass, field
 from enum import Enum, auto
 
+from nanovllm.outputs import RequestMetrics
 from nanovllm.sampling_params import SamplingParams
+from nanovllm.worker.step_plan import TokenLogprobs
 
 
 class SequenceStatus(Enum):
@@ -27,11 +30,11 @@ class Sequence:
     max_len: int  # prompt and output at the most: max_tokens, cut to the model's length
     stop_ids: frozenset[int]  # EOS, unless ignored, and the request's own
     seed: int  # 64 bits
-    prompt: str | None = None
+    bad_words: tuple[tuple[int, ...], ...] = ()  # token sequences
     num_prompt_tokens: int = field(init=False)
     status: SequenceStatus = SequenceStatus.WAITING
     finish_reason: str | None = None
-    stop_reason: int | None = None
+    stop_reason: int | str | None = None
     row: int = -1  # device-resident row while running
     block_table: list[int] = field(default_factory=list)
     block_digests: list[bytes] = field(default_factory=list)  # of the known full blocks; outlives a preemption
@@ -40,9 +43,15 @@ class Sequence:
     num_in_flight: int = 0
     num_cached_tokens: int = 0  # found in the prefix cache at the first admission
     num_preemptions: int = 0
+    metrics: RequestMetrics = field(default_factory=lambda: RequestMetrics(time.monotonic()))
+    logprobs: list[TokenLogprobs] = field(default_factory=list)  # of the output tokens, if asked for
+    cumulative_logprob: float | None = None
+    prompt_logprobs: list[TokenLogprobs | None] | None = None  # as far as they have arrived
 
     def __post_init__(self) -> None:
         self.num_prompt_tokens = len(self.token_ids)
+        self.cumulative_logprob = None if self.params.logprobs is None else 0.0
+        self.prompt_logprobs = None if self.params.prompt_logprobs is None else [None]  # nothing predicts the first
 
     @property
     def num_tokens(self) -> int:
@@ -57,17 +66,30 @@ class Sequence:
     def is_finished(self) -> bool:
         return self.status is SequenceStatus.FINISHED
 
+    @property
+    def must_score_prompt(self) -> bool:
+        """Whether log-probabilities of the prompt are to come, for which every prompt token must be computed."""
+        return self.prompt_logprobs is not None and len(self.prompt_logprobs) < self.num_prompt_tokens
+
+    def append_logprobs(self, logprobs: TokenLogprobs) -> None:
+        """Take those of the token that arrives next."""
+        self.logprobs.append(logprobs)
+        self.cumulative_logprob = (self.cumulative_logprob or 0.0) + logprobs.logprobs[0]
+
     def append_token(self, token_id: int) -> None:
         """Take a sampled token that has arrived on the host, and finish if it is the last."""
         self.num_in_flight -= 1
         self.token_ids.append(token_id)
         num_output_tokens = len(self.token_ids) - self.num_prompt_tokens
+        if num_output_tokens == 1 and self.metrics.first_token_time is None:
+            self.metrics.first_token_time = time.monotonic()
         if token_id in self.stop_ids and num_output_tokens > self.params.min_tokens:
             self.finish("stop", stop_reason=token_id if token_id in self.params.stop_token_ids else None)
         elif len(self.token_ids) >= self.max_len:
             self.finish("length")
 
-    def finish(self, reason: str, stop_reason: int | None = None) -> None:
+    def finish(self, reason: str, stop_reason: int | str | None = None) -> None:
         self.status = SequenceStatus.FINISHED
+        self.metrics.finished_time = time.monotonic()
         self.finish_reason = reason
         self.stop_reason = stop_reason

@@ -13,7 +13,7 @@ from functools import lru_cache
 
 import torch
 
-from nanovllm.kernels.triton_shim import tl, triton
+from nanovllm.kernels.triton_shim import INTERPRETED, tl, triton
 
 # int32 arithmetic wraps in PyTorch, so that it equals uint32 arithmetic but for the shift, which must be masked.
 WEYL = 0x9E3779B9  # 2^32 / golden ratio: spreads consecutive indices over all bits
@@ -104,7 +104,16 @@ def noise_bits_kernel(index, key_0, key_1):
 
 @triton.jit
 def gumbel_kernel(bits):
-    """`gumbel` in Triton. log1p(-v) by its series where 1 - v would round away the bits of v."""
+    """`gumbel` in Triton, to 3e-6. log1p(-v) by its series where 1 - v would round away the bits of v."""
     v = (bits.to(tl.float32) + 0.5) * (2.0**-31 * (1 - 2.0**-24))
-    minus_log1p = tl.where(v < 2.0**-7, v * (1 + v * (0.5 + v * (1 / 3))), -tl.log(1 - v))
-    return -tl.log(minus_log1p)
+    series = v * (1 + v * (1 / 2 + v * (1 / 3 + v * (1 / 4 + v * (1 / 5 + v * (1 / 6 + v * (1 / 7)))))))
+    minus_log1p = tl.where(v < 2.0**-3, series, fast_log2(1 - v) * -0.6931471805599453)
+    return fast_log2(minus_log1p) * -0.6931471805599453
+
+
+@triton.jit
+def fast_log2(x):
+    """One instruction, good to 2^-22 (PTX ISA, lg2.approx), where `tl.log2` is a polynomial of thirty."""
+    if INTERPRETED:
+        return tl.log2(x)
+    return tl.inline_asm_elementwise("lg2.approx.f32 $0, $1;", "=f,f", [x], dtype=tl.float32, is_pure=True, pack=1)

@@ -67,6 +67,16 @@ def pack_weight(weight: Tensor) -> PackedWeight | None:
     return PackedWeight(opaque, shape, weight.dtype, _row_view(opaque, weight))
 
 
+def unpack_weight(packed: PackedWeight) -> Tensor:
+    """A plain copy `[N, K]` of the weight that was packed, bit for bit.
+
+    Of float16 the finite values: FBGEMM has made the largest finite number of the others when it packed them.
+    """
+    if packed.dtype == torch.float16:
+        return torch.ops.quantized.linear_unpack_fp16(packed.opaque)[0].half()
+    return packed.opaque.to_dense()
+
+
 def packed_linear(x: Tensor, packed: PackedWeight, bias: Tensor | None = None) -> Tensor:
     """x `[..., K]` times the packed weight transposed, plus `bias` `[N]`: `[..., N]` in the dtype of the weight.
 

@@ -26,6 +26,7 @@ from nanovllm.kernels.decode_plan import (
     plan_decode_reference,
     plan_decode_triton,
 )
+from nanovllm.kernels.early_launch import LINE_BYTES, early_launch, fetch, wait_for_previous
 from nanovllm.kernels.paged_kv import (
     LOG2_E,
     check_caches,
@@ -175,8 +176,10 @@ def paged_decode_triton(
         TILE=config.tile,
         MERGE_PIECES=max(2, MERGE_ELEMENTS // (padded_group * padded_dim)),
         PIECE_FIELDS=PIECE_FIELDS,
+        LINE=LINE_BYTES // q.element_size(),
         num_warps=config.num_warps,
         num_stages=config.num_stages,
+        **early_launch(q),
     )
 
 
@@ -208,30 +211,41 @@ def _decode_kernel(
     TILE: tl.constexpr,
     MERGE_PIECES: tl.constexpr,
     PIECE_FIELDS: tl.constexpr,
+    LINE: tl.constexpr,
+    EARLY: tl.constexpr,
 ):
     piece = tl.program_id(1)
     seq = tl.load(pieces_ptr + piece * PIECE_FIELDS)
     if seq < 0:
+        wait_for_previous(EARLY)
         return
     kv_head = tl.program_id(0)
     num_kv_heads = tl.num_programs(0)
     num_heads = num_kv_heads * GROUP
     begin = tl.load(pieces_ptr + piece * PIECE_FIELDS + 1)
     end = tl.load(pieces_ptr + piece * PIECE_FIELDS + 2)
-    first_piece = tl.load(pieces_ptr + piece * PIECE_FIELDS + 3)
-    num_pieces = tl.load(pieces_ptr + piece * PIECE_FIELDS + 4)
+    partial_index = tl.load(pieces_ptr + piece * PIECE_FIELDS + 3)
+    first_partial = tl.load(pieces_ptr + piece * PIECE_FIELDS + 4)
+    num_pieces = tl.load(pieces_ptr + piece * PIECE_FIELDS + 5)
     table_ptr += tl.load(rows_ptr + seq).to(tl.int64) * stride_row
 
     heads = tl.arange(0, QUERY_ROWS)
     dims = tl.arange(0, PADDED_DIM)
     query_mask = (heads < GROUP)[:, None] & (dims < HEAD_DIM)[None, :]
     q_head_ptr = q_ptr + seq.to(tl.int64) * stride_q_seq + kv_head * GROUP * stride_q_head
+    blocks = tile_blocks(table_ptr, begin, end, BLOCK_SIZE, TILE)
+    if EARLY and PADDED_DIM % LINE == 0:
+        tokens = kv_offsets(blocks, begin, kv_head, stride_block, HEAD_DIM, 1, BLOCK_SIZE, TILE)
+        lines = tokens + (tl.arange(0, PADDED_DIM // LINE) * LINE)[None, :]
+        is_token = (begin + tl.arange(0, TILE) < end)[:, None]
+        fetch(k_ptr + lines, is_token)
+        fetch(v_ptr + lines, is_token)
+    wait_for_previous(EARLY)
     q = tl.load(q_head_ptr + heads[:, None] * stride_q_head + dims[None, :], mask=query_mask, other=0.0)
 
     top = tl.full([QUERY_ROWS], float("-inf"), tl.float32)
     mass = tl.zeros([QUERY_ROWS], tl.float32)
     acc = tl.zeros([QUERY_ROWS, PADDED_DIM], tl.float32)
-    blocks = tile_blocks(table_ptr, begin, end, BLOCK_SIZE, TILE)
     for start in range(begin, end, TILE):
         offsets = kv_offsets(blocks, start, kv_head, stride_block, HEAD_DIM, PADDED_DIM, BLOCK_SIZE, TILE)
         blocks = tile_blocks(table_ptr, start + TILE, end, BLOCK_SIZE, TILE)
@@ -259,7 +273,7 @@ def _decode_kernel(
         tl.store(out_ptrs, acc.to(out_ptr.dtype.element_ty), mask=query_mask)
         return
 
-    partial_heads = piece.to(tl.int64) * num_heads + kv_head * GROUP + heads
+    partial_heads = partial_index.to(tl.int64) * num_heads + kv_head * GROUP + heads
     tl.store(partial_out_ptr + partial_heads[:, None] * HEAD_DIM + dims[None, :], acc, mask=query_mask)
     tl.store(partial_lse_ptr + partial_heads, top + tl.log2(mass), mask=heads < GROUP)
     # The barrier puts all of this program's stores before its one thread's release; the acquire of whoever comes
@@ -277,7 +291,7 @@ def _decode_kernel(
         for base in range(0, num_pieces, MERGE_PIECES):
             index = base + tl.arange(0, MERGE_PIECES)
             present = (index < num_pieces)[:, None]
-            partials = ((first_piece + index).to(tl.int64) * num_heads)[:, None] + read_heads[None, :]
+            partials = ((first_partial + index).to(tl.int64) * num_heads)[:, None] + read_heads[None, :]
             # .cg: from L2, where the others' stores are, never from a stale line of this multiprocessor's L1.
             lse = tl.load(partial_lse_ptr + partials, mask=present, other=float("-inf"), cache_modifier=".cg")
             partial = tl.load(

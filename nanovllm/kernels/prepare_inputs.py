@@ -10,6 +10,7 @@ from dataclasses import dataclass
 
 import torch
 
+from nanovllm.kernels.early_launch import early_launch, wait_for_previous
 from nanovllm.kernels.triton_shim import tl, triton
 
 
@@ -114,6 +115,7 @@ def prepare_inputs_triton(
         BLOCK_SIZE=block_size,
         TILE=1024,
         num_warps=4,
+        **early_launch(rows),
     )
 
 
@@ -135,7 +137,9 @@ def _prepare_inputs_kernel(
     block_table_stride,
     BLOCK_SIZE: tl.constexpr,
     TILE: tl.constexpr,
+    EARLY: tl.constexpr,
 ):
+    wait_for_previous(EARLY)
     sequence = tl.program_id(0)
     row = tl.load(rows_ptr + sequence).to(tl.int64)
     first = tl.load(query_start_ptr + sequence)

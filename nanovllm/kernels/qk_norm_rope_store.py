@@ -11,6 +11,7 @@ element: bound by memory. Math is in float32, rounded once at the end.
 import torch
 
 from nanovllm.kernels.cpu_rope_store import RopeStorePlan, qk_norm_rope_store_cpu
+from nanovllm.kernels.early_launch import early_launch, wait_for_previous
 from nanovllm.kernels.triton_shim import tl, triton
 
 
@@ -33,7 +34,7 @@ def qk_norm_rope_store(
         qkv: `[tokens, (heads + 2 * kv_heads) * head_dim]`, rows may be strided.
         q_weight, k_weight: `[head_dim]`, or None for no norm.
         eps: of the norms.
-        positions: `[tokens]` int32.
+        positions: `[tokens]` int32; on a GPU these and the slots must be older than the last launch: `early_launch.py`.
         cos_sin: `[max_position, rotary_dim]` float32, cosines first, then sines; rotary_dim <= head_dim.
         slot_mapping: `[tokens]` int64, block * block_size + offset; -1 stores nothing.
         k_cache, v_cache: `[blocks, kv_heads, block_size, head_dim]`, a block contiguous; written.
@@ -123,6 +124,7 @@ def qk_norm_rope_store_triton(
         TILE_HALF=triton.next_power_of_2(rotary_dim // 2),
         TILE_REST=triton.next_power_of_2(head_dim - rotary_dim) if rotary_dim < head_dim else 0,
         num_warps=max(tile_heads // 4, 1),
+        **early_launch(qkv),
     )
     return q
 
@@ -151,6 +153,7 @@ def _qk_norm_rope_store_kernel(
     TILE_HEADS: tl.constexpr,
     TILE_HALF: tl.constexpr,
     TILE_REST: tl.constexpr,
+    EARLY: tl.constexpr,
 ):
     token = tl.program_id(0).to(tl.int64)
     position = tl.load(positions_ptr + token).to(tl.int64)
@@ -164,6 +167,10 @@ def _qk_norm_rope_store_kernel(
     column = tl.arange(0, TILE_HALF)[None, :]
     source = qkv_ptr + token * qkv_stride + head * HEAD_DIM
     in_half = inside & (column < HALF)
+    angle = cos_sin_ptr + position * cos_sin_stride + column
+    cos = tl.load(angle, mask=column < HALF, other=0.0)
+    sin = tl.load(angle + HALF, mask=column < HALF, other=0.0)
+    wait_for_previous(EARLY)
     stored_a = tl.load(source + column, mask=in_half, other=0.0)
     stored_b = tl.load(source + HALF + column, mask=in_half, other=0.0)
     a, b = stored_a.to(tl.float32), stored_b.to(tl.float32)
@@ -178,9 +185,6 @@ def _qk_norm_rope_store_kernel(
 
     a *= _norm_factor(scale, q_weight_ptr, k_weight_ptr, column, column < HALF, is_q)
     b *= _norm_factor(scale, q_weight_ptr, k_weight_ptr, HALF + column, column < HALF, is_q)
-    angle = cos_sin_ptr + position * cos_sin_stride + column
-    cos = tl.load(angle, mask=column < HALF, other=0.0)
-    sin = tl.load(angle + HALF, mask=column < HALF, other=0.0)
     rotated_a = tl.where(is_v, stored_a, (a * cos - b * sin).to(stored_a.dtype))
     rotated_b = tl.where(is_v, stored_b, (b * cos + a * sin).to(stored_b.dtype))
 

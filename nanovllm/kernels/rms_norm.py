@@ -7,6 +7,7 @@ residual; about 4 FLOPs. Math is in float32, rounded once at the end.
 
 import torch
 
+from nanovllm.kernels.early_launch import early_launch, wait_for_previous
 from nanovllm.kernels.triton_shim import tl, triton
 
 
@@ -73,6 +74,7 @@ def _launch(
         TILE=tile,
         HAS_RESIDUAL=has_residual,
         num_warps=min(max(tile // 256, 1), 16),  # 8 elements, 16 bytes of bf16, a thread
+        **early_launch(x),
     )
     return out
 
@@ -89,11 +91,13 @@ def _rms_norm_kernel(
     SIZE: tl.constexpr,
     TILE: tl.constexpr,
     HAS_RESIDUAL: tl.constexpr,
+    EARLY: tl.constexpr,
 ):
     token = tl.program_id(0).to(tl.int64)
     column = tl.arange(0, TILE)
     inside = column < SIZE
     weight = tl.load(weight_ptr + column, mask=inside, other=0.0).to(tl.float32)
+    wait_for_previous(EARLY)
     x = tl.load(x_ptr + token * x_stride + column, mask=inside, other=0.0)
     if HAS_RESIDUAL:
         place = residual_ptr + token * residual_stride + column

@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING
 
 import torch
 
+from nanovllm.kernels.early_launch import early_launch, wait_for_previous
 from nanovllm.kernels.gumbel_noise import (
     MAX_TEMPERATURE,
     MIN_TEMPERATURE,
@@ -82,6 +83,7 @@ def sample_triton(
         "NUM_STOP_IDS": params.stop_ids.shape[1],
         "TILE_STOP_IDS": triton.next_power_of_2(params.stop_ids.shape[1]),
         "GROUPS": groups,
+        **early_launch(logits),
     }
     _scan_kernel[(num_entries, num_splits)](*arguments, tiles_each, TILE=scan_tile, num_warps=8, **constants)
     _choose_kernel[(num_entries,)](
@@ -120,8 +122,10 @@ def _scan_kernel(
     TILE_STOP_IDS: tl.constexpr,
     TILE: tl.constexpr,
     GROUPS: tl.constexpr,
+    EARLY: tl.constexpr,
 ):
     """Leave of one split of a row: its best score, whose index that is, its mass; and its groups' maxima."""
+    wait_for_previous(EARLY)
     entry = tl.program_id(0).to(tl.int64)
     split = tl.program_id(1)
     row = tl.load(rows_ptr + entry).to(tl.int64)
@@ -194,8 +198,10 @@ def _choose_kernel(
     TILE_GROUPS: tl.constexpr,
     MAX_CANDIDATES: tl.constexpr,
     LOW_BITS: tl.constexpr,
+    EARLY: tl.constexpr,
 ):
     """Compare the splits of a row, or draw from what its truncations leave; write the token."""
+    wait_for_previous(EARLY)
     entry = tl.program_id(0).to(tl.int64)
     row = tl.load(rows_ptr + entry).to(tl.int64)
     if row < 0:

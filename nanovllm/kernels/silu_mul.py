@@ -7,6 +7,7 @@ by memory. Math is in float32, rounded once at the end.
 import torch
 import torch.nn.functional as F
 
+from nanovllm.kernels.early_launch import early_launch, wait_for_previous
 from nanovllm.kernels.triton_shim import tl, triton
 
 
@@ -34,7 +35,7 @@ def silu_mul_triton(gate_up: torch.Tensor) -> torch.Tensor:
     out = torch.empty((num_tokens, size), dtype=gate_up.dtype, device=gate_up.device)
     tile = min(1024, triton.next_power_of_2(size))
     _silu_mul_kernel[(num_tokens, triton.cdiv(size, tile))](
-        gate_up, out, gate_up.stride(0), SIZE=size, TILE=tile, num_warps=max(tile // 256, 1)
+        gate_up, out, gate_up.stride(0), SIZE=size, TILE=tile, num_warps=max(tile // 256, 1), **early_launch(gate_up)
     )
     return out
 
@@ -52,12 +53,18 @@ def _exp(x):
 
 
 @triton.jit
-def _silu_mul_kernel(gate_up_ptr, out_ptr, gate_up_stride, SIZE: tl.constexpr, TILE: tl.constexpr):
+def silu(x):
+    return x / (1 + _exp(-x))
+
+
+@triton.jit
+def _silu_mul_kernel(gate_up_ptr, out_ptr, gate_up_stride, SIZE: tl.constexpr, TILE: tl.constexpr, EARLY: tl.constexpr):
     token = tl.program_id(0).to(tl.int64)
     column = tl.program_id(1) * TILE + tl.arange(0, TILE)
     inside = column < SIZE
     gate_up_ptr += token * gate_up_stride
+    wait_for_previous(EARLY)
     gate = tl.load(gate_up_ptr + column, mask=inside, other=0.0).to(tl.float32)
     up = tl.load(gate_up_ptr + SIZE + column, mask=inside, other=0.0).to(tl.float32)
-    out = gate / (1 + _exp(-gate)) * up
+    out = silu(gate) * up
     tl.store(out_ptr + token * SIZE + column, out.to(out_ptr.dtype.element_ty), mask=inside)

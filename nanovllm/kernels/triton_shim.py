@@ -5,6 +5,8 @@ also holds its PyTorch reference, which is the CPU implementation, so `@triton.j
 something at import.
 """
 
+import os
+
 try:
     import triton
     import triton.language as tl
@@ -19,4 +21,7 @@ except ImportError:
 
     triton = tl = _Absent()
 
-__all__ = ["tl", "triton"]
+# Kernels are run by Triton's interpreter, which knows no inline assembly.
+INTERPRETED = tl.constexpr(os.environ.get("TRITON_INTERPRET") == "1")
+
+__all__ = ["INTERPRETED", "tl", "triton"]

@@ -9,10 +9,11 @@ pairs the two (QKV then output projection, gate/up then down), so it costs one a
 from dataclasses import dataclass
 
 import torch
-import torch.nn.functional as F
 from torch import nn
 
 from nanovllm.kernels.packed_linear import PackedWeight, pack_weight, packed_linear
+from nanovllm.kernels.silu_mul import silu_mul
+from nanovllm.kernels.skinny_linear import skinny_linear
 
 
 @dataclass(slots=True, frozen=True)
@@ -46,10 +47,11 @@ class Linear(nn.Module):
         """`x [tokens, in_features]` -> `[tokens, out_features]`."""
         return self.matmul(x, self.bias)
 
-    def matmul(self, x: torch.Tensor, bias: torch.Tensor | None) -> torch.Tensor:
-        if self.packed is not None:
-            return packed_linear(x, self.packed, bias)
-        return F.linear(x, self.weight, bias)
+    def matmul(self, x: torch.Tensor, bias: torch.Tensor | None, gated: bool = False) -> torch.Tensor:
+        if self.packed is None:
+            return skinny_linear(x, self.weight, bias, gated)
+        out = packed_linear(x, self.packed, bias)
+        return silu_mul(out) if gated else out
 
     def pack(self) -> None:
         """Lay the weight out anew for the CPU's matrix units, in place of the plain one, where that is faster."""
@@ -79,6 +81,10 @@ class MergedColumnParallelLinear(ColumnParallelLinear):
     def __init__(self, in_features: int, shard_sizes: list[int], tp: TensorParallel, bias: bool = False) -> None:
         super().__init__(in_features, sum(shard_sizes), tp, bias)
         self.shard_sizes = [tp.split(size, "out_features") for size in shard_sizes]
+
+    def silu_mul(self, x: torch.Tensor) -> torch.Tensor:
+        """SwiGLU of a gate and an up of equal sizes (Shazeer, 2020, arXiv:2002.05202): silu(gate) · up."""
+        return self.matmul(x, self.bias, gated=True)
 
     def load_shard(self, param: nn.Parameter, loaded: torch.Tensor, shard: str | int | None) -> None:
         own = param.narrow(0, sum(self.shard_sizes[:shard]), self.shard_sizes[shard])

@@ -1,7 +1,11 @@
-"""From a directory or hub id to a model with its weights: every parameter exactly once, or an error that names it."""
+"""From a directory or hub id to a model with its weights: every parameter exactly once, or an error that names it.
+
+New weights for a model that runs come the same way, by the checkpoint's names, and are written over the old ones:
+parameters keep their addresses on a GPU, on which captured graphs rely.
+"""
 
 import json
-from collections.abc import Iterator
+from collections.abc import Collection, Iterable, Iterator
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -10,9 +14,12 @@ import torch
 from torch import nn
 
 from nanovllm.config import Config
+from nanovllm.kernels.packed_linear import pack_weight, unpack_weight
+from nanovllm.layers.linear import Linear, TensorParallel
 from nanovllm.models import model_class
 
-Source = tuple[nn.Module, nn.Parameter, str | int | None]  # owner, parameter, shard of it
+NamedTensors = Iterable[tuple[str, torch.Tensor]]
+Place = tuple[str, str, str | int | None]  # module, its parameter, shard of it
 
 
 def resolve_model_path(model: str, revision: str | None) -> Path:
@@ -72,25 +79,42 @@ def load_weights(model: nn.Module, path: Path) -> None:
         FileNotFoundError: no weights, or a file of the index is missing; OSError: a file is damaged.
         ValueError: naming a tensor that is missing, unexpected, there twice, or of the wrong shape.
     """
-    expected = _expected_tensors(model)
+    places = tensor_places(model)
     loaded: set[str] = set()
-    for name, tensor in _read_tensors(path):
-        if name in loaded:
-            raise ValueError(f"tensor {name!r} is in {path} twice")
-        if name not in expected:
-            if _is_redundant(name, model):
-                continue
-            raise ValueError(f"tensor {name!r} in {path} is not a part of {type(model).__name__}")
-        owner, param, shard = expected[name]
-        try:
-            owner.load_shard(param, tensor, shard)
-        except ValueError as error:
-            raise ValueError(f"tensor {name!r} in {path}: {error}") from error
-        loaded.add(name)
-    missing = sorted(expected.keys() - loaded)
+    _fill(model, places, _read_tensors(path), loaded, f" in {path}")
+    missing = places.keys() - loaded
     if missing:
-        shown = ", ".join(missing[:5]) + (f" and {len(missing) - 5} more" if len(missing) > 5 else "")
-        raise ValueError(f"tensors missing in {path}: {shown}")
+        raise ValueError(f"tensors missing in {path}: {list_names(missing)}")
+
+
+def update_weights(model: nn.Module, outline: nn.Module, named_tensors: NamedTensors, loaded: set[str]) -> None:
+    """Write tensors, all of the checkpoint's or some, over the weights of a model that runs.
+
+    A list of them is checked as a whole before anything is written. Of what is made on the way, as by a generator,
+    those before the faulty one have been written. Weights packed for the CPU are unpacked for it, and packed again.
+
+    Args:
+        outline: the same model without memory.
+        loaded: gets the names of the tensors that have been written.
+
+    Raises:
+        TypeError: what comes is not a name and a tensor.
+        ValueError: naming a tensor that is unexpected, there twice, or of the wrong shape.
+    """
+    places = tensor_places(outline)
+    if isinstance(named_tensors, Collection):
+        shapes = ((name, torch.empty(tensor.shape, device="meta")) for name, tensor in _pairs(named_tensors))
+        _fill(outline, places, shapes, set())
+    packed = [module for module in model.modules() if isinstance(module, Linear) and module.packed is not None]
+    try:
+        _fill(model, places, _pairs(named_tensors), loaded)
+    except Exception as error:
+        error.add_note(f"{len(loaded)} tensors had been loaded before: {list_names(loaded)}")
+        raise
+    finally:
+        for layer in packed:
+            if layer.packed is None:
+                layer.packed, layer.weight = pack_weight(layer.weight), None
 
 
 def fill_with_random_weights(model: nn.Module, seed: int = 0) -> None:
@@ -110,20 +134,77 @@ def fill_with_random_weights(model: nn.Module, seed: int = 0) -> None:
 
 def build_model(config: Config, hf_config: Any, cls: type, path: Path, dtype: torch.dtype, device: str) -> nn.Module:
     """The model on its device, with its weights. Raises what `load_weights` raises."""
-    from nanovllm.layers.linear import Linear, TensorParallel
-
-    with torch.device("meta"):  # shapes only: nothing is allocated until the dtype and device are right
-        model = cls(hf_config, TensorParallel())
-    model.to(dtype).to_empty(device=device)
+    model = build_outline(hf_config, cls).to(dtype).to_empty(device=device)
     if config.load_format == "dummy":
         fill_with_random_weights(model)
     else:
         load_weights(model, path)
-    if device == "cpu":
-        for module in model.modules():
-            if isinstance(module, Linear):
-                module.pack()
+    pack_linears(model)
     return model.eval()
+
+
+def build_outline(hf_config: Any, cls: type) -> nn.Module:
+    """The model without memory: names and shapes."""
+    with torch.device("meta"):
+        return cls(hf_config, TensorParallel())
+
+
+def pack_linears(model: nn.Module) -> None:
+    """Lay out weights that are all plain for the CPU. Elsewhere nothing is done."""
+    for module in model.modules():
+        if isinstance(module, Linear):
+            module.pack()
+
+
+def tensor_places(model: nn.Module) -> dict[str, Place]:
+    """The checkpoint's tensor names, and where each belongs, in a model whose weights are plain or without memory."""
+    places: dict[str, Place] = {}
+    for name, _ in model.named_parameters():
+        module_name, _, leaf = name.rpartition(".")
+        prefix, _, module_leaf = module_name.rpartition(".")
+        for source, shard in model.packed_modules.get(module_leaf, [(module_leaf, None)]):
+            places[".".join(filter(None, (prefix, source, leaf)))] = (module_name, leaf, shard)
+    return places
+
+
+def list_names(names: Collection[str]) -> str:
+    """The first of them, and how many more there are."""
+    shown = ", ".join(sorted(names)[:5])
+    return f"{shown} and {len(names) - 5} more" if len(names) > 5 else shown
+
+
+def _fill(
+    model: nn.Module, places: dict[str, Place], tensors: NamedTensors, loaded: set[str], source: str = ""
+) -> None:
+    """Copy each tensor to its place in `model`, and its name to `loaded`."""
+    for name, tensor in tensors:
+        if name in loaded:
+            raise ValueError(f"tensor {name!r} is there twice{source}")
+        if name not in places:
+            if _is_redundant(name, model):
+                continue
+            raise ValueError(f"tensor {name!r}{source} is not a part of {type(model).__name__}")
+        module_name, leaf, shard = places[name]
+        owner = model.get_submodule(module_name)
+        if leaf == "weight" and getattr(owner, "packed", None) is not None:
+            owner.weight = nn.Parameter(unpack_weight(owner.packed), requires_grad=False)
+            owner.packed = None
+        try:
+            with torch.inference_mode():  # here and not around the loop, for `tensors` may be somebody's generator
+                owner.load_shard(getattr(owner, leaf), tensor, shard)
+        except ValueError as error:
+            raise ValueError(f"tensor {name!r}{source}: {error}") from error
+        loaded.add(name)
+
+
+def _pairs(named_tensors: NamedTensors) -> NamedTensors:
+    """The same. Raises TypeError where something else comes."""
+    for pair in named_tensors:
+        match pair:
+            case (str(), torch.Tensor()):
+                yield pair
+            case _:
+                raise TypeError(f"named_tensors has {pair!r:.80}: it must have pairs of a name and a tensor")
 
 
 def _read_json(file: Path) -> dict[str, Any]:
@@ -134,18 +215,6 @@ def _read_json(file: Path) -> dict[str, Any]:
     if not isinstance(content, dict):
         raise ValueError(f"{file} must hold a JSON object, not {type(content).__name__}")
     return content
-
-
-def _expected_tensors(model: nn.Module) -> dict[str, Source]:
-    """The checkpoint's tensor names, and where each belongs."""
-    expected: dict[str, Source] = {}
-    for name, param in model.named_parameters():
-        module_name, _, leaf = name.rpartition(".")
-        prefix, _, module_leaf = module_name.rpartition(".")
-        owner = model.get_submodule(module_name)
-        for source, shard in model.packed_modules.get(module_leaf, [(module_leaf, None)]):
-            expected[".".join(filter(None, (prefix, source, leaf)))] = (owner, param, shard)
-    return expected
 
 
 def _is_redundant(name: str, model: nn.Module) -> bool:

@@ -51,12 +51,20 @@ class InputBatch:
         )
         self.live = torch.zeros(2 * num_rows + 1, dtype=torch.int32, device=device)
         self.live_rows, self.query_start = self.live[:num_rows], self.live[num_rows:]
+        self._sent_batch: tuple[list[int], list[int], int] | None = None
         # A slot's pinned buffers are written again only when the step that last used them has ended.
         self._live_staging = [_pinned(2 * num_rows + 1, device) for _ in range(num_slots)]
         self._delta_staging = [_pinned(1 << 12, device) for _ in range(num_slots)]
 
     def apply(self, plan: StepPlan, slot: int, num_padded: int) -> None:
         """Send the plan's changes and its batch, padded to `num_padded` sequences. Does not wait for the device."""
+        batch = (plan.rows, plan.query_lens, num_padded)
+        if batch != self._sent_batch:  # while nobody comes or goes, the device has it already
+            self._send_batch(plan, slot, num_padded)
+            self._sent_batch = batch
+        self._send_changes(plan, slot)
+
+    def _send_batch(self, plan: StepPlan, slot: int, num_padded: int) -> None:
         live = self._live_staging[slot].numpy()
         num_seqs = len(plan.rows)
         live[:num_seqs] = plan.rows
@@ -65,7 +73,6 @@ class InputBatch:
         live[self.num_rows] = 0
         np.cumsum(query_lens, out=live[self.num_rows + 1 : self.num_rows + 1 + num_padded])
         self.live.copy_(self._live_staging[slot], non_blocking=True)
-        self._send_changes(plan, slot)
 
     def _send_changes(self, plan: StepPlan, slot: int) -> None:
         indices, values = [], []

@@ -24,8 +24,9 @@ from nanovllm.layers.rotary_embedding import build_cos_sin, rope_parameters
 from nanovllm.models.loader import build_model
 from nanovllm.worker.cuda_graph import DecodeGraphs, batch_sizes, padded_size
 from nanovllm.worker.input_batch import InputBatch
+from nanovllm.worker.logit_extras import LogitExtras, LogprobsOnTheWay, ask_for_the_most
 from nanovllm.worker.memory import DeviceMemory, cache_bytes_left, cache_bytes_per_block
-from nanovllm.worker.step_plan import NewRow, StepPlan
+from nanovllm.worker.step_plan import NewRow, StepPlan, TokenLogprobs
 
 logger = logging.getLogger(__name__)
 
@@ -35,15 +36,29 @@ MAX_STEPS_IN_FLIGHT = 2  # one runs while the host reads the tokens of the one b
 
 @dataclass(slots=True)
 class StepHandle:
-    """A launched step. `tokens()` waits for it."""
+    """A launched step. Whatever is read from it waits for it."""
 
     sampled: torch.Tensor  # [num_samples] int32, on the host
     done: torch.cuda.Event | None
+    extras: LogprobsOnTheWay | None = None
 
     def tokens(self) -> list[int]:
+        self._wait()
+        return self.sampled.tolist()
+
+    def logprobs(self) -> list[TokenLogprobs | None]:
+        """Of each sampled token, None where the plan's `logprobs` did not ask."""
+        self._wait()
+        return self.extras.samples() if self.extras else [None] * len(self.sampled)
+
+    def prompt_logprobs(self) -> list[list[TokenLogprobs]]:
+        """Of the tokens of each of the plan's `prompt_logprobs`."""
+        self._wait()
+        return self.extras.spans() if self.extras else []
+
+    def _wait(self) -> None:
         if self.done is not None:
             self.done.synchronize()
-        return self.sampled.tolist()
 
 
 class ModelRunner:
@@ -51,11 +66,13 @@ class ModelRunner:
 
     Attributes:
         num_blocks, block_size: of the paged cache. max_model_len: cut to what the cache holds.
+        sleep_level, missing_weights: see `worker/sleep.py`.
     """
 
     @torch.inference_mode()
     def __init__(self, config: Config, hf_config: Any, model_cls: type, path: Path) -> None:
         self.config = config
+        self.hf_config = hf_config
         self.device = resolve_device(config.device)
         self.dtype = resolve_dtype(config.dtype, hf_config)
         self.is_cuda = self.device == "cuda"
@@ -68,12 +85,32 @@ class ModelRunner:
         self.attention_layers = [m for m in self.model.modules() if isinstance(m, Attention)]
         self._build_rope(hf_config)
         self.graphs: DecodeGraphs | None = None
+        self.recorded_hidden: dict[int, torch.Tensor] = {}  # of each graph: a few MB in all
         self.num_blocks = self._fit_cache(before)
+        self.sleep_level = 0
+        self.missing_weights: set[str] = set()
+        self.start()
+
+    @torch.inference_mode()
+    def start(self) -> None:
+        """Make the cache, the rows and the buffers, and capture the graphs."""
         self._allocate(self.num_blocks)
-        if self.is_cuda and not config.enforce_eager:
+        if self.is_cuda and not self.config.enforce_eager:
             self.batch.live_rows.fill_(-1)
             self.graphs = DecodeGraphs()
-            self.graphs.capture(self._run_decodes, self.decode_sizes)
+            self.graphs.capture(self._record_decodes, self.decode_sizes)
+
+    def stop(self) -> None:
+        """Drop what `start` made. Until it is called again nothing can be launched."""
+        if self.is_cuda:
+            torch.cuda.synchronize()
+        self.graphs = self.kv_cache = self.batch = self.inputs = self.decode_plan = self.sampled = None
+        self.extras = None
+        self.recorded_hidden.clear()
+        for attention in self.attention_layers:
+            attention.k_cache = attention.v_cache = torch.empty(0)
+        if self.is_cuda:
+            torch.cuda.empty_cache()
 
     @torch.inference_mode()
     def launch(self, plan: StepPlan) -> StepHandle:
@@ -85,17 +122,37 @@ class ModelRunner:
         else:
             self._clear_fresh_tails(plan)
         num_seqs = len(plan.rows)
+        logits = None
         if plan.num_decodes == num_seqs:
             size = padded_size(num_seqs, self.decode_sizes)
             self.batch.apply(plan, slot, size)
-            (self.graphs.replay if self.graphs else self._run_decodes)(size)
+            if self.graphs:
+                self.graphs.replay(size)
+                hidden = self.recorded_hidden[size]
+            else:
+                hidden, logits = self._run_decodes(size)
         else:
             self.batch.apply(plan, slot, num_seqs)
-            self._run(num_seqs, plan.num_tokens, plan.num_decodes, plan.num_samples)
-        return self._fetch(plan.num_samples, slot)
+            hidden, logits = self._run(num_seqs, plan.num_tokens, plan.num_decodes, plan.num_samples)
+        return self._fetch(plan.num_samples, slot, self._run_extras(plan, hidden, logits))
 
-    def _run(self, num_seqs: int, num_tokens: int, num_decodes: int, num_samples: int) -> None:
-        """From the rows to the sampled tokens, written back into the rows. Queued on the device, not waited for."""
+    def _run_extras(self, plan: StepPlan, hidden: torch.Tensor, logits: torch.Tensor | None) -> LogprobsOnTheWay | None:
+        """What the step's rows ask beyond the plain part, if anything."""
+        self.extras.take(plan.new_rows)
+        if not self.extras.are_asked(plan):
+            return None
+        if logits is None and plan.num_samples:  # a graph does not keep its own, which would take GBs
+            logits = self.model.compute_logits(hidden)  # of the same shape, hence the same numbers
+        return self.extras.run(plan, hidden, logits, self.inputs.seq_lens, self.sampled)
+
+    def _run(
+        self, num_seqs: int, num_tokens: int, num_decodes: int, num_samples: int
+    ) -> tuple[torch.Tensor, torch.Tensor | None]:
+        """From the rows to the sampled tokens, written back into the rows. Queued on the device, not waited for.
+
+        Returns:
+            hidden: `[num_tokens, hidden_size]`; logits: `[num_samples, vocab]`, None if there are none.
+        """
         batch, inputs = self.batch, self.inputs
         rows, query_start = batch.live_rows[:num_seqs], batch.query_start[: num_seqs + 1]
         prepare_inputs(
@@ -116,13 +173,15 @@ class ModelRunner:
             decode_plan=self.decode_plan,
             rope_store_plan=None if self.is_cuda else plan_rope_store(positions, slots, self.cos_sin, self.block_size),
         )
-        hidden = self.model(inputs.input_ids[:num_tokens], self.cos_sin, meta)
+        hidden = last = self.model(inputs.input_ids[:num_tokens], self.cos_sin, meta)
+        if not num_samples:
+            return hidden, None
         if num_tokens > num_samples:  # only a sequence's last token is asked for its logits
-            hidden = hidden[query_start[1 : num_samples + 1].long() - 1]
-        if num_samples:
-            logits = self.model.compute_logits(hidden)
-            sampled = self.sampled[:num_samples]
-            sample(logits, rows[:num_samples], seq_lens[:num_samples], batch.params, batch.token_ids, sampled)
+            last = hidden[query_start[1 : num_samples + 1].long() - 1]
+        logits = self.model.compute_logits(last)
+        sampled = self.sampled[:num_samples]
+        sample(logits, rows[:num_samples], seq_lens[:num_samples], batch.params, batch.token_ids, sampled)
+        return hidden, logits
 
     def _plan_decodes(self, rows: torch.Tensor, seq_lens: torch.Tensor) -> DecodePlan | GatherPlan:
         layer = self.attention_layers[0]
@@ -130,8 +189,12 @@ class ModelRunner:
             return plan_decode(seq_lens, layer.num_kv_heads, self.decode_plan)
         return plan_gather(seq_lens, rows, self.batch.block_table, layer.k_cache, self.decode_plan)
 
-    def _run_decodes(self, num_seqs: int) -> None:
-        self._run(num_seqs, num_seqs, num_seqs, num_seqs)
+    def _run_decodes(self, num_seqs: int) -> tuple[torch.Tensor, torch.Tensor | None]:
+        return self._run(num_seqs, num_seqs, num_seqs, num_seqs)
+
+    def _record_decodes(self, num_seqs: int) -> None:
+        """For a graph: what is kept stays where each replay will write it."""
+        self.recorded_hidden[num_seqs], _ = self._run_decodes(num_seqs)
 
     def _clear_fresh_tails(self, plan: StepPlan) -> None:
         """Zero the blocks that will be read before they are full: what a sequence that overflowed to NaN has left
@@ -140,14 +203,14 @@ class ModelRunner:
         for block in tails:
             self.kv_cache[:, :, block] = 0
 
-    def _fetch(self, num_samples: int, slot: int) -> StepHandle:
+    def _fetch(self, num_samples: int, slot: int, extras: LogprobsOnTheWay | None) -> StepHandle:
         """Queue the copy of the step's tokens to the host."""
         if not self.is_cuda:
-            return StepHandle(self.sampled[:num_samples].clone(), None)
+            return StepHandle(self.sampled[:num_samples].clone(), None, extras)
         host = self.sampled_on_host[slot][:num_samples]
         host.copy_(self.sampled[:num_samples], non_blocking=True)
         self.done[slot].record()
-        return StepHandle(host, self.done[slot])
+        return StepHandle(host, self.done[slot], extras)
 
     def _build_rope(self, hf_config: Any) -> None:
         layer = self.attention_layers[0]
@@ -209,6 +272,7 @@ class ModelRunner:
             DecodePlan.allocate(self.num_rows, *heads, self.device) if self.is_cuda else None
         )
         self.sampled = torch.zeros(self.num_rows, dtype=torch.int32, device=self.device)
+        self.extras = LogitExtras(self.batch, self.model.compute_logits, self.hf_config.vocab_size)
         self.num_launched = 0
         if self.is_cuda:
             self.done = [torch.cuda.Event() for _ in range(MAX_STEPS_IN_FLIGHT)]
@@ -229,6 +293,7 @@ class ModelRunner:
             plan.new_rows.append(NewRow(row, [0] * length, 0, [0], 1.0, 0, 1.0, 0.0, row, 0, []))
             plan.rows.append(row)
             plan.query_lens.append(length)
+        ask_for_the_most(plan)
         self.launch(plan).tokens()
         if self.config.enforce_eager:
             return 0

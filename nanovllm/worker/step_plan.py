@@ -4,6 +4,25 @@ from dataclasses import dataclass, field
 
 
 @dataclass(slots=True)
+class LogitEdits:
+    """What a row changes in its logits, beyond what every row may ask of the sampler."""
+
+    prompt_len: int
+    repetition_penalty: float = 1.0
+    frequency_penalty: float = 0.0
+    presence_penalty: float = 0.0
+    logit_bias: dict[int, float] | None = None
+    allowed_token_ids: tuple[int, ...] | None = None
+    bad_words: tuple[tuple[int, ...], ...] = ()
+
+    @property
+    def has_any(self) -> bool:
+        penalties = (self.repetition_penalty, self.frequency_penalty, self.presence_penalty)
+        is_limited = self.allowed_token_ids is not None
+        return penalties != (1, 0, 0) or is_limited or bool(self.logit_bias or self.bad_words)
+
+
+@dataclass(slots=True)
 class NewRow:
     """A sequence that enters the batch: everything the device must know of it."""
 
@@ -18,6 +37,26 @@ class NewRow:
     seed: int  # 64 bits
     min_len: int  # prompt tokens + min_tokens: shorter than this, `stop_ids` are not drawn
     stop_ids: list[int]
+    edits: LogitEdits | None = None
+
+
+@dataclass(slots=True)
+class PromptSpan:
+    """Tokens of a prompt whose log-probabilities are asked for: those that a chunk of the step predicts."""
+
+    index: int  # of the chunk in the batch
+    start: int  # position of the chunk's first token, which predicts the token after it
+    num_tokens: int
+    num_top: int  # of the likeliest tokens besides; -1: the vocabulary
+
+
+@dataclass(slots=True)
+class TokenLogprobs:
+    """Log-probabilities at one position: first of the token that is there, then of the likeliest, best first."""
+
+    token_ids: list[int]
+    logprobs: list[float]
+    ranks: list[int]  # 1 is the likeliest
 
 
 @dataclass(slots=True)
@@ -34,6 +73,8 @@ class StepPlan:
     query_lens: list[int] = field(default_factory=list)
     num_decodes: int = 0
     num_samples: int = 0
+    logprobs: list[tuple[int, int]] = field(default_factory=list)  # (index of a sampling sequence, num_top)
+    prompt_logprobs: list[PromptSpan] = field(default_factory=list)
 
     @property
     def num_tokens(self) -> int:

@@ -61,6 +61,8 @@ class SimulatedDevice:
     """Stands in for ModelRunner."""
 
     is_cuda = False
+    sleep_level = 0
+    missing_weights: frozenset[str] = frozenset()
 
     def __init__(self, num_blocks: int, block_size: int, max_model_len: int, num_rows: int, budget: int) -> None:
         self.num_blocks, self.block_size, self.max_model_len = num_blocks, block_size, max_model_len
@@ -173,6 +175,7 @@ def make_engine(
     engine.stats = StepStats()
     engine._in_flight = deque()
     engine._unfinished = {}
+    engine.advanced = []
     engine._ids = count()
     engine._random = random.Random(0)
     engine._make_scheduler()

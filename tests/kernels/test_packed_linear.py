@@ -6,7 +6,7 @@ import weakref
 import pytest
 import torch
 
-from nanovllm.kernels.packed_linear import PackedWeight, pack_weight, packed_linear, packed_rows
+from nanovllm.kernels.packed_linear import PackedWeight, pack_weight, packed_linear, packed_rows, unpack_weight
 
 DTYPES = [torch.bfloat16, torch.float32, torch.float16]
 SHAPES = [(4096, 1024), (1000, 72), (33, 17), (96, 48), (1, 64), (640, 3072)]
@@ -67,6 +67,32 @@ def test_packed_rows_are_the_weight_bit_for_bit(shape: tuple[int, int], dtype: t
     for index in (torch.arange(shape[0]), ids, ids[:0]):
         rows = packed_rows(packed, index)
         assert rows.dtype == dtype and torch.equal(rows, weight[index.long()])
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("shape", SHAPES)
+def test_unpacked_weight_is_the_weight_bit_for_bit_and_packs_again(shape: tuple[int, int], dtype: torch.dtype):
+    weight, packed = _packed(*shape, dtype)
+    unpacked = unpack_weight(packed)
+    assert unpacked.dtype == dtype and unpacked.is_contiguous() and torch.equal(unpacked, weight)
+    x = torch.randn(3, shape[1]).to(dtype)
+    before = packed_linear(x, packed)
+    again = pack_weight(unpacked)
+    assert torch.equal(packed_linear(x, again), before)
+    unpacked.fill_(float("nan"))  # shares nothing with either
+    assert torch.equal(packed_linear(x, packed), before) and torch.equal(packed_linear(x, again), before)
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_every_finite_bit_pattern_survives_packing_and_unpacking(dtype: torch.dtype):
+    """Negative zeros and subnormals too; of bfloat16 also infinities and NaN payloads."""
+    bits = torch.arange(-(2**15), 2**15, dtype=torch.int16)
+    if dtype == torch.float16:
+        bits = torch.where(bits.view(dtype).isfinite(), bits, 0)
+    packed = pack_weight(bits.view(dtype).view(128, 512))
+    if packed is None:
+        pytest.skip(f"this CPU packs no {dtype}")
+    assert torch.equal(unpack_weight(packed).view(torch.int16).flatten(), bits)
 
 
 def test_rows_survive_the_weight_and_every_bit_pattern():

@@ -60,6 +60,7 @@ def assert_decode_is_dense_attention(case: PagedCase, q: torch.Tensor, out: torc
 
 
 def run(case: PagedCase, q: torch.Tensor, plan: kernels.DecodePlan, scale: float, out: torch.Tensor) -> None:
+    torch.zeros(1, device=q.device)  # a launch between this one and the plan's, which `plan_decode` asks for
     kernels.paged_decode_triton(
         q, case.k_cache, case.v_cache, case.block_table, case.rows, case.seq_lens, plan, scale, out
     )
@@ -161,15 +162,18 @@ def check_plan(plan: kernels.DecodePlan, lengths: list[int]) -> None:
     slots = plan.pieces[: len(lengths) + plan.target_pieces].tolist()
     used = [slot for slot in slots if slot[0] >= 0]
     assert slots[: len(used)] == used, "idle slots must be the last"
+    sizes = [end - begin for _, begin, end, *_ in used]
+    assert sizes == sorted(sizes, reverse=True), "the longest pieces must come first"
+    assert sorted(slot[3] for slot in used) == list(range(len(used))), "each needs a place for its partial result"
     whole_sizes = set()
     for seq, length in enumerate(lengths):
-        own = [(i, slot) for i, slot in enumerate(used) if slot[0] == seq]
-        assert [slot[1] for _, slot in own] == [0] + [slot[2] for _, slot in own][:-1], "pieces must follow each other"
-        assert own[-1][1][2] == length, "pieces must reach the end"
-        assert all(slot[3] == own[0][0] and slot[4] == len(own) for _, slot in own)
-        assert [i for i, _ in own] == list(range(own[0][0], own[0][0] + len(own)))
-        assert length == 0 or own[-1][1][2] > own[-1][1][1], "no piece of a sequence is empty"
-        whole_sizes |= {slot[2] - slot[1] for _, slot in own[:-1]}
+        own = sorted(slot for slot in used if slot[0] == seq)
+        assert [slot[1] for slot in own] == [0] + [slot[2] for slot in own][:-1], "pieces must follow each other"
+        assert own[-1][2] == length, "pieces must reach the end"
+        assert [slot[3] for slot in own] == [own[0][4] + i for i in range(len(own))]
+        assert all(slot[4] == own[0][4] and slot[5] == len(own) for slot in own)
+        assert length == 0 or own[-1][2] > own[-1][1], "no piece of a sequence is empty"
+        whole_sizes |= {slot[2] - slot[1] for slot in own[:-1]}
     assert len(whole_sizes) <= 1, "all pieces but the last of a sequence have the same size"
     assert all(size % PIECE == 0 and size >= plan.min_piece for size in whole_sizes)
 

@@ -5,6 +5,7 @@ import random
 
 import pytest
 import torch
+from plain_sampling import assert_drawn_from, distribution
 
 from nanovllm.kernels import gumbel_noise as noise
 from nanovllm.kernels import sample as kernels
@@ -85,36 +86,12 @@ def draw_logits(seed: int, entries: int, vocab_size: int, dtype: torch.dtype, sc
 
 
 def exact_distribution(logits: torch.Tensor, asked: dict, is_short: bool = False) -> torch.Tensor:
-    """Probabilities of one row, float64, by sorting it."""
+    """Probabilities of one row, float64."""
     asked = {**DEFAULTS, **asked}
     x = logits.detach().cpu().double().clone()
     if is_short:
         x[list(asked["stop_ids"])] = -math.inf
-    p = torch.softmax(x / asked["temperature"], dim=0)
-    p[p < asked["min_p"] * p.max() * (1 - 1e-9)] = 0
-    if asked["top_k"] > 0:
-        p[p < p.sort(descending=True).values[min(asked["top_k"], len(p)) - 1]] = 0
-    p /= p.sum()
-    if asked["top_p"] < 1:
-        in_order = p.sort(descending=True).values
-        last = int((in_order.cumsum(0) < asked["top_p"]).sum())
-        p[p < in_order[last]] = 0
-    return p / p.sum()
-
-
-def assert_drawn_from(tokens: list[int], p: torch.Tensor) -> None:
-    """No token of probability 0, and chi-square over those expected 5 times or more within 5 deviations of its mean."""
-    counts = torch.bincount(torch.tensor(tokens), minlength=len(p)).double()
-    assert (counts[p == 0] == 0).all()
-    expected = p * len(tokens)
-    frequent = expected >= 5
-    counts = torch.cat([counts[frequent], counts[~frequent].sum()[None]])
-    expected = torch.cat([expected[frequent], expected[~frequent].sum()[None]])
-    if expected[-1] < 5:
-        counts, expected = counts[:-1], expected[:-1]
-    chi_square = float(((counts - expected) ** 2 / expected).sum())
-    degrees = max(len(counts) - 1, 1)
-    assert chi_square < degrees + 5 * math.sqrt(2 * degrees), (chi_square, degrees)
+    return distribution(x, asked["temperature"], asked["top_k"], asked["top_p"], asked["min_p"])
 
 
 @pytest.mark.parametrize("asked", [{}, {"temperature": 0.5}, {"temperature": 3.0}, *TRUNCATIONS])

@@ -1,0 +1,173 @@
+"""Paged attention's kernels timed alone, on a cache of their own: one layer's, with blocks dealt out at random.
+
+Every timed launch reads other blocks than the ones before it, so that nothing comes out of a cache. On CUDA the
+launches of decode attention are recorded in a graph, as the engine's are. On a CPU the same functions run what the
+engine runs there.
+"""
+
+import statistics
+from collections.abc import Callable
+from dataclasses import dataclass
+from functools import partial
+
+import torch
+
+from benchmarks.ceilings import run_seconds
+from benchmarks.workloads import Workload
+from nanovllm.kernels.cpu_attention import plan_gather
+from nanovllm.kernels.paged_decode import DecodeConfig, DecodePlan, paged_decode, paged_decode_triton, plan_decode
+from nanovllm.kernels.paged_prefill import PrefillConfig, paged_prefill, paged_prefill_triton
+
+FRESH_BYTES = 400_000_000  # to be read by different launches before a block comes again: far more than an L2 cache
+MIN_LAUNCHES, MAX_LAUNCHES = 4, {"cuda": 128, "cpu": 4}
+REPEATS = {"cuda": 9, "cpu": 3}
+
+
+@dataclass(slots=True, frozen=True)
+class AttentionShape:
+    """The heads of one layer."""
+
+    num_heads: int
+    num_kv_heads: int
+    head_dim: int
+    dtype: torch.dtype
+
+    @property
+    def token_bytes(self) -> int:
+        """Keys and values of one token."""
+        return 2 * self.num_kv_heads * self.head_dim * self.dtype.itemsize
+
+    @property
+    def scale(self) -> float:
+        return self.head_dim**-0.5
+
+
+def decode_lengths(workload: Workload, step: int) -> list[int]:
+    """Context lengths of the requests that are alive `step` steps after all of them began to decode."""
+    lengths = zip(workload.input_lens, workload.max_tokens, strict=True)
+    return [prompt + step for prompt, most in lengths if most > step]
+
+
+def median_seconds(run: Callable[[], object], device: str) -> float:
+    """The median of several runs, on the device's clock."""
+    return statistics.median(run_seconds(run, device, REPEATS[device]))
+
+
+def in_one_go(launches: list[Callable[[], object]], device: str) -> Callable[[], object]:
+    """All the launches as one call: on CUDA a graph, whose first run is behind it."""
+
+    def run() -> None:
+        for launch in launches:
+            launch()
+
+    if device == "cpu":
+        return run
+    launches[0]()  # kernels are compiled outside the capture
+    torch.cuda.synchronize()
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        run()
+    return graph.replay
+
+
+class Pool:
+    """A layer's cache of `num_tokens` tokens, and block tables into it."""
+
+    def __init__(self, shape: AttentionShape, num_tokens: int, device: str) -> None:
+        self.shape, self.num_tokens, self.device = shape, num_tokens, device
+        self._storage = torch.empty(2, num_tokens, shape.num_kv_heads, shape.head_dim, dtype=shape.dtype, device=device)
+        self._storage.normal_()
+        self._tables: dict[tuple, list[torch.Tensor]] = {}
+
+    @staticmethod
+    def num_launches(shape: AttentionShape, lengths: list[int], device: str) -> int:
+        """How many launches over such contexts are timed together."""
+        fresh = FRESH_BYTES // (sum(lengths) * shape.token_bytes)
+        return max(MIN_LAUNCHES, min(MAX_LAUNCHES[device], fresh))
+
+    @staticmethod
+    def tokens_for(shape: AttentionShape, lengths: list[int], block_size: int, device: str) -> int:
+        """The size of a pool in which such contexts can be timed."""
+        in_blocks = sum(-(-length // block_size) * block_size for length in lengths)
+        return Pool.num_launches(shape, lengths, device) * in_blocks
+
+    def caches(self, block_size: int) -> tuple[torch.Tensor, torch.Tensor]:
+        """K and V, each `[num_blocks, kv_heads, block_size, head_dim]`."""
+        num_blocks = self.num_tokens // block_size
+        size = (2, num_blocks, self.shape.num_kv_heads, block_size, self.shape.head_dim)
+        used = 2 * num_blocks * block_size * self.shape.num_kv_heads * self.shape.head_dim
+        return self._storage.flatten()[:used].view(size).unbind(0)
+
+    def tables(self, lengths: list[int], block_size: int, count: int) -> list[torch.Tensor]:
+        """`count` block tables `[seqs, max_blocks]` without a block in common."""
+        key = (tuple(lengths), block_size, count)
+        if key not in self._tables:
+            needed = [-(-length // block_size) for length in lengths]
+            ids = torch.randperm(self.num_tokens // block_size, generator=torch.Generator().manual_seed(0)).int()
+            tables = torch.zeros(count, len(lengths), max(needed), dtype=torch.int32)
+            used = 0
+            for table in tables:
+                for row, blocks in enumerate(needed):
+                    table[row, :blocks] = ids[used : used + blocks]
+                    used += blocks
+            self._tables[key] = list(tables.to(self.device))
+        return self._tables[key]
+
+
+def time_decode(
+    pool: Pool, lengths: list[int], block_size: int, config: DecodeConfig | None = None, **cut: int
+) -> float:
+    """Seconds a launch of decode attention takes; on CUDA `config` and `cut`, the latter of `DecodePlan.allocate`,
+    stand in place of the engine's own.
+    """
+    shape, device = pool.shape, pool.device
+    tables = pool.tables(lengths, block_size, pool.num_launches(shape, lengths, device))
+    k_cache, v_cache = pool.caches(block_size)
+    seq_lens = torch.tensor(lengths, dtype=torch.int32, device=device)
+    rows = torch.arange(len(lengths), dtype=torch.int32, device=device)
+    q = torch.randn(len(lengths), shape.num_heads, shape.head_dim, dtype=shape.dtype, device=device)
+    out = torch.empty_like(q)
+    if device == "cpu":
+        plans = [plan_gather(seq_lens, rows, table, k_cache) for table in tables]
+        launches = [
+            partial(paged_decode, q, k_cache, v_cache, table, rows, seq_lens, plan, shape.scale, out)
+            for table, plan in zip(tables, plans, strict=True)
+        ]
+    else:
+        heads = (shape.num_heads, shape.num_kv_heads, shape.head_dim)
+        plan = plan_decode(seq_lens, shape.num_kv_heads, DecodePlan.allocate(len(lengths), *heads, device, **cut))
+        launches = [
+            partial(paged_decode_triton, q, k_cache, v_cache, table, rows, seq_lens, plan, shape.scale, out, config)
+            for table in tables
+        ]
+    return median_seconds(in_one_go(launches, device), device) / len(tables)
+
+
+def time_prefill(
+    pool: Pool,
+    num_seqs: int,
+    length: int,
+    block_size: int,
+    config: PrefillConfig | None = None,
+    num_heads: int | None = None,
+) -> float:
+    """Seconds of one launch of prefill attention over `num_seqs` whole prompts; on CUDA `config` stands in place of
+    the engine's own. `num_heads` in place of the pool's shape's.
+    """
+    shape, device = pool.shape, pool.device
+    q = torch.randn(num_seqs * length, num_heads or shape.num_heads, shape.head_dim, dtype=shape.dtype, device=device)
+    table = pool.tables([length] * num_seqs, block_size, 1)[0]
+    rows = torch.arange(num_seqs, dtype=torch.int32, device=device)
+    query_start = torch.arange(num_seqs + 1, dtype=torch.int32, device=device) * length
+    seq_lens = torch.full((num_seqs,), length, dtype=torch.int32, device=device)
+    arguments = (
+        q, *pool.caches(block_size), table, rows, query_start, seq_lens, shape.scale, torch.empty_like(q)
+    )  # fmt: skip
+    if config is None:
+        return median_seconds(partial(paged_prefill, *arguments), device)
+    return median_seconds(partial(paged_prefill_triton, *arguments, config=config), device)
+
+
+def prefill_flops(num_heads: int, head_dim: int, num_seqs: int, length: int) -> float:
+    """Of causal attention over whole prompts: 4 * head_dim for each head and pair of query and visible key."""
+    return 4 * num_heads * head_dim * num_seqs * length * (length + 1) / 2

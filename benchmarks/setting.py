@@ -1,0 +1,64 @@
+"""What every mode of `bench.py` starts from: the model, the engine's options, and how the requests are drawn."""
+
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from benchmarks.ceilings import Ceilings, measure_ceilings
+from benchmarks.engines import EngineOptions
+from benchmarks.report import ceilings_line
+from benchmarks.roofline import ModelShape, Roofline, model_shape, roofline
+from benchmarks.workloads import LengthMix, Workload, draw, shrunk
+
+SHAPES = Path(__file__).parent / "shapes"
+
+
+@dataclass(slots=True, frozen=True, kw_only=True)
+class Setting:
+    """`shrink` divides every number of requests and tokens: to try a mode out where there is no time to measure."""
+
+    options: EngineOptions
+    config: dict[str, Any]  # the model's config.json
+    temperature: float
+    seed: int
+    repeat: int
+    shrink: int = 1
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """ "auto" is what the config.json says, in either spelling, or float32."""
+        own = self.config.get("dtype") or self.config.get("torch_dtype") or "float32"
+        return getattr(torch, own if self.options.dtype == "auto" else self.options.dtype)
+
+    @property
+    def shape(self) -> ModelShape:
+        return model_shape(self.config, self.dtype.itemsize)
+
+    def draw(self, name: str, mix: LengthMix, all_seqs: bool = False) -> Workload:
+        """Draw the mix's requests; with `all_seqs` their number is not shrunk.
+
+        Raises ValueError if one is longer than the engine's max_model_len.
+        """
+        small = shrunk(mix, self.shrink)
+        small = replace(small, num_seqs=mix.num_seqs if all_seqs else small.num_seqs)
+        workload = draw(name, small, self.config["vocab_size"], self.temperature, self.seed)
+        longest = max(map(sum, zip(workload.input_lens, workload.max_tokens, strict=True)))
+        if longest > self.options.max_model_len:
+            raise ValueError(
+                f"the workload's longest request has {longest} tokens, more than max_model_len="
+                f"{self.options.max_model_len}"
+            )
+        return workload
+
+    def measure_ceilings(self) -> Ceilings:
+        """The device's limits, printed too."""
+        ceilings = measure_ceilings(self.options.device, self.dtype, self.shrink)
+        print(ceilings_line(ceilings, str(self.dtype).removeprefix("torch.")), flush=True)
+        return ceilings
+
+    def bound(self, workload: Workload, ceilings: Ceilings, max_num_seqs: int | None = None) -> Roofline:
+        """The workload's roofline; `max_num_seqs` in place of the options'."""
+        rows = max_num_seqs or self.options.max_num_seqs
+        return roofline(self.shape, workload.input_lens, workload.max_tokens, ceilings, rows)

@@ -1,0 +1,280 @@
+"""The asyncio front of the engine, for many callers at once: a server, or rollouts that come and go.
+
+The engine runs in a thread of its own (`engine/engine_thread.py`), tokenizers in another; the event loop is never
+blocked. Of each request's outputs only the latest is kept for its reader, which is enough since each has all that came
+before: a slow reader sees fewer of them, holds nobody up, and costs no memory.
+"""
+
+import asyncio
+import gc
+import weakref
+from collections import deque
+from collections.abc import AsyncIterator, Callable, Iterable
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import aclosing
+from functools import partial
+from typing import Any
+from uuid import uuid4
+
+from nanovllm.chat import chat_prompts
+from nanovllm.config import Config
+from nanovllm.engine.engine_thread import EngineThread
+from nanovllm.engine.llm_engine import StepStats
+from nanovllm.engine.processor import Processor, Prompt
+from nanovllm.outputs import RequestOutput
+from nanovllm.sampling_params import SamplingParams
+
+
+class AsyncLLM:
+    """A model with its engine, for asyncio.
+
+        async with AsyncLLM("/path/to/Qwen3-0.6B") as llm:
+            async for output in llm.generate("Hello", SamplingParams(max_tokens=64)):
+                print(output.outputs[0].text)
+
+    As a context manager it lets requests end when the block is left, and aborts them when an exception leaves it.
+
+    Args:
+        max_waiting: how many requests may wait for their first token; `generate` of further ones waits for its turn.
+            None: any number.
+        options: those of `nanovllm.config.Config`.
+
+    Raises: as `LLM`.
+    """
+
+    def __init__(self, model: str, *, max_waiting: int | None = None, **options: Any) -> None:
+        if max_waiting is not None and (type(max_waiting) is not int or max_waiting < 1):
+            raise ValueError(f"max_waiting={max_waiting!r} must be None or an integer >= 1")
+        self._max_waiting = max_waiting
+        self._thread = EngineThread(Processor(Config.from_options(model, options)))
+        self._tokenizing = ThreadPoolExecutor(1, thread_name_prefix="nanovllm-tokenizer")
+        self._streams: dict[str, _Stream] = {}
+        self._reader: _Reader | None = None
+        # The threads know nothing of this object: dropping it, or leaving the interpreter, ends them.
+        weakref.finalize(self, _shut_down, self._thread, self._tokenizing)
+
+    async def generate(
+        self, prompt: Prompt, sampling_params: SamplingParams | None = None, request_id: str | None = None
+    ) -> AsyncIterator[RequestOutput]:
+        """Complete a prompt: yields outputs with all that there is so far, the last with `finished`.
+
+        Leaving the loop early, closing the iterator or cancelling the task aborts the request.
+
+        Args:
+            prompt: a string, a list of token ids, `{"prompt": …}` or `{"prompt_token_ids": …}`.
+            request_id: a name by which to abort it; default: a random one.
+
+        Raises:
+            TypeError, ValueError: the prompt cannot run, or a request of that id is running.
+            RuntimeError: the engine failed under the request, which the `__cause__` explains, or it is closed.
+        """
+        params = SamplingParams() if sampling_params is None else sampling_params
+        if not isinstance(params, SamplingParams):
+            raise TypeError(f"sampling_params={params!r:.80} must be a SamplingParams")
+        request_id = uuid4().hex if request_id is None else request_id
+        stream = _Stream(self._reader_of_this_loop())
+        if self._streams.setdefault(request_id, stream) is not stream:
+            raise ValueError(f"request_id={request_id!r} is that of a request which is still running")
+        request = None
+        is_finished = False
+        try:
+            await stream.enter_queue()
+            make = partial(self._processor.make_request, prompt, params, request_id=request_id, is_streaming=True)
+            request = await self._in_tokenizer_thread(make)
+            self._thread.submit(request, stream.put)
+            if stream.must_abort:
+                self._thread.abort(request)
+            while not is_finished:
+                output = await stream.take()
+                is_finished = output.finished
+                yield output
+        finally:
+            stream.leave_queue()
+            del self._streams[request_id]
+            if request is not None and not is_finished:
+                self._thread.abort(request)
+
+    async def chat(
+        self,
+        messages: list[dict[str, Any]],
+        sampling_params: SamplingParams | None = None,
+        request_id: str | None = None,
+        chat_template: str | None = None,
+        add_generation_prompt: bool = True,
+        continue_final_message: bool = False,
+        tools: list[dict[str, Any]] | None = None,
+        chat_template_kwargs: dict[str, Any] | None = None,
+    ) -> AsyncIterator[RequestOutput]:
+        """Answer one conversation; the arguments are those of `LLM.chat`, the rest is as in `generate`."""
+        make = partial(
+            chat_prompts,
+            self._processor.tokenizer,
+            [messages],
+            chat_template=chat_template,
+            add_generation_prompt=add_generation_prompt,
+            continue_final_message=continue_final_message,
+            tools=tools,
+            **(chat_template_kwargs or {}),
+        )
+        (prompt,) = await self._in_tokenizer_thread(make)
+        async with aclosing(self.generate(prompt, sampling_params, request_id)) as outputs:
+            async for output in outputs:
+                yield output
+
+    async def abort(self, request_id: str | Iterable[str]) -> None:
+        """End requests before their time; their readers get a last output, which says so. Unknown ids are passed by.
+
+        On return the requests' blocks are free.
+        """
+        ids = [request_id] if isinstance(request_id, str) else list(request_id)
+        for i in ids:
+            if i in self._streams:
+                self._streams[i].must_abort = True  # it may not have come to the engine yet
+        await asyncio.wrap_future(self._thread.abort_ids(ids))
+
+    async def encode_prompt(self, prompt: Prompt) -> list[int]:
+        """The token ids as which `generate` takes a prompt."""
+        return (await self._in_tokenizer_thread(partial(self._processor.encode, prompt)))[1]
+
+    async def get_tokenizer(self) -> Any:
+        """The `transformers` tokenizer. Raises ValueError if the engine was made without one."""
+        return self._processor.tokenizer
+
+    async def reset_prefix_cache(self) -> None:
+        """Forget all cached prefixes. Requests that run keep their blocks."""
+        await asyncio.wrap_future(self._thread.call(self._processor.engine.block_manager.forget_content))
+
+    def stats(self) -> StepStats:
+        """Counters since the engine started, and the state of its cache and queue. May be called in any thread."""
+        return self._processor.engine.current_stats()
+
+    @property
+    def is_running(self) -> bool:
+        """Whether it takes requests."""
+        return self._thread.is_running
+
+    @property
+    def errored(self) -> bool:
+        """Whether the engine's thread has died. A step that fails does not kill it: see `generate`."""
+        return self._thread.error is not None
+
+    def close(self, drain: bool = False) -> None:
+        """Abort all requests, or with `drain` let them end; then give the memory back. Blocks; may be called again."""
+        _shut_down(self._thread, self._tokenizing, drain)
+        self._tokenizing.shutdown()
+        self._give_back()
+
+    async def aclose(self, drain: bool = False) -> None:
+        """`close` that does not block the event loop."""
+        self._thread.close(drain)
+        await asyncio.wrap_future(self._thread.ended)
+        self.close()
+
+    async def __aenter__(self) -> "AsyncLLM":
+        return self
+
+    async def __aexit__(self, error_type: type | None, *rest: object) -> None:
+        await self.aclose(drain=error_type is None)
+
+    @property
+    def _processor(self) -> Processor:
+        processor = self._thread.processor
+        if processor is None:
+            raise RuntimeError("this AsyncLLM is closed")
+        return processor
+
+    def _reader_of_this_loop(self) -> "_Reader":
+        loop = asyncio.get_running_loop()
+        if self._reader is None or self._reader.loop is not loop:
+            self._reader = _Reader(loop, self._max_waiting)
+        return self._reader
+
+    async def _in_tokenizer_thread(self, function: Callable[[], Any]) -> Any:
+        return await asyncio.get_running_loop().run_in_executor(self._tokenizing, function)
+
+    def _give_back(self) -> None:
+        processor, self._thread.processor = self._thread.processor, None
+        if processor is None:
+            return
+        is_cuda = processor.engine.runner.is_cuda
+        del processor
+        gc.collect()
+        if is_cuda:
+            import torch
+
+            torch.cuda.empty_cache()
+
+
+class _Reader:
+    """An event loop that reads streams, and how the engine's thread wakes it: once for all that a step has brought."""
+
+    def __init__(self, loop: asyncio.AbstractEventLoop, max_waiting: int | None) -> None:
+        self.loop = loop
+        self.turns = None if max_waiting is None else asyncio.Semaphore(max_waiting)
+        self._to_wake: deque[_Stream] = deque()
+        self._is_called = False
+
+    def wake(self, stream: "_Stream") -> None:
+        """Called in the engine's thread."""
+        self._to_wake.append(stream)
+        if not self._is_called:
+            self._is_called = True
+            try:
+                self.loop.call_soon_threadsafe(self._wake_all)
+            except RuntimeError:
+                pass  # the loop has been closed over its tasks: nobody reads any more
+
+    def _wake_all(self) -> None:
+        self._is_called = False  # before looking: whoever comes after that calls again
+        while self._to_wake:
+            self._to_wake.popleft().wake()
+
+
+class _Stream:
+    """The way of one request's outputs from the engine's thread to the task that reads them."""
+
+    def __init__(self, reader: _Reader) -> None:
+        self.must_abort = False
+        self._reader = reader
+        self._latest: deque[RequestOutput | BaseException] = deque(maxlen=1)  # append and popleft are atomic
+        self._has_news = asyncio.Event()
+        self._is_announced = False
+        self._is_queued = False
+
+    async def enter_queue(self) -> None:
+        if self._reader.turns is not None:
+            await self._reader.turns.acquire()
+            self._is_queued = True
+
+    def leave_queue(self) -> None:
+        if self._is_queued:
+            self._is_queued = False
+            self._reader.turns.release()
+
+    def put(self, item: RequestOutput | BaseException) -> None:
+        """Called in the engine's thread. What has not been taken yet is replaced."""
+        self._latest.append(item)
+        if not self._is_announced:
+            self._is_announced = True
+            self._reader.wake(self)
+
+    def wake(self) -> None:
+        self._is_announced = False  # before the event: what is put after that is announced again
+        self.leave_queue()
+        self._has_news.set()
+
+    async def take(self) -> RequestOutput:
+        """The latest output, when there is one that has not been taken. Raises the request's error."""
+        while not self._latest:
+            self._has_news.clear()
+            await self._has_news.wait()
+        item = self._latest.popleft()
+        if isinstance(item, BaseException):
+            raise item
+        return item
+
+
+def _shut_down(thread: EngineThread, tokenizing: ThreadPoolExecutor, drain: bool = False) -> None:
+    thread.close(drain)
+    thread.join()
+    tokenizing.shutdown(wait=False)

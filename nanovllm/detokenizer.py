@@ -1,0 +1,227 @@
+"""From token ids to text while they come: only text that no later token can change, and no part of a stop string.
+
+Text is not a sum over tokens: a character may be spread over several, and a token's spaces depend on its neighbour.
+So a few tokens are decoded together with the one that is new, and what they add is the new text. Four before it are
+enough: a character has at most four bytes, a token at least one, and a broken character's bytes end where the next
+one's lead byte comes. What may still change is kept back:
+
+- A "�" at the end, which stands for bytes that have begun a character. One further to the left is final.
+- A run of byte tokens (`<0xE4>`). Such tokenizers decode a run as a whole: one byte too many, and "中" is "����".
+
+The `tokenizers` library's DecodeStream does the first but not the second (it raises an error there), keeps back all
+tokens as long as their text ends in "�", decoding them again with each, and never gives what it still has at the end.
+"""
+
+import re
+from collections.abc import Sequence as ListLike
+from typing import Any
+
+from nanovllm.sampling_params import SamplingParams
+
+NUM_CONTEXT = 4  # tokens before a new one that its text may depend on
+BROKEN = "\ufffd"  # "�", which decoders write for bytes that are no character
+_BYTE_TOKEN = re.compile("<0x[0-9A-Fa-f]{2}>").fullmatch
+_INVISIBLE, _BYTE, _VISIBLE = range(3)
+
+
+class TokenDecoder:
+    """What of a `transformers` tokenizer, fast or slow, makes text of ids. One for all sequences."""
+
+    def __init__(self, tokenizer: Any) -> None:
+        self._tokenizer = tokenizer
+        self._backend = getattr(tokenizer, "backend_tokenizer", None)  # a slow tokenizer has none
+        if self._backend is not None:
+            added = self._backend.get_added_tokens_decoder()
+            self._special_ids = {i for i, token in added.items() if token.special}
+            self.added_tokens = {i: token.content for i, token in added.items()}
+        else:
+            self._special_ids = set(tokenizer.all_special_ids)
+            self.added_tokens = {}  # slow tokenizers put no spaces around them
+        self._kinds: dict[int, int] = {}
+        self._token_texts: dict[int, str] = {}
+
+    def decode(self, ids: list[int]) -> str:
+        """The text of `ids`, special tokens included."""
+        if self._backend is not None:
+            return self._backend.decode(ids, skip_special_tokens=False)
+        return self._tokenizer.decode(ids, skip_special_tokens=False, clean_up_tokenization_spaces=False)
+
+    def decode_all(self, sequences: ListLike[list[int]], params: ListLike[SamplingParams]) -> list[str]:
+        """The texts of finished sequences: what a `Detokenizer` would give in the end, but faster."""
+        texts = [""] * len(sequences)
+        for skip in (True, False):
+            chosen = [i for i, p in enumerate(params) if p.skip_special_tokens is skip]
+            for i, text in zip(chosen, self._decode_batch([sequences[i] for i in chosen], skip), strict=True):
+                texts[i] = text
+        for i, p in enumerate(params):
+            if self.must_join_added_tokens(p):
+                stream = TextStream(self, p)
+                texts[i] = "".join(map(stream.append, sequences[i])) + stream.finish()
+        return texts
+
+    def _decode_batch(self, sequences: list[list[int]], skip_special_tokens: bool) -> list[str]:
+        if self._backend is not None:
+            return self._backend.decode_batch(sequences, skip_special_tokens=skip_special_tokens)
+        return [self.decode([i for i in ids if self.kind(i, skip_special_tokens)]) for ids in sequences]
+
+    def kind(self, token_id: int, skip_special_tokens: bool) -> int:
+        """_INVISIBLE (0) if the token adds nothing, _BYTE for a byte token, otherwise _VISIBLE."""
+        kind = self._kinds.get(token_id)
+        if kind is None:
+            token = self._token(token_id)
+            kind = _INVISIBLE if not token else _BYTE if _BYTE_TOKEN(token) else _VISIBLE
+            self._kinds[token_id] = kind
+        return _INVISIBLE if skip_special_tokens and token_id in self._special_ids else kind
+
+    def _token(self, token_id: int) -> str | None:
+        if self._backend is not None:
+            return self._backend.id_to_token(token_id)
+        try:
+            return self._tokenizer.convert_ids_to_tokens(token_id)
+        except (KeyError, IndexError):  # a model's vocabulary may be larger than its tokenizer's
+            return None
+
+    def must_join_added_tokens(self, params: SamplingParams) -> bool:
+        """Whether spaces that the tokenizer's decoder puts between added tokens are to be left out."""
+        return not (params.skip_special_tokens or params.spaces_between_special_tokens) and bool(self.added_tokens)
+
+    def token_text(self, token_id: int) -> str:
+        """The text of one token by itself: "�" for a part of a character."""
+        text = self._token_texts.get(token_id)
+        if text is None:
+            text = self._token_texts[token_id] = self.decode([token_id]) if self.kind(token_id, False) else ""
+        return text
+
+
+class TextStream:
+    """One sequence's tokens in, its text out: `append` each, then `finish`. The pieces join to the one-shot decode."""
+
+    def __init__(self, decoder: TokenDecoder, params: SamplingParams) -> None:
+        self._decoder = decoder
+        self._skip_special_tokens = params.skip_special_tokens
+        self._must_join = decoder.must_join_added_tokens(params)
+        self._last_id = -1
+        self._ids: list[int] = []  # the window: some context, and the tokens whose text has not been given
+        self._num_given = 0  # characters of the window's text
+
+    def append(self, token_id: int) -> str:
+        """The text that is settled now and was not before."""
+        kind = self._decoder.kind(token_id, self._skip_special_tokens)
+        if kind == _INVISIBLE:
+            return ""
+        self._ids.append(token_id)
+        if kind == _BYTE:
+            return ""
+        text = self._decoder.decode(self._ids)
+        new = self._take(text)
+        if len(self._ids) > 2 * NUM_CONTEXT:
+            new += self._move_window(text)
+        if self._must_join:
+            added = self._decoder.added_tokens
+            if self._last_id in added and new == f" {added.get(token_id)}":
+                new = new[1:]
+            self._last_id = token_id
+        return new
+
+    def finish(self) -> str:
+        """What was kept back: no token comes any more."""
+        text = self._decoder.decode(self._ids) if self._ids else ""
+        return text[self._num_given :]
+
+    def _move_window(self, text: str) -> str:
+        """Forget all but the context. Returns what was kept back of `text`, if it stands before that: it is final."""
+        del self._ids[:-NUM_CONTEXT]
+        context = self._decoder.decode(self._ids)
+        self._num_given = len(context) - context.endswith(BROKEN)
+        return BROKEN if text.endswith(BROKEN) and not context.endswith(BROKEN) else ""
+
+    def _take(self, text: str) -> str:
+        end = len(text) - text.endswith(BROKEN)
+        new = text[self._num_given : end]
+        self._num_given = max(end, self._num_given)
+        return new
+
+
+class Detokenizer:
+    """One sequence's text as its tokens come, up to a stop string.
+
+    Which stop string ends the text does not depend on where tokens begin: it is the one that is complete first, and
+    of several that end at the same place the longest.
+    """
+
+    def __init__(self, decoder: TokenDecoder, params: SamplingParams) -> None:
+        self._stream = TextStream(decoder, params)
+        self._stop: tuple[str, ...] = tuple(params.stop)
+        self._include_stop = params.include_stop_str_in_output
+        self._min_tokens = params.min_tokens
+        self._num_tokens = 0
+        self._pieces: list[str] = []
+        self._tail = ""  # the text's end, as far as a stop string can reach back
+        self._tail_len = max(map(len, self._stop), default=1) - 1
+        self._num_held = 0  # characters at the end that may be the beginning of a stop string
+        self._is_closed = False
+
+    @property
+    def text(self) -> str:
+        """All that may be shown. It only ever grows."""
+        if len(self._pieces) > 1:
+            self._pieces = ["".join(self._pieces)]
+        text = self._pieces[0] if self._pieces else ""
+        return text[: len(text) - self._num_held]
+
+    def append(self, token_id: int) -> str | None:
+        """Take a token. Returns the stop string that it completes, after which nothing may be appended.
+
+        A stop string counts only if some of its text came after the first `min_tokens` tokens.
+        """
+        self._num_tokens += 1
+        return self._add(self._stream.append(token_id))
+
+    def finish(self) -> str | None:
+        """No token comes any more: show what was kept back. Returns the stop string that this brings to light."""
+        stop = None if self._is_closed else self._add(self._stream.finish())
+        self._is_closed = True
+        self._num_held = 0
+        return stop
+
+    def _add(self, new: str) -> str | None:
+        self._pieces.append(new)
+        if not self._stop or not new:
+            return None
+        text, num_old = self._tail + new, len(self._tail)
+        if self._num_tokens > self._min_tokens:
+            found = self._find_stop(text, num_old)
+            if found is not None:
+                self._cut(len(text) - found[0] - (len(found[1]) if self._include_stop else 0))
+                return found[1]
+        self._tail = text[-self._tail_len :] if self._tail_len else ""
+        self._num_held = 0 if self._include_stop else self._num_beginning(text)
+        return None
+
+    def _find_stop(self, text: str, num_old: int) -> tuple[int, str] | None:
+        """Where the stop string begins that is complete first, and which it is; part of it is past `num_old`."""
+        best: tuple[int, int, str] | None = None
+        for stop in self._stop:
+            start = text.find(stop, max(0, num_old - len(stop) + 1))
+            if start >= 0:
+                found = (start + len(stop), start, stop)
+                best = found if best is None else min(best, found)
+        return best and best[1:]
+
+    def _cut(self, num_chars: int) -> None:
+        """Take the last `num_chars` off. No shown text is among them: a stop string's beginning was held back."""
+        self._num_held = 0
+        text = self.text
+        self._pieces = [text[: len(text) - num_chars]]
+        self._is_closed = True
+
+    def _num_beginning(self, text: str) -> int:
+        """How many characters at the end of `text` are the beginning of a stop string, at the most."""
+        longest = 0
+        for stop in self._stop:
+            start = text.find(stop[0], max(0, len(text) - len(stop) + 1))
+            while start >= 0 and not stop.startswith(text[start:]):
+                start = text.find(stop[0], start + 1)
+            if start >= 0:
+                longest = max(longest, len(text) - start)
+        return longest

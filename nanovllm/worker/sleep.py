@@ -1,0 +1,112 @@
+"""Lend the device's memory to somebody else, as to a trainer between rollouts, and take it back; new weights.
+
+The levels are those of vLLM's sleep mode. Both drop the cache, the rows and the graphs. Level 1 keeps the weights in
+host memory, page-locked on CUDA, so that they travel at the bus's rate and stay resident for the next time; level 2
+keeps nothing, for weights that will be replaced anyway. On a CPU level 1 leaves the weights where they are.
+
+A captured graph holds addresses, which memory given back does not keep. vLLM keeps them by mapping other pages under
+them, for which it replaces PyTorch's allocator; here `wake_up` captures the graphs anew, which takes as long as at
+the engine's start. While awake, `load_weights` writes in place and the graphs stay valid.
+"""
+
+import ctypes
+
+import torch
+from torch import nn
+
+from nanovllm.layers.linear import Linear
+from nanovllm.models import loader
+from nanovllm.worker.model_runner import ModelRunner
+
+
+@torch.inference_mode()
+def sleep(runner: ModelRunner, level: int) -> None:
+    """Give memory back, with nothing in flight. From level 1 to 2 is possible, asleep at that level or deeper no-op.
+
+    Raises:
+        ValueError: level is not 1 or 2; RuntimeError: the host has no room, and the engine is as before.
+    """
+    if level not in (1, 2):
+        raise ValueError(f"level={level!r} must be 1 (weights to host memory) or 2 (weights dropped)")
+    if level <= runner.sleep_level:
+        return
+    _put_away(runner, level)
+    runner.sleep_level = level
+
+
+@torch.inference_mode()
+def wake_up(runner: ModelRunner) -> None:
+    """Take back what `sleep` gave; after level 2 the weights are missing until `load_weights` has brought them.
+
+    Raises:
+        torch.OutOfMemoryError: others hold the device's memory. The engine sleeps on, and may be woken again.
+    """
+    if not runner.sleep_level:
+        return
+    try:
+        if runner.sleep_level == 2:
+            runner.model.to_empty(device=runner.device)
+        elif runner.is_cuda:
+            _move_weights(runner.model, runner.device)
+        runner.start()
+    except BaseException:
+        _put_away(runner, runner.sleep_level)
+        raise
+    runner.sleep_level = 0
+
+
+def load_weights(runner: ModelRunner, named_tensors: loader.NamedTensors) -> None:
+    """`loader.update_weights` for a runner that is awake. When it returns, the tensors may be freed.
+
+    After level 2 it also counts what is still missing, which is laid out for the CPU when all has come.
+    """
+    outline = loader.build_outline(runner.hf_config, type(runner.model))
+    loaded: set[str] = set()
+    try:
+        loader.update_weights(runner.model, outline, named_tensors, loaded)
+    finally:
+        if runner.is_cuda:
+            torch.cuda.synchronize()
+        if runner.missing_weights:
+            runner.missing_weights -= loaded
+            if not runner.missing_weights:
+                loader.pack_linears(runner.model)
+
+
+def _put_away(runner: ModelRunner, level: int) -> None:
+    # The weights first: this is what may fail, and then nothing has changed.
+    if level == 2:
+        _drop_weights(runner.model)
+        runner.missing_weights = set(loader.tensor_places(runner.model))
+    elif runner.is_cuda:
+        _move_weights(runner.model, "cpu")
+    runner.stop()
+    if not runner.is_cuda:
+        _trim_heap()
+
+
+def _move_weights(model: nn.Module, device: str) -> None:
+    """To "cuda" or to "cpu", page-locked. All or, if memory runs out, none."""
+    params = [param for param in model.parameters() if param.device.type != device]
+    pin = device == "cpu"
+    moved = [torch.empty(param.shape, dtype=param.dtype, device=device, pin_memory=pin) for param in params]
+    for param, target in zip(params, moved, strict=True):
+        target.copy_(param, non_blocking=True)
+    torch.cuda.synchronize()
+    for param, target in zip(params, moved, strict=True):
+        param.data = target
+
+
+def _drop_weights(model: nn.Module) -> None:
+    for layer in model.modules():
+        if isinstance(layer, Linear) and layer.packed is not None:
+            weight = torch.empty(layer.packed.shape, dtype=layer.packed.dtype, device="meta")
+            layer.weight, layer.packed = nn.Parameter(weight, requires_grad=False), None
+    model.to_empty(device="meta")
+
+
+def _trim_heap() -> None:
+    """Have the C library give freed memory to the system: glibc kept 1.0 of 1.2 GB of weights for its next use."""
+    trim = getattr(ctypes.CDLL(None), "malloc_trim", None)  # only glibc has it
+    if trim is not None:
+        trim(0)

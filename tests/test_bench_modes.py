@@ -1,0 +1,278 @@
+"""The benchmark's three modes: every row is measured and judged, and what is switched off is really off."""
+
+import importlib.util
+import json
+import sys
+from dataclasses import replace
+from pathlib import Path
+from types import SimpleNamespace
+
+import pytest
+import torch
+from test_bench import SHAPES, run_script
+
+import bench
+from benchmarks.ablation import VARIANTS, check_chart, draw_chart, read_report
+from benchmarks.attention_timing import AttentionShape, Pool, decode_lengths
+from benchmarks.engines import EngineOptions, make_engine
+from benchmarks.plain_kernels import plain_kernels, plain_qk_norm_rope_store, plain_sample, plain_silu_mul, replaced
+from benchmarks.roofline import read_config
+from benchmarks.scaling import RUNS, peak_blocks
+from benchmarks.setting import Setting
+from benchmarks.targets import GOALS, ROWS, goal_lines, goals_for, judge
+from benchmarks.workloads import Workload
+
+SMALL_MODE = "--shape tiny --device cpu --shrink 64 --block-size 16 --num-blocks 512 --max-model-len 512".split()
+
+
+def run_mode(*args: str, cwd: Path) -> dict:
+    """A mode's report, of a run at a 64th of the size."""
+    done = run_script("bench.py", *SMALL_MODE, *args, cwd=cwd)
+    assert done.returncode == 0, done.stderr
+    report = json.loads(done.stdout.splitlines()[-1])
+    report["printed"] = done.stdout
+    return report
+
+
+def test_all_measures_every_row_of_the_goals(tmp_path):
+    report = run_mode("--all", cwd=tmp_path)
+    rows = {row["key"]: row for row in report["rows"]}
+    assert list(rows) == [key for key in ROWS if key not in ("scaling", "small_cache")]
+    assert {key for key, row in rows.items() if not row["measured"] > 0} <= {"host_not_hidden", "device_idle"}
+    assert all(row["row"] in report["printed"] and row["reached"] is None for row in rows.values())  # a CPU has no goal
+    results = {result["workload"]: result for result in report["results"]}
+    assert rows["headline"]["measured"] == results["headline"]["output_tok_s"]
+    assert (results["headline"]["num_seqs"], results["32 streams"]["num_seqs"]) == (256 // 64, 32)
+    assert rows["prefill_model"]["measured"] == pytest.approx(
+        100 * results["prefill"]["roofline"]["prefill_s"] / results["prefill"]["best_s"]
+    )
+    kernels, ceilings = report["kernels"], report["ceilings"]
+    assert kernels["decode_0"]["seqs"] == 256 and kernels["decode_900"]["seqs"] < kernels["decode_300"]["seqs"] < 256
+    assert kernels["long_context"]["bytes"] == 8 * (32768 // 64) * 2 * 2 * 16 * 2  # K, V, heads, dim, bf16
+    assert rows["long_context"]["measured"] == pytest.approx(
+        100 * kernels["long_context"]["bytes"] / kernels["long_context"]["seconds"] / ceilings["read_bytes_per_s"]
+    )
+    assert rows["start_up"]["measured"] == report["startup"]["first_token_s"]
+    assert rows["host_not_hidden"]["measured"] == 100 * report["splits"][0]["full_batch"]["idle_share"]
+
+
+def test_scaling_preempts_in_the_small_cache_and_compares_with_the_first_run(tmp_path):
+    report = run_mode("--scaling", cwd=tmp_path)
+    runs, small = report["scaling"], report["small_cache"]
+    assert [(run["max_num_seqs"], run["num_requests"]) for run in runs] == [
+        (rows // 64, count // 64) for rows, counts in RUNS.items() for count in counts
+    ]
+    assert all(run["num_preemptions"] == 0 and run["host_us_per_scheduled_sequence"] > 0 for run in runs)
+    assert all(run["output_tok_s"] == pytest.approx(run["output_tokens"] / run["seconds"]) for run in runs)
+    assert small["num_blocks"] <= small["blocks_needed"] // 2 and small["num_preemptions"] > 0
+    assert small["output_tokens"] == runs[0]["output_tokens"]
+    rows = {row["key"]: row["measured"] for row in report["rows"]}
+    assert rows == {
+        "scaling": pytest.approx(100 * min(run["output_tok_s"] for run in runs[1:]) / runs[0]["output_tok_s"]),
+        "small_cache": pytest.approx(100 * small["output_tok_s"] / runs[0]["output_tok_s"]),
+    }
+
+
+def test_ablation_runs_every_variant_and_its_output_can_be_read_again(tmp_path):
+    report = run_mode("--ablate", cwd=tmp_path)
+    present = [v.name for v in VARIANTS if importlib.util.find_spec(v.module)]
+    assert [variant["variant"] for variant in report["ablation"]] == present and len(present) >= 5
+    for variant in report["ablation"]:
+        assert [result["workload"] for result in variant["results"]] == ["headline", "1 stream"]
+        assert all(result["output_tok_s"] > 0 for result in variant["results"])
+    saved = tmp_path / "saved.txt"
+    saved.write_text(report.pop("printed"))
+    assert read_report(saved) == report
+    again = run_script("bench.py", "--ablate", "--from-json", str(saved), cwd=tmp_path)
+    assert again.returncode == 0, again.stderr
+    assert len(again.stdout.splitlines()) > len(present) and again.stdout in saved.read_text()
+
+
+def test_ablation_chart_is_a_png_of_both_workloads(tmp_path):
+    pytest.importorskip("matplotlib")
+    results = [{"workload": name, "output_tok_s": rate} for name, rate in (("headline", 21000.0), ("1 stream", 900.0))]
+    report = {
+        "model": "tiny",
+        "machine": {"cpu": "a CPU"},
+        "ablation": [{"variant": name, "results": results} for name in ("everything on", "overlap off")],
+    }
+    draw_chart(report, tmp_path / "chart.png")
+    assert (tmp_path / "chart.png").read_bytes().startswith(b"\x89PNG") and (
+        tmp_path / "chart.png"
+    ).stat().st_size > 5000
+
+
+def test_chart_that_cannot_be_drawn_is_refused_before_anything_is_measured(tmp_path, monkeypatch):
+    monkeypatch.setitem(sys.modules, "matplotlib", None)  # not installed
+    with pytest.raises(ImportError, match=r"pip install 'nano-vllm\[bench\]'"):
+        check_chart(tmp_path / "chart.png")
+    monkeypatch.setitem(sys.modules, "matplotlib", SimpleNamespace(__spec__=object()))
+    check_chart(tmp_path / "chart.png")
+    for path in (tmp_path / "absent" / "chart.png", tmp_path / "chart.pdf"):
+        with pytest.raises(ValueError, match="chart"):
+            check_chart(path)
+
+
+@pytest.mark.parametrize("content", ["", "no JSON\n", '{"results": []}\n', '{"ablation": []}\n', "[1]"])
+def test_report_of_no_ablation_is_refused(tmp_path, content):
+    (tmp_path / "saved.txt").write_text(content)
+    with pytest.raises(ValueError, match="saved.txt"):
+        read_report(tmp_path / "saved.txt")
+
+
+@pytest.mark.parametrize(
+    "args, error",
+    [
+        ("--all --streams 1", "--streams"),
+        ("--scaling --num-seqs 4 --engine vllm", "--num-seqs, --engine"),
+        ("--all --ablate", "not allowed with"),
+        ("--shrink 2", "--shrink"),
+        ("--all --shrink 65", "--shrink 65"),
+        ("--all --chart x.png", "--ablate"),
+    ],
+)
+def test_options_that_a_mode_does_not_take_are_refused(monkeypatch, capsys, args, error):
+    monkeypatch.setattr(sys, "argv", ["bench.py", *args.split()])
+    with pytest.raises(SystemExit):
+        bench.parse_args()
+    assert error in capsys.readouterr().err.partition("error: ")[2]
+
+
+def test_goals_are_those_of_the_device_the_model_and_the_full_size():
+    options = EngineOptions(
+        model_dir=SHAPES / "qwen3-0.6b", load_format="dummy", device="cuda", dtype="auto", max_model_len=4096
+    )
+    config = read_config(options.model_dir)
+    setting = Setting(options=options, config=config, temperature=0.6, seed=0, repeat=2)
+    assert goals_for(setting, {"gpu": "NVIDIA H100 80GB HBM3"}) is GOALS["H100"]
+    assert goals_for(setting, {"gpu": "NVIDIA H200"}) is GOALS["H200"]
+    assert GOALS["H100"].keys() <= ROWS.keys() and GOALS["H200"].keys() <= ROWS.keys()
+    assert goals_for(setting, {"gpu": "NVIDIA GH200 480GB"}) == goals_for(setting, {"cpu": "AMD EPYC"}) == {}
+    assert goals_for(replace(setting, shrink=2), {"gpu": "NVIDIA H200"}) == {}
+    assert goals_for(replace(setting, config=read_config(SHAPES / "qwen3-8b")), {"gpu": "NVIDIA H200"}) == {}
+
+
+def test_rows_are_judged_by_floor_and_target():
+    goals = {"headline": (100, 200), "start_up": (20, 10), "scaling": (100, None)}
+
+    def reached(**measured: float) -> list[str | None]:
+        return [row["reached"] for row in judge(measured, goals)]
+
+    assert reached(headline=99.9) == reached(start_up=20.1) == reached(scaling=99.9) == ["nothing"]
+    assert (
+        reached(headline=100.0)
+        == reached(headline=199.0)
+        == reached(start_up=20.0)
+        == reached(scaling=1e3)
+        == ["floor"]
+    )
+    assert reached(headline=200.0) == reached(start_up=10.0) == ["target"]
+    assert reached(streams_1=1.0) == [None]
+    assert reached(start_up=30.0, headline=150.0) == ["floor", "nothing"]  # in the table's order
+    printed = "\n".join(goal_lines(judge({"headline": 99.9, "start_up": 5.0, "streams_1": 7.0}, goals)))
+    assert printed.count("NOT MET") == printed.count("target met") == 1 and "<= 20" in printed and ">= 100" in printed
+
+
+def test_decode_lengths_are_of_those_alive():
+    workload = Workload("w", [[0] * 3, [0] * 10, [0] * 5], [4, 2, 9], 0.6)
+    assert decode_lengths(workload, 0) == [3, 10, 5]
+    assert decode_lengths(workload, 2) == [5, 7]
+    assert decode_lengths(workload, 8) == [13]
+
+
+def test_peak_blocks_equal_those_counted_by_hand():
+    # Blocks of 4. The first holds 1, 1, 2, 2, 2, 2 of them as it grows from 3 to 8 tokens; the second begins with 3,
+    # for 10 tokens, and gets a fourth for its 13th, at step 3.
+    assert peak_blocks(Workload("w", [[0] * 3, [0] * 10], [6, 2], 0.6), 4) == 4
+    assert peak_blocks(Workload("w", [[0] * 3, [0] * 10], [6, 6], 0.6), 4) == 2 + 4
+
+
+def test_pool_gives_every_launch_blocks_of_its_own():
+    shape = AttentionShape(num_heads=4, num_kv_heads=2, head_dim=16, dtype=torch.float32)
+    pool = Pool(shape, 640, "cpu")
+    tables = pool.tables([33, 5, 16], 16, 4)
+    used = [block for table in tables for row, n in zip(table.tolist(), (3, 1, 1), strict=True) for block in row[:n]]
+    assert len(used) == len(set(used)) == 20 and max(used) < 40
+    assert all(cache.shape == (40, 2, 16, 16) and cache.isfinite().all() for cache in pool.caches(16))
+    assert shape.token_bytes == 2 * 2 * 16 * 4
+
+
+def test_plain_kernels_compute_what_the_fused_ones_do_and_write_nothing_for_padding():
+    from nanovllm.kernels.qk_norm_rope_store import qk_norm_rope_store_reference
+    from nanovllm.kernels.silu_mul import silu_mul_reference
+    from nanovllm.layers.rotary_embedding import build_cos_sin
+
+    torch.manual_seed(0)
+    tokens, heads, kv_heads, dim, block_size = 5, 4, 2, 16, 16
+    gate_up = torch.randn(tokens, 48, dtype=torch.bfloat16)
+    torch.testing.assert_close(plain_silu_mul(gate_up), silu_mul_reference(gate_up), rtol=0, atol=0)
+
+    qkv = torch.randn(tokens, (heads + 2 * kv_heads) * dim)
+    weights = torch.rand(2, dim) + 0.5
+    positions = torch.tensor([9, 4, 0, 0, 0], dtype=torch.int32)
+    slots = torch.tensor([41, 20, -1, -1, -1])
+    cos_sin = build_cos_sin(dim, 32, {"rope_type": "default", "rope_theta": 1e4})
+    for q_weight, k_weight in ((weights[0], weights[1]), (None, None)):
+        caches = [torch.full((3, kv_heads, block_size, dim), float("nan")) for _ in range(4)]
+        arguments = (qkv, q_weight, k_weight, 1e-6, positions, cos_sin, slots)
+        plain = plain_qk_norm_rope_store(*arguments, *caches[:2], heads, None)
+        expected = qk_norm_rope_store_reference(*arguments, *caches[2:], heads)
+        torch.testing.assert_close(plain[:2], expected[:2], rtol=1e-5, atol=1e-6)
+        torch.testing.assert_close(caches[:2], caches[2:], rtol=1e-5, atol=1e-6, equal_nan=True)
+    assert caches[0].isfinite().sum() == 2 * kv_heads * dim
+
+
+def test_plain_sampler_is_greedy_at_zero_follows_the_distribution_else_and_leaves_other_rows_alone():
+    torch.manual_seed(0)
+    draws = 20_000
+    logits = torch.tensor([0.7, 0.2, 0.1]).log().expand(draws + 2, 3).contiguous()
+    rows = torch.arange(draws + 2, dtype=torch.int32)
+    rows[-1] = -1
+    temperature = torch.ones(draws + 2)
+    temperature[0] = 0.0
+    seq_lens = torch.full((draws + 2,), 2, dtype=torch.int32)
+    token_ids = torch.full((draws + 2, 4), -7, dtype=torch.int32)
+    out = torch.full((draws + 2,), -7, dtype=torch.int32)
+    plain_sample(logits, rows, seq_lens, SimpleNamespace(temperature=temperature), token_ids, out)
+    assert (out[0], out[-1]) == (0, 0) and torch.equal(token_ids[:-1, 2], out[:-1])
+    token_ids[:-1, 2] = -7
+    assert (token_ids == -7).all()  # nothing else was written
+    shares = out[1:-1].bincount(minlength=3) / draws
+    torch.testing.assert_close(shares, torch.tensor([0.7, 0.2, 0.1]), rtol=0, atol=0.015)  # four standard deviations
+
+
+def test_engine_of_plain_kernels_gives_the_same_greedy_tokens_and_is_not_left_behind():
+    from nanovllm.layers import attention, layernorm, linear
+    from nanovllm.worker import model_runner
+
+    options = EngineOptions(
+        model_dir=SHAPES / "tiny", load_format="dummy", device="cpu", dtype="float32", max_model_len=256,
+        block_size=16, num_blocks=64,
+    )  # fmt: skip
+    workload = Workload("greedy", [[1, 2, 3], list(range(5, 45)), [9] * 7], [20, 12, 30], temperature=0.0)
+    places = [
+        (layernorm, "rms_norm"), (layernorm, "add_rms_norm"), (linear, "silu_mul"),
+        (linear, "skinny_linear"), (attention, "qk_norm_rope_store"), (model_runner, "sample"),
+    ]  # fmt: skip
+
+    def tokens() -> list[list[int]]:
+        engine = make_engine("nanovllm", options)
+        outputs = engine.generate(workload)
+        engine.close()
+        return outputs
+
+    fused, before = tokens(), [getattr(*place) for place in places]
+    with plain_kernels():
+        inside = [getattr(*place) for place in places]
+        plain = tokens()
+    assert plain == fused
+    assert all(a is not b for a, b in zip(inside, before, strict=True))
+    assert [getattr(*place) for place in places] == before
+
+
+def test_replacing_what_nobody_uses_is_an_error():
+    from nanovllm.kernels import rms_norm
+
+    with pytest.raises(RuntimeError, match="rms_norm_triton is used by no module"):
+        with replaced({rms_norm.rms_norm_triton: rms_norm.rms_norm_reference}):
+            pass

@@ -1,0 +1,327 @@
+"""Text that comes token by token: in sum the tokenizer's own decode, and on the way nothing that changes later."""
+
+from collections.abc import Callable
+from functools import cache
+from typing import Any
+
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers
+from transformers import AutoTokenizer, PreTrainedTokenizer, PreTrainedTokenizerFast
+
+from nanovllm import SamplingParams, demo_model
+from nanovllm.detokenizer import Detokenizer, TextStream, TokenDecoder
+
+PLAIN = SamplingParams()
+WITH_SPECIAL = SamplingParams(skip_special_tokens=False)
+SPECIAL = [AddedToken("<|end|>", special=True), AddedToken("é \ufffd中", special=True)]
+CHARACTERS = "aé中😀\ufffd"
+# The 256 characters for which byte-level vocabularies write bytes: those below 256 stand for themselves.
+BYTE_CHARS = sorted(pre_tokenizers.ByteLevel.alphabet())
+_REST = iter(byte for byte in range(256) if chr(byte) not in BYTE_CHARS)
+BYTES_OF_CHARS = [ord(char) if ord(char) < 256 else next(_REST) for char in BYTE_CHARS]
+
+
+def fast(tokenizer: Tokenizer, decoder: Any) -> PreTrainedTokenizerFast:
+    if decoder is not None:
+        tokenizer.decoder = decoder
+    tokenizer.add_special_tokens(SPECIAL)
+    tokenizer.add_tokens([AddedToken("<tool>", special=False)])
+    return PreTrainedTokenizerFast(tokenizer_object=tokenizer)
+
+
+def of_vocabulary(tokens: list[str], decoder: Any) -> PreTrainedTokenizerFast:
+    vocab = {token: i for i, token in enumerate(["<unk>", *tokens])}
+    return fast(Tokenizer(models.WordLevel(vocab, unk_token="<unk>")), decoder)
+
+
+def byte_level() -> PreTrainedTokenizerFast:
+    """Every byte, and some tokens that begin or end within a character."""
+    alphabet = {byte: char for char, byte in zip(BYTE_CHARS, BYTES_OF_CHARS, strict=True)}
+    spell = lambda data: "".join(alphabet[byte] for byte in data)  # noqa: E731
+    whole = "x中😀é".encode()
+    tokens = [spell([byte]) for byte in range(256)]
+    tokens += [spell(whole[i:j]) for i in range(len(whole)) for j in range(i + 2, len(whole) + 1)]
+    return of_vocabulary(tokens, decoders.ByteLevel())
+
+
+def byte_fallback() -> PreTrainedTokenizerFast:
+    """As SentencePiece makes them: spaces are in the tokens, and what the vocabulary lacks is spelled in bytes."""
+    decoder = decoders.Sequence(
+        [decoders.Replace("▁", " "), decoders.ByteFallback(), decoders.Fuse(), decoders.Strip(" ", 1, 0)]
+    )
+    return of_vocabulary(["▁", "▁a", "b", "▁▁", "中", "\ufffd"] + [f"<0x{byte:02X}>" for byte in range(256)], decoder)
+
+
+def metaspace() -> PreTrainedTokenizerFast:
+    return of_vocabulary(["▁", "▁a", "b", "▁中", "é", "▁▁b", "\ufffd"], decoders.Metaspace())
+
+
+def word_piece() -> PreTrainedTokenizerFast:
+    return of_vocabulary(["a", "##b", ".", ",", "'s", "##", "中", "n't", "\ufffd"], decoders.WordPiece(cleanup=True))
+
+
+def bpe_suffix() -> PreTrainedTokenizerFast:
+    return of_vocabulary(["a</w>", "b", "中</w>", "</w>", "\ufffd"], decoders.BPEDecoder(suffix="</w>"))
+
+
+def no_decoder() -> PreTrainedTokenizerFast:
+    return of_vocabulary(["a", "b", "中", "\ufffd"], None)
+
+
+SPELLED = {byte: f"{byte:02x}" for byte in range(256)}
+
+
+class SlowTokenizer(PreTrainedTokenizer):
+    """A tokenizer in Python: bytes, of which characters are made as GPT-2's is known to do it."""
+
+    def __init__(self, **options: Any) -> None:
+        super().__init__(eos_token="<|end|>", pad_token="<pad>", **options)
+
+    @property
+    def vocab_size(self) -> int:
+        return 256
+
+    def get_vocab(self) -> dict[str, int]:
+        return {token: byte for byte, token in SPELLED.items()}
+
+    def _tokenize(self, text: str, **options: Any) -> list[str]:
+        return [SPELLED[byte] for byte in text.encode()]
+
+    def _convert_token_to_id(self, token: str) -> int:
+        return int(token, 16)
+
+    def _convert_id_to_token(self, index: int) -> str:
+        return SPELLED[index]
+
+    def convert_tokens_to_string(self, tokens: list[str]) -> str:
+        data = b"".join(bytes([int(t, 16)]) if len(t) == 2 else t.encode() for t in tokens)
+        return data.decode("utf-8", errors="replace")
+
+
+class SlowWords(SlowTokenizer):
+    """One that puts a space between tokens, as transformers does if nothing else is said."""
+
+    def convert_tokens_to_string(self, tokens: list[str]) -> str:
+        return " ".join(tokens)
+
+
+TOKENIZERS: dict[str, Callable[[], Any]] = {
+    "demo": lambda: AutoTokenizer.from_pretrained(demo_model()),
+    "byte_level": byte_level,
+    "byte_fallback": byte_fallback,
+    "metaspace": metaspace,
+    "word_piece": word_piece,
+    "bpe_suffix": bpe_suffix,
+    "no_decoder": no_decoder,
+    "slow": SlowTokenizer,
+    "slow_words": SlowWords,
+}
+
+
+@cache
+def tokenizer_named(name: str) -> tuple[Any, TokenDecoder]:
+    tokenizer = TOKENIZERS[name]()
+    return tokenizer, TokenDecoder(tokenizer)
+
+
+def one_shot(tokenizer: Any, ids: list[int], params: SamplingParams = PLAIN) -> str:
+    skip = params.skip_special_tokens
+    return tokenizer.decode(ids, skip_special_tokens=skip, clean_up_tokenization_spaces=False)
+
+
+def token_ids(tokenizer: Any) -> st.SearchStrategy[list[int]]:
+    """Any ids of the vocabulary, often text as the tokenizer itself splits it; for fast ones also ids past the end."""
+    past_end = 3 if tokenizer.is_fast else 0
+    anything = st.lists(st.integers(0, len(tokenizer) - 1 + past_end), max_size=12)
+    text = st.text(st.sampled_from(CHARACTERS) | st.characters(exclude_categories=["Cs"]), max_size=6)
+    of_text = text.map(lambda t: tokenizer.encode(t, add_special_tokens=False))
+    special = st.sampled_from([i for i in tokenizer.added_tokens_decoder]).map(lambda i: [i])
+    run = st.tuples(st.integers(0, len(tokenizer) - 1), st.integers(1, 20)).map(lambda r: [r[0]] * r[1])
+    return st.lists(anything | of_text | special | run, max_size=6).map(lambda pieces: sum(pieces, []))
+
+
+@pytest.mark.parametrize("params", [PLAIN, WITH_SPECIAL], ids=["skip_special", "keep_special"])
+@pytest.mark.parametrize("name", TOKENIZERS)
+@given(data=st.data())
+@settings(deadline=None, max_examples=150)
+def test_pieces_of_any_tokens_join_to_the_one_shot_decode(name: str, params: SamplingParams, data: Any) -> None:
+    # Whatever comes later: so no piece holds half a character, or text that a later token would revise.
+    tokenizer, decoder = tokenizer_named(name)
+    ids = data.draw(token_ids(tokenizer))
+    stream = TextStream(decoder, params)
+    pieces = [stream.append(token_id) for token_id in ids]
+    pieces.append(stream.finish())
+    assert "".join(pieces) == one_shot(tokenizer, ids, params)
+    assert decoder.decode_all([ids, [], ids], [params] * 3) == ["".join(pieces), "", "".join(pieces)]
+
+
+@pytest.mark.parametrize("name", ["demo", "byte_level", "slow"])
+@given(data=st.data())
+@settings(deadline=None, max_examples=100)
+def test_only_a_character_that_has_begun_is_kept_back(name: str, data: Any) -> None:
+    tokenizer, decoder = tokenizer_named(name)
+    ids = data.draw(token_ids(tokenizer))
+    stream, given_text = TextStream(decoder, PLAIN), ""
+    for i, token_id in enumerate(ids):
+        given_text += stream.append(token_id)
+        known = one_shot(tokenizer, ids[: i + 1])
+        assert given_text == known[: len(known) - known.endswith("\ufffd")]
+
+
+def test_byte_tokens_are_kept_back_until_their_run_ends() -> None:
+    tokenizer, decoder = tokenizer_named("byte_fallback")
+    vocab = tokenizer.get_vocab()
+    run = [vocab[f"<0x{byte:02X}>"] for byte in "中".encode()]
+    for ids, pieces in (
+        ([*run, vocab["b"]], ["", "", "", "中b", ""]),
+        ([*run, run[0], vocab["b"]], ["", "", "", "", "\ufffd" * 4 + "b", ""]),  # one byte too many spoils all
+        (run, ["", "", "", "中"]),
+    ):
+        stream = TextStream(decoder, PLAIN)
+        assert [stream.append(token_id) for token_id in ids] + [stream.finish()] == pieces
+
+
+@pytest.mark.parametrize("name", TOKENIZERS)
+def test_cost_of_a_token_does_not_grow_with_the_text(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    tokenizer, decoder = tokenizer_named(name)
+    decoded = 0
+
+    def count(ids: list[int], decode: Callable[[list[int]], str] = decoder.decode) -> str:
+        nonlocal decoded
+        decoded += len(ids)
+        return decode(ids)
+
+    monkeypatch.setattr(decoder, "decode", count)
+    runs = [[i] * 500 for i in range(0, min(len(tokenizer), 300), 7)]
+    runs.append(list(range(min(len(tokenizer), 300))) * 2)
+    for ids in runs:  # some of them are bytes that never become a character
+        decoded = 0
+        stream = TextStream(decoder, WITH_SPECIAL)
+        text = "".join(map(stream.append, ids)) + stream.finish()
+        assert decoded <= 12 * len(ids)
+        assert text == one_shot(tokenizer, ids, WITH_SPECIAL)
+
+
+@pytest.mark.parametrize(("name", "expected"), [("no_decoder", "a<|end|><tool><tool> b"), ("byte_level", None)])
+def test_spaces_between_special_tokens_can_be_left_out(name: str, expected: str | None) -> None:
+    tokenizer, decoder = tokenizer_named(name)
+    vocab = tokenizer.get_vocab()
+    ids = [vocab[token] for token in ("a", "<|end|>", "<tool>", "<tool>", "b")]
+    params = SamplingParams(skip_special_tokens=False, spaces_between_special_tokens=False)
+    stream = TextStream(decoder, params)
+    text = "".join(map(stream.append, ids)) + stream.finish()
+    assert decoder.decode_all([ids], [params]) == [text]
+    if expected is None:
+        assert text == one_shot(tokenizer, ids, params)  # there are none
+    else:
+        assert one_shot(tokenizer, ids, params) == "a <|end|> <tool> <tool> b"
+        assert text == expected.replace("a<", "a <")
+
+
+@pytest.mark.parametrize("name", TOKENIZERS)
+def test_text_of_one_token(name: str) -> None:
+    tokenizer, decoder = tokenizer_named(name)
+    for token_id in range(0, len(tokenizer), 5):
+        for _ in range(2):
+            assert decoder.token_text(token_id) == one_shot(tokenizer, [token_id], WITH_SPECIAL)
+    assert decoder.token_text(len(tokenizer) + 5) == ""  # models have more ids than their tokenizers
+
+
+def expected_cut(text: str, stop: list[str]) -> tuple[int, str] | None:
+    """Character by character: where the first stop string to be complete begins, and of several the longest."""
+    for end in range(1, len(text) + 1):
+        complete = [s for s in stop if text[:end].endswith(s)]
+        if complete:
+            longest = max(complete, key=len)
+            return end - len(longest), longest
+    return None
+
+
+def kept_back(text: str, stop: list[str]) -> int:
+    return max((n for s in stop for n in range(len(s)) if text.endswith(s[:n])), default=0)
+
+
+@given(data=st.data(), include=st.booleans())
+@settings(deadline=None, max_examples=600)
+def test_stop_strings_are_found_wherever_tokens_begin_and_never_shown(data: Any, include: bool) -> None:
+    tokenizer, decoder = tokenizer_named("byte_level")
+    text = data.draw(st.text("ab中", max_size=14))
+    stop = data.draw(st.lists(st.text("ab中", min_size=1, max_size=5), min_size=1, max_size=3))
+    ids = random_split(tokenizer, text.encode(), data)
+    params = SamplingParams(stop=stop, include_stop_str_in_output=include)
+    detokenizer = Detokenizer(decoder, params)
+    found = expected_cut(text, stop)
+    final = text if found is None else text[: found[0] + (len(found[1]) if include else 0)]
+    answer, shown = None, [""]
+    for i, token_id in enumerate(ids):
+        answer = detokenizer.append(token_id)
+        shown.append(detokenizer.text)
+        known = one_shot(tokenizer, ids[: i + 1]).removesuffix("\ufffd")
+        if answer is not None:
+            break
+        assert detokenizer.text == (known if include else known[: len(known) - kept_back(known, stop)])
+    assert (detokenizer.finish(), detokenizer.text) == (None, final)
+    assert answer == (found and found[1])
+    assert all(final.startswith(part) for part in shown)
+    assert all(later.startswith(part) for part, later in zip(shown, shown[1:], strict=False)), (
+        "shown text was taken back"
+    )
+
+
+def random_split(tokenizer: Any, data: bytes, draw_from: Any) -> list[int]:
+    """Tokens that spell `data`, with borders anywhere, also inside characters: the byte-level vocabulary has both."""
+    by_bytes = byte_level_tokens()
+    ids = []
+    while data:
+        choices = [n for n in range(1, min(len(data), 12) + 1) if data[:n] in by_bytes]
+        n = draw_from.draw(st.sampled_from(choices))
+        ids.append(by_bytes[data[:n]])
+        data = data[n:]
+    assert tokenizer is tokenizer_named("byte_level")[0]
+    return ids
+
+
+@cache
+def byte_level_tokens() -> dict[bytes, int]:
+    tokenizer, _ = tokenizer_named("byte_level")
+    to_byte = dict(zip(BYTE_CHARS, BYTES_OF_CHARS, strict=True))
+    vocab = tokenizer.get_vocab()
+    return {bytes(to_byte[c] for c in t): i for t, i in vocab.items() if all(c in to_byte for c in t) and i <= 300}
+
+
+def test_stop_string_in_what_was_kept_back_is_found_at_the_end() -> None:
+    _, decoder = tokenizer_named("byte_level")
+    ids = byte_level_tokens()
+    half = [ids[bytes([byte])] for byte in "x中".encode()[:-1]]
+    detokenizer = Detokenizer(decoder, SamplingParams(stop="\ufffd"))
+    assert [detokenizer.append(token_id) for token_id in half] == [None] * 3
+    assert detokenizer.text == "x"
+    assert (detokenizer.finish(), detokenizer.text) == ("\ufffd", "x")
+
+
+@pytest.mark.parametrize(
+    ("min_tokens", "stop", "text", "expected"),
+    [
+        (0, ["aa"], "aaaa", ("", 2)),
+        (1, ["aa"], "aaaa", ("", 2)),
+        (2, ["aa"], "aaaa", ("a", 3)),  # a stop string may begin before, but must end after them
+        (3, ["aa"], "aaaa", ("aa", 4)),
+        (4, ["aa"], "aaaa", ("aaaa", None)),
+        (3, ["ab"], "abbab", ("abb", 5)),
+    ],
+)
+def test_stop_strings_count_after_min_tokens(
+    min_tokens: int, stop: list[str], text: str, expected: tuple[str, int | None]
+) -> None:
+    _, decoder = tokenizer_named("byte_level")
+    detokenizer = Detokenizer(decoder, SamplingParams(stop=stop, min_tokens=min_tokens))
+    answers = []
+    for i, byte in enumerate(text.encode()):
+        answers.append(detokenizer.append(byte_level_tokens()[bytes([byte])]))
+        if answers[-1] is not None:
+            assert i + 1 == expected[1]
+            break
+    detokenizer.finish()
+    assert (detokenizer.text, any(answers)) == (expected[0], expected[1] is not None)
