@@ -3,8 +3,9 @@
 Lengths differ by orders of magnitude and are known on the device only. Once a step `plan_decode` cuts every sequence
 into pieces of one size there, and writes them into a fixed number of slots. `paged_decode` launches a program per (kv
 head, slot) in every layer: its grid depends on shapes alone, and one captured CUDA graph serves every mix of lengths.
-The device takes slots in order, so the longest pieces come first and the shortest last, when it drains (Graham, 1969,
-"Bounds on multiprocessing timing anomalies": longest processing time first).
+The device takes slots in order, so long pieces come before short ones, which fill up the end (Graham, 1969, "Bounds on
+multiprocessing timing anomalies": longest processing time first). But only by classes of length: programs of equal
+length run in step, and all of them would begin anew, and leave the memory idle, at the same time.
 
 Bytes: 4 per sequence read by each program, 20 per slot written; a few microseconds a step.
 """
@@ -23,6 +24,8 @@ PROGRAMS_PER_SM = (
 )
 MIN_PIECE = 512  # tokens; smaller pieces give few streams more programs, at more fixed costs and merging
 PIECE_MULTIPLE = 128  # tokens; a multiple of every tile, so that only the end of a sequence is a partial tile
+
+LENGTH_CLASSES = 4  # of the ends of sequences
 
 # Sequence (-1: idle), begin, end; where its partial result goes, where the sequence's first one is, how many it has.
 PIECE_FIELDS = 6
@@ -120,8 +123,10 @@ def plan_decode_reference(seq_lens: torch.Tensor, num_kv_heads: int, plan: Decod
     begin = (partial - firsts[seq]) * size
     end = torch.minimum(begin + size, lens[seq])
     is_last = partial == (firsts + counts - 1)[seq]
-    # Whole pieces first, then the ends of the sequences, the longest of them first.
-    order = torch.argsort(torch.where(is_last, end - begin, size + 1), descending=True, stable=True)
+    # Whole pieces first, then the ends of the sequences by class.
+    ends = lens - (counts - 1) * size
+    length_class = ends * LENGTH_CLASSES // (ends.max() + 1)
+    order = torch.argsort(torch.where(is_last, length_class[seq], LENGTH_CLASSES), descending=True, stable=True)
     used = torch.stack([seq, begin, end, partial, firsts[seq], counts[seq]], dim=1)[order]
     plan.pieces[: num_seqs + plan.target_pieces] = -1
     plan.pieces[: used.shape[0]] = used.int()
@@ -150,6 +155,7 @@ def plan_decode_triton(seq_lens: torch.Tensor, num_kv_heads: int, plan: DecodePl
         num_kv_heads,
         PIECE_MULTIPLE=PIECE_MULTIPLE,
         PIECE_FIELDS=PIECE_FIELDS,
+        LENGTH_CLASSES=LENGTH_CLASSES,
         CHUNK=1024,
         num_warps=4,
         **early_launch(seq_lens),
@@ -169,6 +175,7 @@ def _plan_kernel(
     num_kv_heads,
     PIECE_MULTIPLE: tl.constexpr,
     PIECE_FIELDS: tl.constexpr,
+    LENGTH_CLASSES: tl.constexpr,
     CHUNK: tl.constexpr,
     EARLY: tl.constexpr,
 ):
@@ -181,19 +188,23 @@ def _plan_kernel(
         total += tl.sum(tl.load(seq_lens_ptr + base + lanes, mask=base + lanes < num_seqs, other=0))
     size = tl.maximum(min_piece, tl.cdiv(tl.cdiv(total, target_pieces), PIECE_MULTIPLE) * PIECE_MULTIPLE)
 
+    longest = 0  # of the ends of sequences
+    for base in range(0, num_seqs, CHUNK):
+        lens = tl.load(seq_lens_ptr + base + lanes, mask=base + lanes < num_seqs, other=0)
+        longest = tl.maximum(longest, tl.max(lens - (tl.maximum(tl.cdiv(lens, size), 1) - 1) * size))
     length = tl.load(seq_lens_ptr + seq, mask=seq < num_seqs, other=0)
     count = tl.maximum(tl.cdiv(length, size), 1)
-    end_length = length - (count - 1) * size
+    length_class = (length - (count - 1) * size) * LENGTH_CLASSES // (longest + 1)
     first = 0  # of this sequence's partial results
     num_pieces = 0  # of all sequences
-    num_longer = 0  # ends of sequences that come before this one's
+    num_ends = 0  # that come before this sequence's
     for base in range(0, num_seqs, CHUNK):
         other = base + lanes
         lens = tl.load(seq_lens_ptr + other, mask=other < num_seqs, other=0)
         counts = tl.where(other < num_seqs, tl.maximum(tl.cdiv(lens, size), 1), 0)
-        ends = lens - (counts - 1) * size
-        is_longer = (ends > end_length) | ((ends == end_length) & (other < seq))
-        num_longer += tl.sum(tl.where(is_longer & (other < num_seqs), 1, 0))
+        classes = (lens - (counts - 1) * size) * LENGTH_CLASSES // (longest + 1)
+        is_before = (classes > length_class) | ((classes == length_class) & (other < seq))
+        num_ends += tl.sum(tl.where(is_before & (other < num_seqs), 1, 0))
         first += tl.sum(tl.where(other < seq, counts, 0))
         num_pieces += tl.sum(counts)
 
@@ -201,7 +212,7 @@ def _plan_kernel(
         for base in range(0, count, CHUNK):
             index = base + lanes
             is_last = index == count - 1
-            slot = tl.where(is_last, num_pieces - num_seqs + num_longer, first - seq + index)
+            slot = tl.where(is_last, num_pieces - num_seqs + num_ends, first - seq + index)
             piece = pieces_ptr + slot * PIECE_FIELDS
             inside = index < count
             tl.store(piece, tl.zeros_like(index) + seq, mask=inside)

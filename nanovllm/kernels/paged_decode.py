@@ -146,6 +146,7 @@ def paged_decode_triton(
     if config is None:
         config = decode_config(head_dim, q.element_size(), shared_memory_bytes(q.device))
     group = num_heads // num_kv_heads
+    early = early_launch(q)
     padded_dim, padded_group = next_power_of_2(head_dim), next_power_of_2(group)
     # The kv head varies fastest: programs that run together read neighbouring heads of the same blocks, and the idle
     # slots, which are the last, start when the device is draining anyway.
@@ -177,9 +178,11 @@ def paged_decode_triton(
         MERGE_PIECES=max(2, MERGE_ELEMENTS // (padded_group * padded_dim)),
         PIECE_FIELDS=PIECE_FIELDS,
         LINE=LINE_BYTES // q.element_size(),
+        # Only programs that all run at once wait together; a later one would ask for the same lines twice in a row.
+        FETCH=early["EARLY"] and num_seqs <= plan.target_pieces,
         num_warps=config.num_warps,
         num_stages=config.num_stages,
-        **early_launch(q),
+        **early,
     )
 
 
@@ -212,6 +215,7 @@ def _decode_kernel(
     MERGE_PIECES: tl.constexpr,
     PIECE_FIELDS: tl.constexpr,
     LINE: tl.constexpr,
+    FETCH: tl.constexpr,
     EARLY: tl.constexpr,
 ):
     piece = tl.program_id(1)
@@ -234,7 +238,7 @@ def _decode_kernel(
     query_mask = (heads < GROUP)[:, None] & (dims < HEAD_DIM)[None, :]
     q_head_ptr = q_ptr + seq.to(tl.int64) * stride_q_seq + kv_head * GROUP * stride_q_head
     blocks = tile_blocks(table_ptr, begin, end, BLOCK_SIZE, TILE)
-    if EARLY and PADDED_DIM % LINE == 0:
+    if FETCH and PADDED_DIM % LINE == 0:
         tokens = kv_offsets(blocks, begin, kv_head, stride_block, HEAD_DIM, 1, BLOCK_SIZE, TILE)
         lines = tokens + (tl.arange(0, PADDED_DIM // LINE) * LINE)[None, :]
         is_token = (begin + tl.arange(0, TILE) < end)[:, None]

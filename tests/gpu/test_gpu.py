@@ -136,7 +136,7 @@ class TestParity:
         ours = theirs = 0.0
         for prompt in random_prompts([1, 30, 130], vocab_size=MEDIUM["vocab_size"]):
             drawn = drawn_logits(llm, prompt, num_tokens=24)
-            answer = tokens(llm, [prompt], SamplingParams(temperature=0.0, max_tokens=24))[0]
+            answer = drawn.argmax(-1).tolist()  # not a second run's: its prefix hits make other shapes, and other ties
             at = slice(len(prompt) - 1, -1)
             exact = Reference(medium).logits(prompt + answer)[at]
             half = Reference(medium, "cuda").logits(prompt + answer, dtype)[at]

@@ -162,8 +162,11 @@ def check_plan(plan: kernels.DecodePlan, lengths: list[int]) -> None:
     slots = plan.pieces[: len(lengths) + plan.target_pieces].tolist()
     used = [slot for slot in slots if slot[0] >= 0]
     assert slots[: len(used)] == used, "idle slots must be the last"
-    sizes = [end - begin for _, begin, end, *_ in used]
-    assert sizes == sorted(sizes, reverse=True), "the longest pieces must come first"
+    is_end = [end == lengths[seq] for seq, _, end, *_ in used]
+    assert is_end == sorted(is_end), "whole pieces must come first"
+    ends = [end - begin for seq, begin, end, *_ in used if end == lengths[seq]]
+    classes = [4 * end // (max(ends) + 1) for end in ends]
+    assert classes == sorted(classes, reverse=True), "short pieces must come last"
     assert sorted(slot[3] for slot in used) == list(range(len(used))), "each needs a place for its partial result"
     whole_sizes = set()
     for seq, length in enumerate(lengths):
