@@ -18,6 +18,7 @@ from uuid import uuid4
 
 from nanovllm.chat import chat_prompts
 from nanovllm.config import Config
+from nanovllm.engine import rollout
 from nanovllm.engine.engine_thread import EngineThread
 from nanovllm.engine.llm_engine import StepStats
 from nanovllm.engine.processor import Processor, Prompt
@@ -142,7 +143,23 @@ class AsyncLLM:
 
     async def reset_prefix_cache(self) -> None:
         """Forget all cached prefixes. Requests that run keep their blocks."""
-        await asyncio.wrap_future(self._thread.call(self._processor.engine.block_manager.forget_content))
+        await self._between_steps(lambda engine: engine.block_manager.forget_content())
+
+    async def load_weights(self, named_tensors: Iterable[tuple[str, "torch.Tensor"]]) -> None:  # noqa: F821
+        """As `LLM.load_weights`: requests must have ended."""
+        await self._between_steps(rollout.load_weights, named_tensors)
+
+    async def sleep(self, level: int = 1) -> None:
+        """As `LLM.sleep`: requests must have ended."""
+        await self._between_steps(rollout.sleep, level)
+
+    async def wake_up(self) -> None:
+        """As `LLM.wake_up`."""
+        await self._between_steps(rollout.wake_up)
+
+    @property
+    def is_sleeping(self) -> bool:
+        return self._processor.engine.runner.sleep_level > 0
 
     def stats(self) -> StepStats:
         """Counters since the engine started, and the state of its cache and queue. May be called in any thread."""
@@ -191,6 +208,10 @@ class AsyncLLM:
 
     async def _in_tokenizer_thread(self, function: Callable[[], Any]) -> Any:
         return await asyncio.get_running_loop().run_in_executor(self._tokenizing, function)
+
+    async def _between_steps(self, function: Callable[..., Any], *arguments: Any) -> None:
+        """Call `function(engine, *arguments)` in the engine's thread."""
+        await asyncio.wrap_future(self._thread.call(partial(function, self._processor.engine, *arguments)))
 
     def _give_back(self) -> None:
         processor, self._thread.processor = self._thread.processor, None

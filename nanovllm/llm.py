@@ -9,6 +9,7 @@ from typing import Any
 
 from nanovllm.chat import chat_prompts
 from nanovllm.config import Config
+from nanovllm.engine import rollout
 from nanovllm.engine.llm_engine import LLMEngine, StepStats
 from nanovllm.engine.processor import Processor, Prompt, Request, shorten
 from nanovllm.outputs import RequestOutput, Score
@@ -155,7 +156,7 @@ class LLM:
                 the wrong shape. Of a list nothing has been written then; of a generator what came before (see the
                 error's notes). Either way the engine serves on.
         """
-        self.engine.load_weights(named_tensors)
+        rollout.load_weights(self.engine, named_tensors)
 
     def sleep(self, level: int = 1) -> None:
         """Give the device's memory back: the cache is dropped, and the weights go to host memory (level 1) or nowhere
@@ -166,7 +167,7 @@ class LLM:
         Raises:
             ValueError: level is not 1 or 2; RuntimeError: requests are unfinished, or the host has no room.
         """
-        self.engine.sleep(level)
+        rollout.sleep(self.engine, level)
 
     def wake_up(self) -> None:
         """Take the device's memory again. After `sleep(2)` call `load_weights()` before anything else.
@@ -174,11 +175,11 @@ class LLM:
         Raises:
             torch.OutOfMemoryError: others hold the memory; the engine sleeps on, and may be woken again.
         """
-        self.engine.wake_up()
+        rollout.wake_up(self.engine)
 
     @property
     def is_sleeping(self) -> bool:
-        return self.engine.is_sleeping
+        return self.engine.runner.sleep_level > 0
 
     def stats(self) -> StepStats:
         """Counters since the engine started, and the state of its cache and queue."""

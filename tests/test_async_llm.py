@@ -14,7 +14,9 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 from checkpoints import SHAPES, random_prompts, save_byte_tokenizer, save_checkpoint
+from safetensors.torch import load_file
 
 from nanovllm import LLM, AsyncLLM, SamplingParams, demo_model
 from nanovllm.outputs import RequestOutput
@@ -467,6 +469,43 @@ class TestFailure:
             with pytest.raises(RuntimeError, match="closed"):
                 await llm.reset_prefix_cache()
             await llm.aclose()
+
+        run(main())
+
+
+class TestBetweenRollouts:
+    def test_new_weights_and_sleep(self, llm: AsyncLLM, expected: Callable[..., RequestOutput], text_model: Path):
+        weights = load_file(text_model / "model.safetensors")
+
+        async def answer() -> list[int]:
+            return (await last(llm.generate(PROMPTS[1], GREEDY))).outputs[0].token_ids
+
+        async def main() -> None:
+            await llm.load_weights({name: torch.zeros_like(tensor) for name, tensor in weights.items()}.items())
+            assert await answer() == [0] * 16
+            await llm.sleep(level=2)
+            assert llm.is_sleeping
+            with pytest.raises(RuntimeError, match=r"call wake_up\(\)"):
+                await answer()
+            await llm.wake_up()
+            assert not llm.is_sleeping
+            with pytest.raises(RuntimeError, match=r"call load_weights\(\)"):
+                await answer()
+            await llm.load_weights(weights.items())
+            assert await answer() == expected(PROMPTS[1]).outputs[0].token_ids
+
+        run(main())
+
+    def test_are_refused_while_requests_run(self, llm: AsyncLLM, expected: Callable[..., RequestOutput]):
+        async def main() -> None:
+            async with aclosing(llm.generate(PROMPTS[0], LONG)) as outputs:
+                await anext(outputs)
+                with pytest.raises(RuntimeError, match="1 requests are unfinished"):
+                    await llm.sleep()
+                with pytest.raises(RuntimeError, match="1 requests are unfinished"):
+                    await llm.load_weights([])
+                output = await last(outputs)
+            assert output.outputs[0].token_ids == expected(PROMPTS[0], LONG).outputs[0].token_ids
 
         run(main())
 

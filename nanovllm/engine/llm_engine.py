@@ -65,6 +65,10 @@ class LLMEngine:
         self._random = random.Random(config.seed)
 
     @property
+    def num_unfinished(self) -> int:
+        return len(self._unfinished)
+
+    @property
     def has_unfinished_requests(self) -> bool:
         return bool(self._unfinished or self._in_flight)
 
@@ -84,7 +88,8 @@ class LLMEngine:
             ValueError: naming the prompt as `name`, what is wrong with it, and what is allowed.
             RuntimeError: the engine sleeps, or its weights were dropped.
         """
-        self._require_weights()
+        if self.runner.not_ready:
+            raise RuntimeError(self.runner.not_ready)
         if not token_ids:
             raise ValueError(f"{name} is empty: it must have at least one token")
         for token_id in (min(token_ids), max(token_ids)):
@@ -162,51 +167,6 @@ class LLMEngine:
         except BaseException:
             self._reset()
             raise
-
-    def load_weights(self, named_tensors: Iterable[tuple[str, "torch.Tensor"]]) -> None:  # noqa: F821
-        """Write new weights over the old ones, and empty the prefix cache. For the errors see `LLM.load_weights`."""
-        from nanovllm.worker.sleep import load_weights
-
-        self._require_awake()
-        self._require_idle("load_weights()")
-        try:
-            load_weights(self.runner, named_tensors)
-        finally:
-            self.block_manager.forget_content()
-
-    def sleep(self, level: int) -> None:
-        """Give the device's memory back, the prefix cache included. For the errors see `LLM.sleep`."""
-        from nanovllm.worker.sleep import sleep
-
-        self._require_idle("sleep()")
-        sleep(self.runner, level)
-        self.block_manager.forget_content()
-
-    def wake_up(self) -> None:
-        """Take the device's memory again. For the errors see `LLM.wake_up`."""
-        from nanovllm.worker.sleep import wake_up
-
-        wake_up(self.runner)
-
-    @property
-    def is_sleeping(self) -> bool:
-        return self.runner.sleep_level > 0
-
-    def _require_awake(self) -> None:
-        if self.is_sleeping:
-            raise RuntimeError("the engine sleeps: call wake_up() first")
-
-    def _require_weights(self) -> None:
-        self._require_awake()
-        if self.runner.missing_weights:
-            raise RuntimeError(
-                f"sleep(level=2) has dropped the weights, and {len(self.runner.missing_weights)} tensors, "
-                f"{min(self.runner.missing_weights)!r} for one, have not come back: call load_weights() first"
-            )
-
-    def _require_idle(self, what: str) -> None:
-        if self._unfinished:
-            raise RuntimeError(f"{what} while {len(self._unfinished)} requests are unfinished: finish or abort them")
 
     def _launch_next(self) -> bool:
         """Plan and launch a step. False if there is nothing to compute before more tokens have arrived."""

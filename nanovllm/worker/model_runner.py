@@ -66,7 +66,7 @@ class ModelRunner:
 
     Attributes:
         num_blocks, block_size: of the paged cache. max_model_len: cut to what the cache holds.
-        sleep_level, missing_weights: see `worker/sleep.py`.
+        not_ready: why nothing can be launched, empty if it can; this and the next two are `worker/sleep.py`'s.
     """
 
     @torch.inference_mode()
@@ -87,6 +87,7 @@ class ModelRunner:
         self.graphs: DecodeGraphs | None = None
         self.recorded_hidden: dict[int, torch.Tensor] = {}  # of each graph: a few MB in all
         self.num_blocks = self._fit_cache(before)
+        self.not_ready = ""
         self.sleep_level = 0
         self.missing_weights: set[str] = set()
         self.start()

@@ -32,6 +32,7 @@ def sleep(runner: ModelRunner, level: int) -> None:
         return
     _put_away(runner, level)
     runner.sleep_level = level
+    runner.not_ready = "the engine sleeps: call wake_up() first"
 
 
 @torch.inference_mode()
@@ -53,6 +54,7 @@ def wake_up(runner: ModelRunner) -> None:
         _put_away(runner, runner.sleep_level)
         raise
     runner.sleep_level = 0
+    _say_what_is_missing(runner)
 
 
 def load_weights(runner: ModelRunner, named_tensors: loader.NamedTensors) -> None:
@@ -69,8 +71,18 @@ def load_weights(runner: ModelRunner, named_tensors: loader.NamedTensors) -> Non
             torch.cuda.synchronize()
         if runner.missing_weights:
             runner.missing_weights -= loaded
+            _say_what_is_missing(runner)
             if not runner.missing_weights:
                 loader.pack_linears(runner.model)
+
+
+def _say_what_is_missing(runner: ModelRunner) -> None:
+    missing, runner.not_ready = runner.missing_weights, ""
+    if missing:
+        runner.not_ready = (
+            f"sleep(level=2) has dropped the weights, and {len(missing)} tensors, {min(missing)!r} for one, have not "
+            "come back: call load_weights() first"
+        )
 
 
 def _put_away(runner: ModelRunner, level: int) -> None:

@@ -61,8 +61,7 @@ class SimulatedDevice:
     """Stands in for ModelRunner."""
 
     is_cuda = False
-    sleep_level = 0
-    missing_weights: frozenset[str] = frozenset()
+    not_ready = ""
 
     def __init__(self, num_blocks: int, block_size: int, max_model_len: int, num_rows: int, budget: int) -> None:
         self.num_blocks, self.block_size, self.max_model_len = num_blocks, block_size, max_model_len
