@@ -2,6 +2,7 @@
 
 import importlib.util
 import json
+import subprocess
 import sys
 from dataclasses import replace
 from pathlib import Path
@@ -17,6 +18,7 @@ from benchmarks.attention_timing import AttentionShape, Pool, decode_lengths
 from benchmarks.engines import EngineOptions, make_engine
 from benchmarks.plain_kernels import plain_kernels, plain_qk_norm_rope_store, plain_sample, plain_silu_mul, replaced
 from benchmarks.roofline import read_config
+from benchmarks.sampling_cost import CASES, PLAIN
 from benchmarks.scaling import RUNS, peak_blocks
 from benchmarks.setting import Setting
 from benchmarks.targets import GOALS, ROWS, goal_lines, goals_for, judge
@@ -276,3 +278,19 @@ def test_replacing_what_nobody_uses_is_an_error():
     with pytest.raises(RuntimeError, match="rms_norm_triton is used by no module"):
         with replaced({rms_norm.rms_norm_triton: rms_norm.rms_norm_reference}):
             pass
+
+
+def test_sampling_cost_measures_every_kind_of_request():
+    sizes = ["--model", str(SHAPES / "tiny"), "--batch", "3", "--context", "5", "--steps", "2", "--rounds", "2"]
+    run = subprocess.run(
+        [sys.executable, "-m", "benchmarks.sampling_cost", *sizes],
+        capture_output=True,
+        text=True,
+        cwd=SHAPES.parents[1],
+        timeout=120,
+    )
+    assert run.returncode == 0, run.stderr
+    report = json.loads(run.stdout.splitlines()[-1])
+    assert set(report["seconds_per_step"]) == set(CASES) == set(report["percent_more"])
+    assert all(len(times) == 2 and min(times) > 0 for times in report["seconds_per_step"].values())
+    assert report["percent_more"][PLAIN] == 0
