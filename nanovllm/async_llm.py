@@ -33,11 +33,12 @@ class AsyncLLM:
             async for output in llm.generate("Hello", SamplingParams(max_tokens=64)):
                 print(output.outputs[0].text)
 
-    As a context manager it lets requests end when the block is left, and aborts them when an exception leaves it.
+    As a context manager it lets the requests end that the engine has been given when the block is left (those that still
+    wait for their turn are refused), and aborts them when an exception leaves it.
 
     Args:
         max_waiting: how many requests may wait for their first token; `generate` of further ones waits for its turn.
-            None: any number.
+            Counted for each event loop by itself. None: any number.
         options: those of `nanovllm.config.Config`.
 
     Raises: as `LLM`.
@@ -115,7 +116,7 @@ class AsyncLLM:
             add_generation_prompt=add_generation_prompt,
             continue_final_message=continue_final_message,
             tools=tools,
-            **(chat_template_kwargs or {}),
+            chat_template_kwargs=chat_template_kwargs,
         )
         (prompt,) = await self._in_tokenizer_thread(make)
         async with aclosing(self.generate(prompt, sampling_params, request_id)) as outputs:
@@ -184,7 +185,11 @@ class AsyncLLM:
     async def aclose(self, drain: bool = False) -> None:
         """`close` that does not block the event loop."""
         self._thread.close(drain)
-        await asyncio.wrap_future(self._thread.ended)
+        try:  # shielded: others may wait for the same end
+            await asyncio.shield(asyncio.wrap_future(self._thread.ended))
+        except asyncio.CancelledError:
+            self._thread.close()  # whoever would have waited for the requests does no longer
+            raise
         self.close()
 
     async def __aenter__(self) -> "AsyncLLM":

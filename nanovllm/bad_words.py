@@ -17,6 +17,6 @@ def bad_word_ids(words: Iterable[str], tokenizer: Any) -> tuple[tuple[int, ...],
         plain = tuple(tokenizer.encode(word, add_special_tokens=False))
         spaced = tuple(tokenizer.encode(" " + word, add_special_tokens=False))
         found.append(plain)
-        if len(spaced) == len(plain) and spaced[0] != plain[0]:
+        if plain and len(spaced) == len(plain) and spaced[0] != plain[0]:
             found.append(spaced)
     return tuple(ids for ids in found if ids)

@@ -3,11 +3,14 @@
 from typing import Any
 
 
-def chat_prompts(tokenizer: Any, messages: Any, **template_options: Any) -> list[dict[str, Any]]:
+def chat_prompts(
+    tokenizer: Any, messages: Any, chat_template_kwargs: dict[str, Any] | None = None, **template_options: Any
+) -> list[dict[str, Any]]:
     """A prompt, with its text and its ids, for a conversation or for each of a list of conversations.
 
     Args:
         messages: `[{"role": "user", "content": "…"}, …]`, or a list of such lists.
+        chat_template_kwargs: what the template knows besides; they must not name one of the
         template_options: what `apply_chat_template` of a `transformers` tokenizer takes.
 
     Raises:
@@ -15,6 +18,12 @@ def chat_prompts(tokenizer: Any, messages: Any, **template_options: Any) -> list
     """
     if not isinstance(messages, (list, tuple)) or not messages:
         raise TypeError(f"messages={messages!r:.80} must be a list of messages, or of such lists, and not empty")
+    twice = template_options.keys() & (chat_template_kwargs or {})
+    if twice:
+        raise ValueError(
+            f"chat_template_kwargs={chat_template_kwargs!r:.80} must not have {min(twice)!r}: give it itself"
+        )
+    template_options |= chat_template_kwargs or {}
     conversations = [messages] if isinstance(messages[0], dict) else messages
     if template_options.get("add_generation_prompt") and template_options.get("continue_final_message"):
         raise ValueError("continue_final_message=True goes on with the last message: set add_generation_prompt=False")

@@ -94,7 +94,7 @@ class SamplingParams:
         """Own copies of the lists, so that nobody changes them under a request."""
         if isinstance(self.stop, str):
             object.__setattr__(self, "stop", (self.stop,))
-        for name in ("stop", "bad_words"):
+        for name in ("stop", "bad_words", "stop_token_ids"):
             if getattr(self, name) is None:
                 object.__setattr__(self, name, ())
         for name in ("stop", "bad_words", "stop_token_ids", "allowed_token_ids"):

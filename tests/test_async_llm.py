@@ -511,6 +511,25 @@ class TestBetweenRollouts:
 
 
 class TestShutdown:
+    def test_giving_up_on_a_drain_aborts_what_runs(self, text_model: Path) -> None:
+        async def main() -> None:
+            llm = AsyncLLM(str(text_model), **OPTIONS)
+            task = asyncio.create_task(last(llm.generate(PROMPTS[0], LONG)))
+            while not llm._thread._listeners:
+                await asyncio.sleep(0.001)
+            slow = llm._processor.step
+            llm._processor.step = lambda: time.sleep(0.05) or slow()  # 150 steps: 7.5 s
+            others = asyncio.create_task(llm.aclose(drain=True))
+            with pytest.raises(TimeoutError):
+                await asyncio.wait_for(llm.aclose(drain=True), 0.01)
+            start = time.monotonic()
+            assert (await task).outputs[0].finish_reason == "abort"
+            await others
+            assert time.monotonic() - start < 5
+            assert not llm._thread._thread.is_alive()
+
+        run(main())
+
     def test_aborts_or_waits_as_asked(self, text_model: Path, expected: Callable[..., RequestOutput]) -> None:
         async def main(drain: bool) -> list[RequestOutput]:
             llm = AsyncLLM(str(text_model), **OPTIONS)

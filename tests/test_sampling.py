@@ -343,7 +343,12 @@ class TestRefusals:
             ({"allowed_token_ids": [1, VOCAB_SIZE]}, (), "allowed_token_ids has 211: ids must be in"),
             ({"stop_token_ids": [VOCAB_SIZE]}, (), "stop_token_ids has 211: ids must be in"),
             ({}, ((1, VOCAB_SIZE),), "bad_words has 211: ids must be in"),
-            ({"allowed_token_ids": [3], "stop_token_ids": [3, 4], "min_tokens": 2}, (), "min_tokens=2 holds back all"),
+            (
+                {"allowed_token_ids": [3], "stop_token_ids": [3, 4], "min_tokens": 2},
+                (),
+                "leave none of allowed_token_ids",
+            ),
+            ({"allowed_token_ids": [3, 5]}, ((3,), (5,)), "leave none of allowed_token_ids"),
         ],
     )
     def test_what_does_not_fit_the_model_is_refused_and_the_engine_untouched(

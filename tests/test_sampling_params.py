@@ -84,7 +84,6 @@ def test_value_out_of_range_is_a_value_error_that_names_it(name: str, value: Any
         ("stop_token_ids", "7"),
         ("stop_token_ids", [1.0]),
         ("stop_token_ids", [True]),
-        ("stop_token_ids", None),
         ("n", 1.0),
         ("n", None),
         ("n", True),
@@ -235,3 +234,7 @@ def test_parameters_do_not_change_under_a_request() -> None:
 def test_one_stop_string_is_a_list_of_one_and_none_is_none() -> None:
     assert SamplingParams(stop="end").stop == ("end",)
     assert SamplingParams(stop=None).stop == SamplingParams(bad_words=None).bad_words == ()
+
+
+def test_none_is_no_stop_token_ids_as_in_vllm():
+    assert SamplingParams(stop_token_ids=None) == SamplingParams()

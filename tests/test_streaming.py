@@ -362,6 +362,50 @@ def test_metrics_tell_when_things_happened(text_model: Path) -> None:
         assert sum(o.metrics.num_preemptions for o in outputs) == llm.stats().num_preemptions > 0
 
 
+def test_a_request_of_several_completions_is_finished_when_all_are(llm: LLM) -> None:
+    stop_early = SamplingParams(n=3, max_tokens=30, stop_token_ids=list(range(60)), seed=1)
+    outputs = list(llm.stream(PROMPTS[0], stop_early))
+    assert any(c.finish_reason for output in outputs[:-1] for c in output.outputs)
+    assert outputs[0].metrics.finished_time is not None and outputs[-1].finished
+    seen = []
+    for output in llm.stream(PROMPTS[0], stop_early):
+        seen.append((output.finished, output.metrics.finished_time is not None))
+    assert all(finished == has_time for finished, has_time in seen)
+
+
+class TestWhatIsRefused:
+    def test_a_request_made_before_sleep_and_started_after(self, llm: LLM) -> None:
+        outputs = llm.stream(PROMPTS[0], GREEDY)
+        llm.sleep()
+        with pytest.raises(RuntimeError, match=r"call wake_up\(\)"):
+            next(outputs)
+        llm.wake_up()
+        assert generate(llm, [PROMPTS[0]])[0].finished
+
+    @pytest.mark.parametrize(
+        ("prompt", "message"),
+        [("\ud800", "cannot be tokenized"), ({1: 2, "a": 3}, "has the keys 1, 'a'"), ({}, "has the keys none")],
+        ids=str,
+    )
+    def test_prompts_with_the_cause(self, llm: LLM, prompt: Any, message: str) -> None:
+        with pytest.raises(ValueError, match=rf"prompts\[0\].*{message}"):
+            llm.generate([prompt], GREEDY, use_tqdm=False)
+
+    def test_template_options_given_twice(self, llm: LLM) -> None:
+        with pytest.raises(ValueError, match="must not have 'add_generation_prompt'"):
+            llm.chat(
+                [{"role": "user", "content": "a"}],
+                chat_template=CHATML,
+                chat_template_kwargs={"add_generation_prompt": True},
+            )
+
+    def test_biases_changed_under_a_request_count_for_nothing(self, llm: LLM) -> None:
+        params = SamplingParams(temperature=0.0, max_tokens=4, logit_bias={5: 100.0})
+        outputs = llm.stream(PROMPTS[0], params)
+        params.logit_bias[10**6] = 5.0
+        assert list(outputs)[-1].outputs[0].token_ids == [5] * 4
+
+
 class TestChat:
     MESSAGES = [{"role": "system", "content": "Be brief."}, {"role": "user", "content": "Hi"}]
 

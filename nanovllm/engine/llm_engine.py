@@ -104,8 +104,12 @@ class LLMEngine:
         stop_ids = frozenset(params.stop_token_ids) | (frozenset() if params.ignore_eos else self.eos_token_ids)
         if params.min_tokens and len(stop_ids) > MAX_STOP_IDS:
             raise ValueError(f"min_tokens={params.min_tokens} works with at most {MAX_STOP_IDS} stop ids, EOS included")
-        if params.min_tokens and params.allowed_token_ids and stop_ids.issuperset(params.allowed_token_ids):
-            raise ValueError(f"min_tokens={params.min_tokens} holds back all of allowed_token_ids, which are stop ids")
+        if params.allowed_token_ids:
+            held_back = (stop_ids if params.min_tokens else frozenset()) | {w[0] for w in bad_words if len(w) == 1}
+            if held_back.issuperset(params.allowed_token_ids):
+                raise ValueError("bad_words and min_tokens, which holds back stop ids, leave none of allowed_token_ids")
+        if params.logit_bias:
+            params = replace(params)  # a dict of its own, which nobody changes once it has been checked
         num_left = self.max_model_len - len(token_ids)
         seed = params.seed if params.seed is not None else self._random.getrandbits(64)
         return Sequence(
@@ -130,7 +134,9 @@ class LLMEngine:
                 raise ValueError(f"{name} has {max(token_ids)}: ids must be in [0, {self.vocab_size})")
 
     def add(self, seq: Sequence) -> None:
-        """Queue a request. Raises ValueError if one of its id is unfinished."""
+        """Queue a request. Raises ValueError if one of its id is unfinished, RuntimeError as `make_sequence` does."""
+        if self.runner.not_ready:  # since it was made
+            raise RuntimeError(self.runner.not_ready)
         if seq.request_id in self._unfinished:
             raise ValueError(f"request_id={seq.request_id!r} is that of a request which is still running")
         self._unfinished[seq.request_id] = seq

@@ -130,11 +130,15 @@ class Processor:
         if isinstance(prompt, dict):
             unknown = prompt.keys() - {"prompt", "prompt_token_ids"}
             if unknown or not prompt:
-                raise ValueError(f"{name} has the keys {sorted(prompt)}: it must have 'prompt' or 'prompt_token_ids'")
+                keys = ", ".join(map(repr, prompt))
+                raise ValueError(f"{name} has the keys {keys or 'none'}: it must have 'prompt' or 'prompt_token_ids'")
             text, token_ids = prompt.get("prompt"), prompt.get("prompt_token_ids", prompt.get("prompt"))
         if isinstance(token_ids, str):
             text = token_ids
-            token_ids = self.tokenizer.encode(text)
+            try:
+                token_ids = self.tokenizer.encode(text)
+            except (TypeError, UnicodeError) as error:  # a lone surrogate, which no encoding has
+                raise ValueError(f"{name}={shorten(text)} cannot be tokenized: {error}") from error
         if not isinstance(token_ids, list) or not all(type(i) is int for i in token_ids):
             raise TypeError(f"{name}={shorten(prompt)} must be a string or a list of token ids")
         return text, list(token_ids)
@@ -213,6 +217,7 @@ class Processor:
 
     def _forget(self, request: Request) -> None:
         request.has_news = True
+        request.metrics.finished_time = time.monotonic()
         del self._requests[request.request_id]
         for completion in request.completions:
             self._owner.pop(completion.seq, None)

@@ -90,6 +90,5 @@ class Sequence:
 
     def finish(self, reason: str, stop_reason: int | str | None = None) -> None:
         self.status = SequenceStatus.FINISHED
-        self.metrics.finished_time = time.monotonic()
         self.finish_reason = reason
         self.stop_reason = stop_reason

@@ -60,6 +60,7 @@ class InputBatch:
         """Send the plan's changes and its batch, padded to `num_padded` sequences. Does not wait for the device."""
         batch = (plan.rows, plan.query_lens, num_padded)
         if batch != self._sent_batch:  # while nobody comes or goes, the device has it already
+            self._sent_batch = None  # until it is certain what the device has
             self._send_batch(plan, slot, num_padded)
             self._sent_batch = batch
         self._send_changes(plan, slot)
