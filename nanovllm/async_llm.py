@@ -218,6 +218,7 @@ class AsyncLLM:
         if processor is None:
             return
         is_cuda = processor.engine.runner.is_cuda
+        processor.engine.close()
         del processor
         gc.collect()
         if is_cuda:
