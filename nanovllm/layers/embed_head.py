@@ -28,7 +28,7 @@ class VocabParallelEmbedding(ColumnParallelLinear):
         local = input_ids - self.tp.rank * self.vocab_share
         is_mine = (local >= 0) & (local < self.vocab_share)
         embedded = self._look_up(torch.where(is_mine, local, 0))
-        return self.tp.all_reduce(embedded.masked_fill_(~is_mine.unsqueeze(1), 0))
+        return self.tp.all_reduce(embedded.masked_fill(~is_mine.unsqueeze(1), 0))
 
     def pack(self) -> None:
         """Nothing: rows are read from the plain weight, unless it is also the head's."""

@@ -209,7 +209,7 @@ class Followers:
             code = process.exitcode
             how = f"was killed by signal {-code}" if code < 0 else f"exited with code {code}"
             hint = ""
-            if not min(self._num_acks):
+            if code > 0 and not self._num_acks[rank - 1]:
                 hint = "; a script that makes an LLM must do so under `if __name__ == '__main__':`"
             self._fail(f"rank {rank} (process {process.pid}) {how}{hint}")
         elif was_last:
