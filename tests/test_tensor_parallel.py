@@ -22,8 +22,8 @@ pytestmark = pytest.mark.skipif(sys.platform != "linux", reason="reads /proc")
 
 SHARED = random_prompts([40], seed=4)[0]
 PROMPTS = [SHARED + prompt for prompt in random_prompts([1, 17, 30, 2])] + random_prompts([70, 1, 16], seed=2)
-GREEDY = SamplingParams(temperature=0.0, max_tokens=30)
-SEEDED = SamplingParams(temperature=0.8, top_p=0.9, top_k=40, seed=11, max_tokens=30)
+GREEDY = SamplingParams(temperature=0.0, max_tokens=16)
+SEEDED = SamplingParams(temperature=0.8, top_p=0.9, top_k=40, seed=11, max_tokens=16)
 EDITED = replace(SEEDED, repetition_penalty=1.3, logprobs=2, prompt_logprobs=1)
 PARAMS = [GREEDY, SEEDED, GREEDY, SEEDED, EDITED, GREEDY, SEEDED]
 
@@ -92,8 +92,8 @@ def make_tp(nothing_is_left: None, make_llm: Callable[..., LLM]) -> Callable[...
 def test_tokens_are_those_of_one_rank(
     shape: str, size: int, checkpoint: Callable[..., Path], make_tp: Callable[..., LLM]
 ) -> None:
-    # 13 blocks hold two or three of the sequences; the vocabulary of 211 never comes out even, nor do 80 / 3.
-    options = {"num_kvcache_blocks": 13, "max_num_batched_tokens": 48, "max_model_len": 200}
+    # 11 blocks hold two or three of the sequences; the vocabulary of 211 never comes out even, nor do 80 / 3.
+    options = {"num_kvcache_blocks": 11, "max_num_batched_tokens": 48, "max_model_len": 170}
     expected = answers(make_tp(checkpoint(shape), **options))
     llm = make_tp(checkpoint(shape), tensor_parallel_size=size, **options)
     assert len(rank_processes()) == size - 1
@@ -111,7 +111,7 @@ def test_tokens_are_those_of_one_rank(
 
 
 def test_a_killed_rank_fails_its_engine_and_not_the_one_beside_it(
-    checkpoint: Callable[..., Path], make_tp: Callable[..., LLM], monkeypatch: pytest.MonkeyPatch
+    checkpoint: Callable[..., Path], make_tp: Callable[..., LLM]
 ) -> None:
     llm, other = (make_tp(checkpoint("plain"), tensor_parallel_size=2) for _ in range(2))
     endless = SamplingParams(temperature=0.0, max_tokens=250, ignore_eos=True)
@@ -132,7 +132,7 @@ def test_a_killed_rank_fails_its_engine_and_not_the_one_beside_it(
     for _ in range(5):
         next(beside)
     # What interrupts rank 0 amid a step leaves the others at an unknown place: they are ended too.
-    monkeypatch.setattr(other.engine.runner, "launch", interrupt)
+    other.engine.runner.launch = interrupt
     with pytest.raises(KeyboardInterrupt):
         next(beside)
     assert not rank_processes()
@@ -204,30 +204,26 @@ if __name__ == "__main__":
     llm = LLM(sys.argv[1], device="cpu", dtype="float32", skip_tokenizer_init=True, tensor_parallel_size=2,
               num_kvcache_blocks=64, max_num_seqs=4)
     print(*(process.pid for process in llm.engine.followers._processes), flush=True)
-    if sys.argv[2] == "leave":
-        sys.exit()
     while True:
         llm.generate([[1, 2, 3]], SamplingParams(max_tokens=200), use_tqdm=False)
 """
 
 
-@pytest.mark.parametrize("end", ["SIGKILL", "SIGINT", "leave"])
+@pytest.mark.parametrize("end", ["SIGKILL", "SIGINT"])
 def test_no_rank_outlives_rank_0(end: str, checkpoint: Callable[..., Path], tmp_path: Path) -> None:
     script = tmp_path / "script.py"
     script.write_text(SCRIPT)
     environment = {**os.environ, "OMP_NUM_THREADS": "1"}
-    arguments = [sys.executable, str(script), str(checkpoint("plain")), end]
+    arguments = [sys.executable, str(script), str(checkpoint("plain"))]
     process = subprocess.Popen(arguments, stdout=subprocess.PIPE, stderr=subprocess.PIPE, env=environment, text=True)
     try:
         pids = [int(pid) for pid in process.stdout.readline().split()]
         assert len(pids) == 1
-        if end != "leave":
-            assert all(map(is_running, pids))
-            time.sleep(0.3)
-            process.send_signal(signal.Signals[end])
+        assert all(map(is_running, pids))
+        time.sleep(0.3)
+        process.send_signal(signal.Signals[end])
         _, errors = process.communicate(timeout=10)
         assert are_gone(pids)
-        assert (process.returncode == 0) == (end == "leave")
         assert ("KeyboardInterrupt" in errors) == (end == "SIGINT")
     finally:
         process.kill()
