@@ -142,7 +142,9 @@ def build_model(
     tp: TensorParallel = TensorParallel(),  # noqa: B008 -- frozen
 ) -> nn.Module:
     """This rank's part of the model on its device, with its weights. Raises what `load_weights` raises."""
-    model = build_outline(hf_config, cls, tp).to(dtype).to_empty(device=device)
+    model = build_outline(hf_config, cls, tp).to(dtype)
+    # As `to_empty` does, whose `empty_like` imports sympy: 2 s in every process that makes an engine.
+    model._apply(lambda param: torch.empty(param.shape, dtype=param.dtype, device=device))
     if config.load_format == "dummy":
         fill_with_random_weights(model, seed=tp.rank)
     else:
