@@ -33,8 +33,8 @@ class AsyncLLM:
             async for output in llm.generate("Hello", SamplingParams(max_tokens=64)):
                 print(output.outputs[0].text)
 
-    As a context manager it lets the requests end that the engine has been given when the block is left (those that still
-    wait for their turn are refused), and aborts them when an exception leaves it.
+    As a context manager it lets the requests end that the engine has been given when the block is left (those that
+    still wait for their turn are refused), and aborts them when an exception leaves it.
 
     Args:
         max_waiting: how many requests may wait for their first token; `generate` of further ones waits for its turn.
@@ -223,6 +223,7 @@ class AsyncLLM:
         if processor is None:
             return
         is_cuda = processor.engine.runner.is_cuda
+        processor.engine.close()
         del processor
         gc.collect()
         if is_cuda:

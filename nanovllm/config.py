@@ -30,7 +30,8 @@ class Config:
         kvcache_memory_bytes: bytes for the cache instead of a profiling run; default 4 GiB on the CPU.
         enable_prefix_caching: share the blocks of equal prefixes.
         enforce_eager: no CUDA graphs. The tokens are the same.
-        tensor_parallel_size: devices over which the layers are cut; 1 for now.
+        tensor_parallel_size: processes, on CUDA with a device each, over which the layers are cut.
+        tensor_parallel_timeout: seconds that one of them waits for another in a step before it gives up.
         load_format: "dummy" fills the config's shapes with random weights, for benchmarks.
         seed: makes requests without a seed of their own repeatable.
 
@@ -55,6 +56,7 @@ class Config:
     enable_prefix_caching: bool = True
     enforce_eager: bool = False
     tensor_parallel_size: int = 1
+    tensor_parallel_timeout: float = 30.0
     load_format: LoadFormat = "auto"
     seed: int | None = None
 
@@ -90,8 +92,9 @@ class Config:
         share = self.gpu_memory_utilization
         if isinstance(share, bool) or not isinstance(share, (int, float)) or not 0.0 < share <= 1.0:
             raise ValueError(f"gpu_memory_utilization={share!r} must be a number in (0, 1]")
-        if self.tensor_parallel_size != 1:
-            raise ValueError(f"tensor_parallel_size={self.tensor_parallel_size} must be 1: one device for now")
+        timeout = self.tensor_parallel_timeout
+        if isinstance(timeout, bool) or not isinstance(timeout, (int, float)) or not 0.0 < timeout <= 86400.0:
+            raise ValueError(f"tensor_parallel_timeout={timeout!r} must be a number of seconds in (0, 86400]")
         if self.seed is not None and (isinstance(self.seed, bool) or not isinstance(self.seed, int)):
             raise TypeError(f"seed={self.seed!r} must be None or an integer")
 

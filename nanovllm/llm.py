@@ -190,6 +190,7 @@ class LLM:
         if self._processor is None:
             return
         is_cuda = self._processor.engine.runner.is_cuda
+        self._processor.engine.close()
         self._processor = None
         gc.collect()
         if is_cuda:

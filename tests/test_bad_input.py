@@ -204,7 +204,7 @@ def test_prompt_that_never_fits_the_cache_is_refused_at_the_door(
         ({"max_model_len": 321}, ValueError, "max_model_len=321 must be at most the model's 320"),
         ({"num_kvcache_blocks": 4, "max_model_len": 65}, ValueError, "max_model_len=65 exceeds the KV cache.*64"),
         ({"kvcache_memory_bytes": 1, "num_kvcache_blocks": None}, ValueError, "no room for one block.*memory_bytes=1"),
-        ({"tensor_parallel_size": 2}, ValueError, "tensor_parallel_size=2 must be 1"),
+        ({"tensor_parallel_size": 3}, ValueError, "num_attention_heads=4 cannot be cut into tensor_parallel_size=3"),
         ({"dtype": "int4"}, ValueError, "dtype='int4' must be one of auto, bfloat16"),
     ],
     ids=str,

@@ -26,7 +26,8 @@ from nanovllm.config import Config
         ("gpu_memory_utilization", 1.5),
         ("gpu_memory_utilization", 0.0),
         ("gpu_memory_utilization", float("nan")),
-        ("tensor_parallel_size", 2),
+        ("tensor_parallel_timeout", 0.0),
+        ("tensor_parallel_timeout", "30"),
         ("tensor_parallel_size", 0),
     ],
 )

@@ -6,6 +6,7 @@ late is that a sequence has stopped: by then one surplus token is in flight, and
 """
 
 import random
+import weakref
 from collections import deque
 from collections.abc import Iterable
 from dataclasses import dataclass, replace
@@ -46,11 +47,16 @@ class LLMEngine:
     def __init__(self, config: Config) -> None:
         from nanovllm.models.loader import load_eos_token_ids, load_hf_config, resolve_model_path
         from nanovllm.worker.model_runner import MAX_STEPS_IN_FLIGHT, ModelRunner
+        from nanovllm.worker.ranks import Followers
 
         self.config = config
         self.model_path = resolve_model_path(config.model, config.revision)
         hf_config, model_class = load_hf_config(self.model_path)
-        self.runner = ModelRunner(config, hf_config, model_class, self.model_path)
+        self.followers = Followers(config, hf_config, model_class, self.model_path)
+        # Dropping the engine, a failure below and leaving the interpreter end them like close().
+        weakref.finalize(self, self.followers.close)
+        with self.followers.doing("build", wait=True):
+            self.runner = ModelRunner(config, hf_config, model_class, self.model_path, self.followers.tp)
         self.eos_token_ids = load_eos_token_ids(self.model_path, hf_config)
         self.vocab_size: int = hf_config.vocab_size
         self.max_model_len = self.runner.max_model_len
@@ -86,8 +92,9 @@ class LLMEngine:
 
         Raises:
             ValueError: naming the prompt as `name`, what is wrong with it, and what is allowed.
-            RuntimeError: the engine sleeps, or its weights were dropped.
+            RuntimeError: the engine sleeps, its weights were dropped, or one of its ranks has failed.
         """
+        self.followers.check()
         if self.runner.not_ready:
             raise RuntimeError(self.runner.not_ready)
         if not token_ids:
@@ -160,7 +167,7 @@ class LLMEngine:
         """Launch one step, and return the sequences that an earlier one has finished.
 
         If anything fails, every unfinished request is aborted, the cache is emptied, and the error goes on: the
-        engine serves the next request.
+        engine serves the next request; unless it has lost a rank, which is the end of it (RankError).
         """
         self.advanced = []
         try:
@@ -169,6 +176,7 @@ class LLMEngine:
             while self._in_flight and (len(self._in_flight) > self.max_behind or not launched):
                 finished += self._read_tokens(self._in_flight.popleft())
             self._drop_surplus()
+            self.followers.check()  # what a lost rank has left on the device is worth nothing
             return finished
         except BaseException:
             self._reset()
@@ -180,7 +188,9 @@ class LLMEngine:
         plan = step.plan
         if not plan.rows:
             return False
-        self._in_flight.append(_StepInFlight(step, self.runner.launch(plan)))
+        with self.followers.doing("launch", plan):
+            handle = self.runner.launch(plan)
+        self._in_flight.append(_StepInFlight(step, handle))
         self.stats.num_steps += 1
         self.stats.num_decode_tokens += plan.num_decodes
         self.stats.num_prefill_tokens += plan.num_tokens - plan.num_decodes
@@ -226,6 +236,10 @@ class LLMEngine:
         cache_stats, num_preemptions = self.block_manager.stats, self.scheduler.num_preemptions
         self._make_scheduler()
         self.block_manager.stats, self.scheduler.num_preemptions = cache_stats, num_preemptions
+
+    def close(self) -> None:
+        """End the other ranks, if there are any."""
+        self.followers.close()
 
     def _make_scheduler(self) -> None:
         config, runner = self.config, self.runner

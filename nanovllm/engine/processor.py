@@ -57,7 +57,12 @@ class Processor:
 
     def __init__(self, config: Config) -> None:
         self.engine = LLMEngine(config)
-        self._tokenizer = None if config.skip_tokenizer_init else load_tokenizer(config, str(self.engine.model_path))
+        try:
+            path = str(self.engine.model_path)
+            self._tokenizer = None if config.skip_tokenizer_init else load_tokenizer(config, path)
+        except BaseException:
+            self.engine.close()  # the error's traceback keeps it alive
+            raise
         self._decoder = None if self._tokenizer is None else TokenDecoder(self._tokenizer)
         self._requests: dict[str, Request] = {}  # the unfinished
         self._owner: dict[Sequence, tuple[Request, Completion]] = {}

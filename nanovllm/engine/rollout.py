@@ -18,6 +18,8 @@ def load_weights(engine: LLMEngine, named_tensors: Iterable[tuple[str, "torch.Te
 
     if engine.runner.sleep_level:
         raise RuntimeError("load_weights() while the engine sleeps: call wake_up() first")
+    if engine.followers.size > 1:
+        raise NotImplementedError(f"load_weights() is not there yet for tensor_parallel_size={engine.followers.size}")
     _require_idle(engine, "load_weights()")
     try:
         load_weights(engine.runner, named_tensors)
@@ -26,17 +28,22 @@ def load_weights(engine: LLMEngine, named_tensors: Iterable[tuple[str, "torch.Te
 
 
 def sleep(engine: LLMEngine, level: int) -> None:
-    from nanovllm.worker.sleep import sleep
+    from nanovllm.worker.sleep import require_level, sleep
 
+    require_level(level)
+    if engine.followers.size > 1 and level == 2:
+        raise NotImplementedError("sleep(level=2) needs load_weights(), which is not there yet with several ranks")
     _require_idle(engine, "sleep()")
-    sleep(engine.runner, level)
+    with engine.followers.doing("sleep", level, wait=True):
+        sleep(engine.runner, level)
     engine.block_manager.forget_content()
 
 
 def wake_up(engine: LLMEngine) -> None:
     from nanovllm.worker.sleep import wake_up
 
-    wake_up(engine.runner)
+    with engine.followers.doing("wake_up", wait=True):
+        wake_up(engine.runner)
 
 
 def _require_idle(engine: LLMEngine, what: str) -> None:

@@ -1,4 +1,8 @@
-"""The two ends of the model: token ids to vectors, and vectors to logits. Both are cut over the vocabulary."""
+"""The two ends of the model: token ids to vectors, and vectors to logits. Both are cut over the vocabulary.
+
+Each talks once: the embedding sums vectors of which all but one are zero, the head gathers the logits, so that every
+rank has them all and draws the same tokens. A vocabulary that does not come out even is padded (`layers/linear.py`).
+"""
 
 import torch
 import torch.nn.functional as F
@@ -10,12 +14,12 @@ from nanovllm.layers.linear import ColumnParallelLinear, TensorParallel
 class VocabParallelEmbedding(ColumnParallelLinear):
     """Each rank keeps the vectors of a slice of the vocabulary, and contributes zeros for other tokens.
 
-    The weight is also a matrix: that of a tied output projection, `[vocab_size / ranks, hidden_size]`.
+    The weight is also a matrix: that of a tied output projection, `[vocab_share, hidden_size]`.
     """
 
     def __init__(self, vocab_size: int, hidden_size: int, tp: TensorParallel) -> None:
         super().__init__(hidden_size, vocab_size, tp)
-        self.vocab_share = vocab_size // tp.size
+        self.vocab_share = tp.padded_share(vocab_size)
 
     def forward(self, input_ids: torch.Tensor) -> torch.Tensor:
         """`input_ids [tokens]` int32 -> `[tokens, hidden_size]`."""
@@ -24,7 +28,7 @@ class VocabParallelEmbedding(ColumnParallelLinear):
         local = input_ids - self.tp.rank * self.vocab_share
         is_mine = (local >= 0) & (local < self.vocab_share)
         embedded = self._look_up(torch.where(is_mine, local, 0))
-        return self.tp.all_reduce(embedded.masked_fill_(~is_mine.unsqueeze(1), 0))
+        return self.tp.all_reduce(embedded.masked_fill(~is_mine.unsqueeze(1), 0))
 
     def pack(self) -> None:
         """Nothing: rows are read from the plain weight, unless it is also the head's."""
@@ -55,8 +59,10 @@ class ParallelLMHead(ColumnParallelLinear):
         self._tied_to = [embedding]
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
-        """`x [n, hidden_size]` -> `[n, vocab_size / ranks]`."""
-        return (self._tied_to[0] if self._tied_to else self).matmul(x, None)
+        """`x [n, hidden_size]` -> `[n, vocab_size]`, whole on every rank."""
+        logits = self.tp.all_gather((self._tied_to[0] if self._tied_to else self).matmul(x, None))
+        # Without the padding, whose zeros may be the greatest
+        return logits if logits.shape[1] <= self.total else logits[:, : self.total].contiguous()
 
     def pack(self) -> None:
         """Pack the weight, or the embedding's that stands for it."""

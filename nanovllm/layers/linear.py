@@ -4,24 +4,37 @@ A column-parallel layer cuts the weight by output features: each rank computes i
 talks. A row-parallel layer cuts it by input features, takes such a part as its input, and has a *partial sum* of the
 whole output: **the all-reduce is in `RowParallelLinear.forward`, and nowhere else in a transformer layer.** A block
 pairs the two (QKV then output projection, gate/up then down), so it costs one all-reduce, not one per matrix.
+
+Heads must come out even. Other features are padded with zeros on the last ranks, which adds nothing: silu(0) * 0 = 0.
 """
 
+from collections.abc import Callable
 from dataclasses import dataclass
+from datetime import timedelta
+from typing import Any
 
 import torch
+import torch.distributed as dist
 from torch import nn
 
 from nanovllm.kernels.packed_linear import PackedWeight, pack_weight, packed_linear
 from nanovllm.kernels.silu_mul import silu_mul
 from nanovllm.kernels.skinny_linear import skinny_linear
 
+START_TIMEOUT = timedelta(minutes=30)
+
+
+class PeerLostError(RuntimeError):
+    """Another rank did not answer: its process has ended, or the group's time ran out."""
+
 
 @dataclass(slots=True, frozen=True)
 class TensorParallel:
-    """This rank's place among those that share the model's layers."""
+    """This rank's place among those that share the model's layers, and the means by which they talk."""
 
     rank: int = 0
     size: int = 1
+    group: Any = None  # a process group of torch.distributed; None where nobody is to be talked to
 
     def split(self, total: int, what: str) -> int:
         """A rank's share of `total`. Raises ValueError if it does not come out even."""
@@ -29,9 +42,44 @@ class TensorParallel:
             raise ValueError(f"{what}={total} cannot be cut into tensor_parallel_size={self.size} equal parts")
         return total // self.size
 
+    def padded_share(self, total: int) -> int:
+        """A rank's share of `total`, rounded up: the last ranks have padding."""
+        return -(-total // self.size)
+
     def all_reduce(self, partial: torch.Tensor) -> torch.Tensor:
-        """The sum of every rank's `partial`; a single rank has it already."""
+        """The sum of every rank's `partial`, written over it; the same bits on every rank.
+
+        Raises PeerLostError, as do the next two.
+        """
+        if self.group is not None:
+            _finish(lambda: self.group.allreduce([partial]))
         return partial
+
+    def all_gather(self, part: torch.Tensor) -> torch.Tensor:
+        """Every rank's `part [n, share]` side by side: `[n, size * share]`."""
+        if self.group is None:
+            return part
+        parts = part.new_empty(self.size * part.shape[0], part.shape[1])
+        _finish(lambda: self.group._allgather_base(parts, part.contiguous()))
+        return parts.view(self.size, *part.shape).transpose(0, 1).flatten(1)
+
+    def minimum(self, value: int, device: str) -> int:
+        """The least of every rank's `value`. Not for a step: it may wait as long as a rank takes to load the model."""
+        if self.group is None:
+            return value
+        options = dist.AllreduceOptions()
+        options.reduceOp, options.timeout = dist.ReduceOp.MIN, START_TIMEOUT
+        least = torch.tensor([value], device=device)
+        _finish(lambda: self.group.allreduce([least], options))
+        return int(least)
+
+
+def _finish(start: Callable[[], Any]) -> None:
+    """Start a collective and wait for it: on CUDA the stream waits, not the host."""
+    try:
+        start().wait()
+    except RuntimeError as error:
+        raise PeerLostError(str(error)) from error
 
 
 class Linear(nn.Module):
@@ -68,19 +116,20 @@ class ColumnParallelLinear(Linear):
     """Each rank keeps a slice of the output features, and computes that slice of the output. No communication."""
 
     def __init__(self, in_features: int, out_features: int, tp: TensorParallel, bias: bool = False) -> None:
-        super().__init__(in_features, tp.split(out_features, "out_features"), bias)
+        super().__init__(in_features, tp.padded_share(out_features), bias)
         self.tp = tp
+        self.total = out_features
 
     def load_shard(self, param: nn.Parameter, loaded: torch.Tensor, shard: str | int | None) -> None:
-        copy_exactly(param, slice_for_rank(loaded, 0, self.tp.rank, self.tp.size))
+        copy_share(param, loaded, 0, self.total, self.tp.rank)
 
 
 class MergedColumnParallelLinear(ColumnParallelLinear):
     """Several column-parallel layers on the same input as one matrix: gate and up. Shards are numbered from 0."""
 
     def __init__(self, in_features: int, shard_sizes: list[int], tp: TensorParallel, bias: bool = False) -> None:
-        super().__init__(in_features, sum(shard_sizes), tp, bias)
-        self.shard_sizes = [tp.split(size, "out_features") for size in shard_sizes]
+        self.totals, self.shard_sizes = shard_sizes, [tp.padded_share(size) for size in shard_sizes]
+        super().__init__(in_features, sum(self.shard_sizes) * tp.size, tp, bias)
 
     def silu_mul(self, x: torch.Tensor) -> torch.Tensor:
         """SwiGLU of a gate and an up of equal sizes (Shazeer, 2020, arXiv:2002.05202): silu(gate) · up."""
@@ -88,7 +137,7 @@ class MergedColumnParallelLinear(ColumnParallelLinear):
 
     def load_shard(self, param: nn.Parameter, loaded: torch.Tensor, shard: str | int | None) -> None:
         own = param.narrow(0, sum(self.shard_sizes[:shard]), self.shard_sizes[shard])
-        copy_exactly(own, slice_for_rank(loaded, 0, self.tp.rank, self.tp.size))
+        copy_share(own, loaded, 0, self.totals[shard], self.tp.rank)
 
 
 class QKVParallelLinear(ColumnParallelLinear):
@@ -129,18 +178,20 @@ class QKVParallelLinear(ColumnParallelLinear):
         start = sum(self.shard_sizes[s] for s in order[: order.index(shard)])
         own = param.narrow(0, start, self.shard_sizes[shard])
         replicas = 1 if shard == "q" else self.kv_replicas
-        copy_exactly(own, slice_for_rank(loaded, 0, self.tp.rank // replicas, self.tp.size // replicas))
+        total = self.shard_sizes[shard] * self.tp.size // replicas
+        copy_share(own, loaded, 0, total, self.tp.rank // replicas)
 
 
 class RowParallelLinear(Linear):
     """Each rank keeps a slice of the input features, has a partial sum of the output, and **all-reduces** it."""
 
     def __init__(self, in_features: int, out_features: int, tp: TensorParallel, bias: bool = False) -> None:
-        super().__init__(tp.split(in_features, "in_features"), out_features, bias)
+        super().__init__(tp.padded_share(in_features), out_features, bias)
         self.tp = tp
+        self.total = in_features
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
-        """`x [tokens, in_features / ranks]` -> `[tokens, out_features]`, whole on every rank."""
+        """`x [tokens, this rank's in_features]` -> `[tokens, out_features]`, whole on every rank."""
         # Only one rank adds the bias, or the sum would hold it once per rank.
         return self.tp.all_reduce(self.matmul(x, self.bias if self.tp.rank == 0 else None))
 
@@ -148,14 +199,22 @@ class RowParallelLinear(Linear):
         if param is self.bias:
             copy_exactly(param, loaded)
         else:
-            copy_exactly(param, slice_for_rank(loaded, 1, self.tp.rank, self.tp.size))
+            copy_share(param, loaded, 1, self.total, self.tp.rank)
 
 
-def slice_for_rank(loaded: torch.Tensor, dim: int, rank: int, size: int) -> torch.Tensor:
-    """The `rank`-th of `size` equal slices of `loaded` along `dim`. Raises ValueError if they are not equal."""
-    if loaded.dim() <= dim or loaded.shape[dim] % size:
-        raise ValueError(f"shape {list(loaded.shape)} cannot be cut along dimension {dim} into {size} equal parts")
-    return loaded.narrow(dim, rank * (loaded.shape[dim] // size), loaded.shape[dim] // size)
+def copy_share(param: torch.Tensor, loaded: torch.Tensor, dim: int, total: int, rank: int) -> None:
+    """Copy `rank`'s share of `loaded`, which has `total` features along `dim`, and zeros where it ends before `param`.
+
+    What is mapped from a file is read only where it is copied. Raises ValueError on a wrong shape.
+    """
+    whole = [*param.shape[:dim], total, *param.shape[dim + 1 :]]
+    if list(loaded.shape) != whole:
+        raise ValueError(f"shape {list(loaded.shape)} where the model has {whole}")
+    share = param.shape[dim]
+    start = min(rank * share, total)
+    length = min(share, total - start)
+    param.data.narrow(dim, 0, length).copy_(loaded.narrow(dim, start, length))
+    param.data.narrow(dim, length, share - length).zero_()
 
 
 def copy_exactly(param: torch.Tensor, loaded: torch.Tensor) -> None:

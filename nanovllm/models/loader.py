@@ -132,21 +132,31 @@ def fill_with_random_weights(model: nn.Module, seed: int = 0) -> None:
                 piece.copy_(numbers[: len(piece)])
 
 
-def build_model(config: Config, hf_config: Any, cls: type, path: Path, dtype: torch.dtype, device: str) -> nn.Module:
-    """The model on its device, with its weights. Raises what `load_weights` raises."""
-    model = build_outline(hf_config, cls).to(dtype).to_empty(device=device)
+def build_model(
+    config: Config,
+    hf_config: Any,
+    cls: type,
+    path: Path,
+    dtype: torch.dtype,
+    device: str,
+    tp: TensorParallel = TensorParallel(),  # noqa: B008 -- frozen
+) -> nn.Module:
+    """This rank's part of the model on its device, with its weights. Raises what `load_weights` raises."""
+    model = build_outline(hf_config, cls, tp).to(dtype)
+    # As `to_empty` does, whose `empty_like` imports sympy: 2 s in every process that makes an engine.
+    model._apply(lambda param: torch.empty(param.shape, dtype=param.dtype, device=device))
     if config.load_format == "dummy":
-        fill_with_random_weights(model)
+        fill_with_random_weights(model, seed=tp.rank)
     else:
         load_weights(model, path)
     pack_linears(model)
     return model.eval()
 
 
-def build_outline(hf_config: Any, cls: type) -> nn.Module:
-    """The model without memory: names and shapes."""
+def build_outline(hf_config: Any, cls: type, tp: TensorParallel = TensorParallel()) -> nn.Module:  # noqa: B008
+    """A rank's model without memory: names and shapes. Raises ValueError if it cannot be cut so."""
     with torch.device("meta"):
-        return cls(hf_config, TensorParallel())
+        return cls(hf_config, tp)
 
 
 def pack_linears(model: nn.Module) -> None:
@@ -223,6 +233,7 @@ def _is_redundant(name: str, model: nn.Module) -> bool:
 
 
 def _read_tensors(path: Path) -> Iterator[tuple[str, torch.Tensor]]:
+    """Each tensor is a map of its part of the file: of those that are cut, a rank reads only its own share."""
     from safetensors import SafetensorError, safe_open
 
     for file in _weight_files(path):

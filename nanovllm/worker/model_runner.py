@@ -20,6 +20,7 @@ from nanovllm.kernels.paged_decode import DecodePlan, plan_decode
 from nanovllm.kernels.prepare_inputs import StepInputs, prepare_inputs
 from nanovllm.kernels.sample import sample
 from nanovllm.layers.attention import Attention, AttentionMetadata
+from nanovllm.layers.linear import TensorParallel
 from nanovllm.layers.rotary_embedding import build_cos_sin, rope_parameters
 from nanovllm.models.loader import build_model
 from nanovllm.worker.cuda_graph import DecodeGraphs, batch_sizes, padded_size
@@ -62,7 +63,7 @@ class StepHandle:
 
 
 class ModelRunner:
-    """One device's model, cache and rows.
+    """One device's model, or one rank's part of it, with cache and rows.
 
     Attributes:
         num_blocks, block_size: of the paged cache. max_model_len: cut to what the cache holds.
@@ -70,8 +71,16 @@ class ModelRunner:
     """
 
     @torch.inference_mode()
-    def __init__(self, config: Config, hf_config: Any, model_cls: type, path: Path) -> None:
+    def __init__(
+        self,
+        config: Config,
+        hf_config: Any,
+        model_cls: type,
+        path: Path,
+        tp: TensorParallel = TensorParallel(),  # noqa: B008 -- frozen
+    ) -> None:
         self.config = config
+        self.tp = tp
         self.hf_config = hf_config
         self.device = resolve_device(config.device)
         self.dtype = resolve_dtype(config.dtype, hf_config)
@@ -81,7 +90,7 @@ class ModelRunner:
         self.num_rows = min(config.max_num_seqs, config.max_num_batched_tokens)
         self.decode_sizes = batch_sizes(self.num_rows) if self.is_cuda else list(range(1, self.num_rows + 1))
         before = DeviceMemory.now() if self.is_cuda else None
-        self.model: Any = build_model(config, hf_config, model_cls, path, self.dtype, self.device)
+        self.model: Any = build_model(config, hf_config, model_cls, path, self.dtype, self.device, tp)
         self.attention_layers = [m for m in self.model.modules() if isinstance(m, Attention)]
         self._build_rope(hf_config)
         self.graphs: DecodeGraphs | None = None
@@ -232,6 +241,7 @@ class ModelRunner:
         else:
             graph_bytes = self._run_largest_step()
             num_blocks = cache_bytes_left(before, config.gpu_memory_utilization, graph_bytes) // block_bytes
+        num_blocks = self.tp.minimum(num_blocks, self.device)  # one plan serves all ranks
         if num_blocks < 1:
             raise ValueError(
                 f"the KV cache has no room for one block of {block_bytes} bytes; raise gpu_memory_utilization="

@@ -26,13 +26,18 @@ def sleep(runner: ModelRunner, level: int) -> None:
     Raises:
         ValueError: level is not 1 or 2; RuntimeError: the host has no room, and the engine is as before.
     """
-    if level not in (1, 2):
-        raise ValueError(f"level={level!r} must be 1 (weights to host memory) or 2 (weights dropped)")
+    require_level(level)
     if level <= runner.sleep_level:
         return
     _put_away(runner, level)
     runner.sleep_level = level
     runner.not_ready = "the engine sleeps: call wake_up() first"
+
+
+def require_level(level: int) -> None:
+    """Raises ValueError if `level` is not 1 or 2."""
+    if level not in (1, 2):
+        raise ValueError(f"level={level!r} must be 1 (weights to host memory) or 2 (weights dropped)")
 
 
 @torch.inference_mode()

@@ -16,6 +16,7 @@ from nanovllm.config import Config
 from nanovllm.engine.llm_engine import LLMEngine, StepStats
 from nanovllm.engine.sequence import Sequence
 from nanovllm.sampling_params import SamplingParams
+from nanovllm.worker.ranks import Followers
 from nanovllm.worker.step_plan import StepPlan
 
 EOS = 0
@@ -165,6 +166,7 @@ def make_engine(
         max_num_batched_tokens=max_num_batched_tokens,
         enable_prefix_caching=enable_prefix_caching,
     )
+    engine.followers = Followers(engine.config)
     rows = min(max_num_seqs, max_num_batched_tokens)
     engine.runner = SimulatedDevice(num_blocks, block_size, max_model_len, rows, max_num_batched_tokens)
     engine.eos_token_ids = frozenset({EOS})

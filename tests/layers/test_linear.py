@@ -93,14 +93,15 @@ def test_query_heads_are_cut_and_kv_heads_cut_or_replicated(num_heads: int, num_
 
 
 @pytest.mark.parametrize("size", SIZES)
-def test_embeddings_and_logits_of_all_ranks_are_the_whole(size: int) -> None:
-    weight, x = random(20, HIDDEN), random(3, HIDDEN, seed=1)
-    ids = torch.tensor([0, 4, 5, 19, 10], dtype=torch.int32)
+@pytest.mark.parametrize("vocab_size", [20, 21, 22, 9])
+def test_embeddings_and_logits_of_all_ranks_are_the_whole(vocab_size: int, size: int) -> None:
+    weight, x = random(vocab_size, HIDDEN), random(3, HIDDEN, seed=1)
+    ids = torch.tensor([0, 4, 5, vocab_size - 1, 7], dtype=torch.int32)
     embedded, logits = torch.zeros(5, HIDDEN), []
     for rank in range(size):
         tp = TensorParallel(rank, size)
         embedding, head, tied = (
-            cls(20, HIDDEN, tp) for cls in (VocabParallelEmbedding, ParallelLMHead, ParallelLMHead)
+            cls(vocab_size, HIDDEN, tp) for cls in (VocabParallelEmbedding, ParallelLMHead, ParallelLMHead)
         )
         load(embedding, {None: weight})
         load(head, {None: weight})
@@ -109,12 +110,49 @@ def test_embeddings_and_logits_of_all_ranks_are_the_whole(size: int) -> None:
         logits.append(head(x))
         torch.testing.assert_close(tied(x), logits[-1], rtol=0, atol=0)
     torch.testing.assert_close(embedded, weight[ids.long()], rtol=0, atol=0)
-    torch.testing.assert_close(torch.cat(logits, dim=1), F.linear(x, weight))
+    whole = torch.cat(logits, dim=1)
+    torch.testing.assert_close(whole[:, :vocab_size], F.linear(x, weight))
+    assert not whole[:, vocab_size:].any() and whole.shape[1] < vocab_size + size
 
 
-def test_what_cannot_be_cut_evenly_is_refused() -> None:
-    with pytest.raises(ValueError, match="out_features=10 cannot be cut into tensor_parallel_size=4 equal parts"):
-        ColumnParallelLinear(8, 10, TensorParallel(0, 4))
+class Gathers:
+    """A process group whose ranks all have the same."""
+
+    def __init__(self, size: int) -> None:
+        self.size = size
+
+    def _allgather_base(self, out: torch.Tensor, part: torch.Tensor) -> "Gathers":
+        out.copy_(part.repeat(self.size, 1))
+        return self
+
+    def wait(self) -> None:
+        pass
+
+
+def test_gathered_logits_are_the_vocabulary_without_padding() -> None:
+    weight, x = random(21, HIDDEN), random(3, HIDDEN, seed=1)
+    head = ParallelLMHead(21, HIDDEN, TensorParallel(1, 4, Gathers(4)))
+    load(head, {None: weight})
+    assert head.weight.shape == (6, HIDDEN)
+    part = F.linear(x, weight[6:12])
+    torch.testing.assert_close(head(x), part.repeat(1, 4)[:, :21])
+
+
+@pytest.mark.parametrize("size", [3, 4, 5, 7])
+def test_features_that_do_not_come_out_even_are_padded_with_what_adds_nothing(size: int) -> None:
+    x, gate, up, down = random(5, HIDDEN), random(10, HIDDEN, seed=1), random(10, HIDDEN, seed=2), random(8, 10, seed=3)
+    total = torch.zeros(5, 8)
+    for rank in range(size):
+        tp = TensorParallel(rank, size)
+        gate_up, out = MergedColumnParallelLinear(HIDDEN, [10, 10], tp), RowParallelLinear(10, 8, tp)
+        load(gate_up, {0: gate, 1: up})
+        load(out, {None: down})
+        total += out(gate_up.silu_mul(x))
+    expected = F.linear(F.silu(F.linear(x, gate)) * F.linear(x, up), down)
+    torch.testing.assert_close(total, expected, rtol=1e-5, atol=1e-4)
+
+
+def test_heads_that_cannot_be_cut_evenly_are_refused() -> None:
     with pytest.raises(ValueError, match="num_attention_heads=6 cannot be cut"):
         QKVParallelLinear(8, 4, 6, 2, TensorParallel(0, 4))
     with pytest.raises(ValueError, match="num_key_value_heads=3 must divide tensor_parallel_size=4"):
