@@ -20,8 +20,8 @@ class LLM:
     """A model with its engine.
 
     `LLM("/path/to/Qwen3-0.6B", enforce_eager=True)`; the options are those of `nanovllm.config.Config`. Use it as a
-    context manager, call `close()`, or drop the last reference: each gives the device's memory back. For one thread at a
-    time; `AsyncLLM` is for many callers.
+    context manager, call `close()`, or drop the last reference: each gives the device's memory back. For one thread at
+    a time; `AsyncLLM` is for many callers.
 
     Raises:
         TypeError, ValueError: an option is unknown, or its value is not allowed.
