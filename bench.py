@@ -25,8 +25,6 @@ from dataclasses import asdict, fields, replace
 from pathlib import Path
 from typing import Any
 
-import torch
-
 from benchmarks import ablation, all_rows, scaling
 from benchmarks.engines import ENGINES, EngineOptions, make_engine
 from benchmarks.machine import describe_machine, describe_versions, seconds_since_process_start
@@ -35,6 +33,7 @@ from benchmarks.roofline import read_config
 from benchmarks.runs import compare, measure_split, run_alternating, warm_up
 from benchmarks.setting import SHAPES, Setting
 from benchmarks.workloads import PRESETS, LengthMix, few_streams
+from nanovllm.worker.resolve import resolve_device
 
 MODES: dict[str, Callable[[Setting], dict[str, Any]]] = {
     "all": all_rows.run,
@@ -211,11 +210,6 @@ def make_setting(args: argparse.Namespace) -> Setting:
         repeat=args.repeat,
         shrink=args.shrink,
     )
-
-
-def resolve_device(device: str) -> str:
-    """ "auto" is CUDA where there is one."""
-    return device if device != "auto" else "cuda" if torch.cuda.is_available() else "cpu"
 
 
 if __name__ == "__main__":

@@ -30,6 +30,17 @@ TINY: dict[str, Any] = {
     "pad_token_id": None,
     "rope_parameters": {"rope_type": "default", "rope_theta": 10000.0},
 }
+# Qwen3-0.6B's widths with few layers: a vocabulary and activations whose memory counts.
+WIDE = {
+    "vocab_size": 151936,
+    "hidden_size": 1024,
+    "intermediate_size": 3072,
+    "num_hidden_layers": 4,
+    "num_attention_heads": 16,
+    "num_key_value_heads": 8,
+    "head_dim": 128,
+    "max_position_embeddings": 40960,
+}
 
 ROPE: dict[str, dict[str, Any]] = {
     "default": {"rope_type": "default", "rope_theta": 50000.0},

@@ -45,6 +45,16 @@ def checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Callable[..., Path]:
     return make
 
 
+@pytest.fixture(scope="session")
+def text_model(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A checkpoint that writes random bytes, few of which are characters."""
+    from checkpoints import SHAPES, save_byte_tokenizer, save_checkpoint
+
+    path = save_checkpoint(tmp_path_factory.mktemp("text"), {**SHAPES["plain"], "vocab_size": 257})
+    save_byte_tokenizer(path)
+    return path
+
+
 @pytest.fixture
 def make_llm() -> Iterator[Callable[..., Any]]:
     """`make_llm(path, **options)`: a small float32 engine on the CPU without tokenizer, closed after the test."""

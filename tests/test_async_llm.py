@@ -15,7 +15,7 @@ from typing import Any
 
 import pytest
 import torch
-from checkpoints import SHAPES, random_prompts, save_byte_tokenizer, save_checkpoint
+from checkpoints import random_prompts
 from safetensors.torch import load_file
 
 from nanovllm import LLM, AsyncLLM, SamplingParams, demo_model
@@ -33,13 +33,6 @@ OPTIONS = {
     "max_num_batched_tokens": 64,
 }
 TIMEOUT = 60
-
-
-@pytest.fixture(scope="module")
-def text_model(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    path = save_checkpoint(tmp_path_factory.mktemp("text"), {**SHAPES["plain"], "vocab_size": 257})
-    save_byte_tokenizer(path)
-    return path
 
 
 @pytest.fixture(scope="module")

@@ -5,7 +5,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from checkpoints import SHAPES, random_prompts, save_byte_tokenizer, save_checkpoint
+from checkpoints import random_prompts
 
 from nanovllm import LLM, Logprob, SamplingParams, demo_model
 from nanovllm.outputs import RequestOutput
@@ -18,14 +18,6 @@ CHATML = (
     "{% if tools %}{{ tools | length }} tools{% endif %}{% if add_generation_prompt %}<assistant>{% endif %}"
     "{{ extra or '' }}"
 )
-
-
-@pytest.fixture(scope="module")
-def text_model(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A checkpoint that writes random bytes, few of which are characters."""
-    path = save_checkpoint(tmp_path_factory.mktemp("text"), {**SHAPES["plain"], "vocab_size": 257})
-    save_byte_tokenizer(path)
-    return path
 
 
 @pytest.fixture(scope="module")

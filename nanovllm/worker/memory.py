@@ -5,6 +5,8 @@
 Blocks = cache bytes / bytes of one block.
 """
 
+import math
+import mmap
 from dataclasses import dataclass
 
 import torch
@@ -52,3 +54,11 @@ def cache_bytes_per_block(
 ) -> int:
     """Bytes of one block: keys and values, all layers."""
     return num_layers * 2 * num_kv_heads * block_size * head_dim * dtype.itemsize
+
+
+def zeros_on_demand(shape: tuple[int, ...], dtype: torch.dtype, device: str) -> torch.Tensor:
+    """Zeros. On a CPU a page of them costs neither memory nor time before it is first written."""
+    if device != "cpu":
+        return torch.zeros(shape, dtype=dtype, device=device)
+    pages = mmap.mmap(-1, math.prod(shape) * dtype.itemsize)
+    return torch.frombuffer(pages, dtype=dtype).view(shape)

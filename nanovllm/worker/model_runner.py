@@ -5,8 +5,6 @@ before it left its tokens, so the host is on the path of no token.
 """
 
 import logging
-import math
-import mmap
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -26,7 +24,8 @@ from nanovllm.models.loader import build_model
 from nanovllm.worker.cuda_graph import DecodeGraphs, batch_sizes, padded_size
 from nanovllm.worker.input_batch import InputBatch
 from nanovllm.worker.logit_extras import LogitExtras, LogprobsOnTheWay, ask_for_the_most
-from nanovllm.worker.memory import DeviceMemory, cache_bytes_left, cache_bytes_per_block
+from nanovllm.worker.memory import DeviceMemory, cache_bytes_left, cache_bytes_per_block, zeros_on_demand
+from nanovllm.worker.resolve import resolve_device, resolve_dtype, resolve_max_model_len
 from nanovllm.worker.step_plan import NewRow, StepPlan, TokenLogprobs
 
 logger = logging.getLogger(__name__)
@@ -313,42 +312,3 @@ class ModelRunner:
         graphs = DecodeGraphs()
         graphs.capture(self._run_decodes, self.decode_sizes[-1:])
         return free - torch.cuda.mem_get_info()[0]
-
-
-def zeros_on_demand(shape: tuple[int, ...], dtype: torch.dtype, device: str) -> torch.Tensor:
-    """Zeros. On a CPU a page of them costs neither memory nor time before it is first written."""
-    if device != "cpu":
-        return torch.zeros(shape, dtype=dtype, device=device)
-    pages = mmap.mmap(-1, math.prod(shape) * dtype.itemsize)
-    return torch.frombuffer(pages, dtype=dtype).view(shape)
-
-
-def resolve_device(device: str) -> str:
-    """ "auto" is CUDA where there is one. Raises ValueError when "cuda" is asked for and absent."""
-    has_cuda = torch.cuda.is_available()
-    if device == "cuda" and not has_cuda:
-        raise ValueError("device='cuda' but PyTorch sees no CUDA device; use device='cpu' or 'auto'")
-    return device if device != "auto" else "cuda" if has_cuda else "cpu"
-
-
-def resolve_dtype(dtype: str, hf_config: Any) -> torch.dtype:
-    """ "auto" is what the checkpoint was saved in, or float32 if it does not say."""
-    if dtype != "auto":
-        return getattr(torch, dtype)
-    saved = getattr(hf_config, "dtype", None) or getattr(hf_config, "torch_dtype", None) or "float32"
-    if saved not in ("bfloat16", "float16", "float32"):
-        raise ValueError(f"dtype={saved!r} in config.json is not supported; give LLM a dtype")
-    return getattr(torch, saved)
-
-
-def resolve_max_model_len(config: Config, hf_config: Any) -> int:
-    """The length asked for, or the model's. Raises ValueError for more than the model's positions can express."""
-    own = hf_config.max_position_embeddings
-    if config.max_model_len is None:
-        return own
-    rope = rope_parameters(hf_config)
-    stretched = int(rope["original_max_position_embeddings"] * (rope.get("factor") or 1.0))
-    limit = max(own, stretched)
-    if config.max_model_len > limit:
-        raise ValueError(f"max_model_len={config.max_model_len} must be at most the model's {limit}")
-    return config.max_model_len

@@ -37,7 +37,8 @@ import torch.distributed as dist
 from nanovllm.config import Config
 from nanovllm.layers.linear import PeerLostError, TensorParallel
 from nanovllm.models.loader import build_outline
-from nanovllm.worker.model_runner import ModelRunner, resolve_device
+from nanovllm.worker.model_runner import ModelRunner
+from nanovllm.worker.resolve import resolve_device
 from nanovllm.worker.sleep import sleep, wake_up
 
 GRACE = 2.0  # seconds in which the reason of a lost connection, seen by another rank, arrives here

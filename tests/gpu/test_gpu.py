@@ -9,7 +9,7 @@ from typing import Any
 
 import pytest
 import torch
-from checkpoints import SHAPES, TINY, Reference, drawn_logits, random_prompts, save_checkpoint
+from checkpoints import SHAPES, TINY, WIDE, Reference, drawn_logits, random_prompts, save_checkpoint
 
 from nanovllm import LLM, SamplingParams
 
@@ -32,17 +32,6 @@ MEDIUM = {
     "num_key_value_heads": 2,
     "head_dim": 128,
     "vocab_size": 1031,
-}
-# Qwen3-0.6B's widths with few layers: a vocabulary and activations whose memory counts.
-WIDE = {
-    "vocab_size": 151936,
-    "hidden_size": 1024,
-    "intermediate_size": 3072,
-    "num_hidden_layers": 4,
-    "num_attention_heads": 16,
-    "num_key_value_heads": 8,
-    "head_dim": 128,
-    "max_position_embeddings": 40960,
 }
 
 

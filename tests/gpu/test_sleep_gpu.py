@@ -9,7 +9,7 @@ from typing import Any
 
 import pytest
 import torch
-from checkpoints import SHAPES, TINY, Reference, random_prompts, save_checkpoint
+from checkpoints import SHAPES, TINY, WIDE, Reference, random_prompts, save_checkpoint
 from safetensors.torch import load_file
 from transformers import Qwen3Config, Qwen3ForCausalLM
 
@@ -23,18 +23,7 @@ pytestmark = [
 GIB, MIB = 2**30, 2**20
 PROMPTS = random_prompts([20, 1, 33, 70], seed=9)
 GREEDY = SamplingParams(temperature=0.0, max_tokens=20)
-# Qwen3-0.6B's widths with few layers: 0.7 GB in bfloat16.
-WIDE = {
-    **TINY,
-    "vocab_size": 151936,
-    "hidden_size": 1024,
-    "intermediate_size": 3072,
-    "num_hidden_layers": 4,
-    "num_attention_heads": 16,
-    "num_key_value_heads": 8,
-    "head_dim": 128,
-    "max_position_embeddings": 4096,
-}
+SHORT_WIDE = {**TINY, **WIDE, "max_position_embeddings": 4096}  # 0.7 GB in bfloat16
 
 Tensors = dict[str, torch.Tensor]
 
@@ -52,7 +41,7 @@ def exact_float32() -> Iterator[None]:
 def wide_config(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A config without weights."""
     path = tmp_path_factory.mktemp("wide")
-    config = {**WIDE, "architectures": ["Qwen3ForCausalLM"], "model_type": "qwen3", "dtype": "bfloat16"}
+    config = {**SHORT_WIDE, "architectures": ["Qwen3ForCausalLM"], "model_type": "qwen3", "dtype": "bfloat16"}
     (path / "config.json").write_text(json.dumps(config))
     return path
 
@@ -61,7 +50,7 @@ def wide_config(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def wide_tensors() -> Tensors:
     """Weights for it, in host memory."""
     with torch.device("meta"):
-        model = Qwen3ForCausalLM(Qwen3Config(**WIDE))
+        model = Qwen3ForCausalLM(Qwen3Config(**SHORT_WIDE))
     generator = torch.Generator().manual_seed(0)
     return {
         name: torch.ones(param.shape, dtype=torch.bfloat16)

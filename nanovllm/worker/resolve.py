@@ -1,0 +1,39 @@
+"""What "auto" and None mean for this machine and this checkpoint."""
+
+from typing import Any
+
+import torch
+
+from nanovllm.config import Config
+from nanovllm.layers.rotary_embedding import rope_parameters
+
+
+def resolve_device(device: str) -> str:
+    """ "auto" is CUDA where there is one. Raises ValueError when "cuda" is asked for and absent."""
+    has_cuda = torch.cuda.is_available()
+    if device == "cuda" and not has_cuda:
+        raise ValueError("device='cuda' but PyTorch sees no CUDA device; use device='cpu' or 'auto'")
+    return device if device != "auto" else "cuda" if has_cuda else "cpu"
+
+
+def resolve_dtype(dtype: str, hf_config: Any) -> torch.dtype:
+    """ "auto" is what the checkpoint was saved in, or float32 if it does not say."""
+    if dtype != "auto":
+        return getattr(torch, dtype)
+    saved = getattr(hf_config, "dtype", None) or getattr(hf_config, "torch_dtype", None) or "float32"
+    if saved not in ("bfloat16", "float16", "float32"):
+        raise ValueError(f"dtype={saved!r} in config.json is not supported; give LLM a dtype")
+    return getattr(torch, saved)
+
+
+def resolve_max_model_len(config: Config, hf_config: Any) -> int:
+    """The length asked for, or the model's. Raises ValueError for more than the model's positions can express."""
+    own = hf_config.max_position_embeddings
+    if config.max_model_len is None:
+        return own
+    rope = rope_parameters(hf_config)
+    stretched = int(rope["original_max_position_embeddings"] * (rope.get("factor") or 1.0))
+    limit = max(own, stretched)
+    if config.max_model_len > limit:
+        raise ValueError(f"max_model_len={config.max_model_len} must be at most the model's {limit}")
+    return config.max_model_len
