@@ -14,8 +14,11 @@ import torch
 
 from benchmarks.ceilings import run_seconds
 from benchmarks.workloads import Workload
-from nanovllm.kernels.cpu_attention import plan_gather
-from nanovllm.kernels.paged_decode import DecodeConfig, DecodePlan, paged_decode, paged_decode_triton, plan_decode
+from nanovllm.kernels.cpu_attention import CpuDecodePlan, plan_gather
+from nanovllm.kernels.cpu_rope_store import plan_rope_store
+from nanovllm.kernels.decode_plan import DecodePlan, plan_decode
+from nanovllm.kernels.paged_decode import paged_decode
+from nanovllm.kernels.paged_decode_kernel import DecodeConfig, paged_decode_triton
 from nanovllm.kernels.paged_prefill import PrefillConfig, paged_prefill, paged_prefill_triton
 
 FRESH_BYTES = 400_000_000  # to be read by different launches before a block comes again: far more than an L2 cache
@@ -117,27 +120,33 @@ class Pool:
 def time_decode(
     pool: Pool, lengths: list[int], block_size: int, config: DecodeConfig | None = None, **cut: int
 ) -> float:
-    """Seconds a launch of decode attention takes; on CUDA `config` and `cut`, the latter of `DecodePlan.allocate`,
-    stand in place of the engine's own.
+    """Seconds that a layer's decode attention takes, with norms, RoPE and the newest tokens' store; on CUDA `config`
+    and `cut`, the latter of `DecodePlan.allocate`, stand in place of the engine's own.
     """
     shape, device = pool.shape, pool.device
     tables = pool.tables(lengths, block_size, pool.num_launches(shape, lengths, device))
     k_cache, v_cache = pool.caches(block_size)
     seq_lens = torch.tensor(lengths, dtype=torch.int32, device=device)
     rows = torch.arange(len(lengths), dtype=torch.int32, device=device)
-    q = torch.randn(len(lengths), shape.num_heads, shape.head_dim, dtype=shape.dtype, device=device)
-    out = torch.empty_like(q)
+    width = (shape.num_heads + 2 * shape.num_kv_heads) * shape.head_dim
+    qkv = torch.randn(len(lengths), width, dtype=shape.dtype, device=device)
+    weight = torch.ones(shape.head_dim, dtype=shape.dtype, device=device)
+    cos_sin = torch.rand(max(lengths), shape.head_dim, device=device)
+    out = torch.empty(len(lengths), shape.num_heads, shape.head_dim, dtype=shape.dtype, device=device)
+    own = (qkv, weight, weight, 1e-6, cos_sin, k_cache, v_cache)
     if device == "cpu":
-        plans = [plan_gather(seq_lens, rows, table, k_cache) for table in tables]
-        launches = [
-            partial(paged_decode, q, k_cache, v_cache, table, rows, seq_lens, plan, shape.scale, out)
-            for table, plan in zip(tables, plans, strict=True)
-        ]
+        positions, newest = seq_lens - 1, (seq_lens - 1) // block_size
+        launches = []
+        for table in tables:
+            slots = table[rows, newest].long() * block_size + positions % block_size
+            stores = plan_rope_store(positions, slots, cos_sin, block_size)
+            plan = CpuDecodePlan(stores, plan_gather(seq_lens, rows, table, k_cache))
+            launches.append(partial(paged_decode, *own, table, rows, seq_lens, plan, shape.scale, out))
     else:
         heads = (shape.num_heads, shape.num_kv_heads, shape.head_dim)
         plan = plan_decode(seq_lens, shape.num_kv_heads, DecodePlan.allocate(len(lengths), *heads, device, **cut))
         launches = [
-            partial(paged_decode_triton, q, k_cache, v_cache, table, rows, seq_lens, plan, shape.scale, out, config)
+            partial(paged_decode_triton, *own, table, rows, seq_lens, plan, shape.scale, out, config)
             for table in tables
         ]
     return median_seconds(in_one_go(launches, device), device) / len(tables)

@@ -8,12 +8,15 @@ results nobody reads, repeats what the first entry writes, so that shapes do not
 import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from dataclasses import replace
 
 import torch
 import torch.nn.functional as F
 
+from nanovllm.kernels import paged_decode, rms_norm, sample, silu_mul, skinny_linear
 from nanovllm.kernels import qk_norm_rope_store as rope_store
-from nanovllm.kernels import rms_norm, sample, silu_mul, skinny_linear
+from nanovllm.kernels.cpu_attention import CpuDecodePlan
+from nanovllm.kernels.decode_plan import DecodePlan
 from nanovllm.kernels.gumbel_noise import MIN_TEMPERATURE
 from nanovllm.kernels.sample import SamplingTensors
 
@@ -27,6 +30,7 @@ def plain_kernels() -> Iterator[None]:
         silu_mul.silu_mul: plain_silu_mul,
         skinny_linear.skinny_linear: plain_skinny_linear,
         rope_store.qk_norm_rope_store: plain_qk_norm_rope_store,
+        paged_decode.paged_decode: plain_paged_decode,
         sample.sample: plain_sample,
     }
     with replaced(plain):
@@ -57,6 +61,7 @@ def replaced(functions: dict[Callable, Callable]) -> Iterator[None]:
 
 
 _skinny_linear = skinny_linear.skinny_linear
+_paged_decode = paged_decode.paged_decode
 
 
 def plain_skinny_linear(
@@ -87,7 +92,54 @@ def plain_qk_norm_rope_store(
     *_: object,
 ) -> torch.Tensor:
     """`qk_norm_rope_store`; where a token of a batch pads it (slot -1), the first must not."""
-    _, num_kv_heads, block_size, head_dim = k_cache.shape
+    block_size = k_cache.shape[2]
+    q, k, v = _plain_heads(qkv, q_weight, k_weight, eps, positions, cos_sin, k_cache.shape, num_heads)
+    source = _padding_repeats_first(slot_mapping)
+    slot = slot_mapping[source].clamp(min=0)
+    block, offset = slot // block_size, slot % block_size
+    k_cache[block, :, offset] = k[source]
+    v_cache[block, :, offset] = v[source]
+    return q
+
+
+def plain_paged_decode(
+    qkv: torch.Tensor,
+    q_weight: torch.Tensor | None,
+    k_weight: torch.Tensor | None,
+    eps: float,
+    cos_sin: torch.Tensor,
+    k_cache: torch.Tensor,
+    v_cache: torch.Tensor,
+    block_table: torch.Tensor,
+    rows: torch.Tensor,
+    seq_lens: torch.Tensor,
+    plan: DecodePlan | CpuDecodePlan,
+    scale: float,
+    out: torch.Tensor,
+) -> None:
+    """`paged_decode` with norms and RoPE apart; the store stays with the attention."""
+    positions = (seq_lens - 1).clamp(min=0)
+    heads = _plain_heads(qkv, q_weight, k_weight, eps, positions, cos_sin, k_cache.shape, out.shape[1])
+    done = torch.cat(heads, dim=1).flatten(1)
+    if isinstance(plan, CpuDecodePlan):
+        stores = plan.rope_store
+        plan = replace(plan, rope_store=replace(stores, cos=stores.cos[..., :0], sin=stores.sin[..., :0]))
+    cache = (k_cache, v_cache, block_table, rows, seq_lens)
+    _paged_decode(done, None, None, 0.0, cos_sin[:, :0], *cache, plan, scale, out)
+
+
+def _plain_heads(
+    qkv: torch.Tensor,
+    q_weight: torch.Tensor | None,
+    k_weight: torch.Tensor | None,
+    eps: float,
+    positions: torch.Tensor,
+    cos_sin: torch.Tensor,
+    cache_shape: torch.Size,
+    num_heads: int,
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """q and k, normalized and rotated, and v: each `[tokens, heads, head_dim]`."""
+    _, num_kv_heads, _, head_dim = cache_shape
     half = cos_sin.shape[1] // 2
     cos, sin = cos_sin[positions.long(), None].split(half, dim=-1)  # [tokens, 1, half]
 
@@ -99,12 +151,7 @@ def plain_qk_norm_rope_store(
         return torch.cat([a * cos - b * sin, b * cos + a * sin, rest], dim=-1).to(qkv.dtype)
 
     q, k, v = qkv.unflatten(1, (-1, head_dim)).split([num_heads, num_kv_heads, num_kv_heads], dim=1)
-    source = _padding_repeats_first(slot_mapping)
-    slot = slot_mapping[source].clamp(min=0)
-    block, offset = slot // block_size, slot % block_size
-    k_cache[block, :, offset] = normalize_and_rotate(k, k_weight)[source]
-    v_cache[block, :, offset] = v[source]
-    return normalize_and_rotate(q, q_weight)
+    return normalize_and_rotate(q, q_weight), normalize_and_rotate(k, k_weight), v
 
 
 def plain_sample(

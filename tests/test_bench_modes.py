@@ -254,7 +254,8 @@ def test_engine_of_plain_kernels_gives_the_same_greedy_tokens_and_is_not_left_be
     workload = Workload("greedy", [[1, 2, 3], list(range(5, 45)), [9] * 7], [20, 12, 30], temperature=0.0)
     places = [
         (layernorm, "rms_norm"), (layernorm, "add_rms_norm"), (linear, "silu_mul"),
-        (linear, "skinny_linear"), (attention, "qk_norm_rope_store"), (model_runner, "sample"),
+        (linear, "skinny_linear"), (attention, "qk_norm_rope_store"), (attention, "paged_decode"),
+        (model_runner, "sample"),
     ]  # fmt: skip
 
     def tokens() -> list[list[int]]:

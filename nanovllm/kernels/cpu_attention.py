@@ -19,6 +19,7 @@ from dataclasses import dataclass
 import torch
 import torch.nn.functional as F
 
+from nanovllm.kernels.cpu_rope_store import RopeStorePlan
 from nanovllm.kernels.paged_kv import gather_kv
 
 GROUP_BYTES = 8 << 20  # of keys and values gathered at a time
@@ -48,6 +49,14 @@ class GatherPlan:
     inverse: torch.Tensor | None  # [seqs] int64
     groups: list[GatherGroup]
     workspace: torch.Tensor  # [2, elements]
+
+
+@dataclass(slots=True)
+class CpuDecodePlan:
+    """What `paged_decode` shares between the layers of a step: where the newest tokens go, and what they read."""
+
+    rope_store: RopeStorePlan
+    gather: GatherPlan
 
 
 def plan_gather(

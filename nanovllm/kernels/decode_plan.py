@@ -4,8 +4,7 @@ Lengths differ by orders of magnitude and are known on the device only. Once a s
 into pieces of one size there, and writes them into a fixed number of slots. `paged_decode` launches a program per (kv
 head, slot) in every layer: its grid depends on shapes alone, and one captured CUDA graph serves every mix of lengths.
 The device takes slots in order, so long pieces come before short ones, which fill up the end (Graham, 1969, "Bounds on
-multiprocessing timing anomalies": longest processing time first). But only by classes of length: programs of equal
-length run in step, and all of them would begin anew, and leave the memory idle, at the same time.
+multiprocessing timing anomalies": longest processing time first).
 
 Bytes: 4 per sequence read by each program, 20 per slot written; a few microseconds a step.
 """
@@ -19,13 +18,9 @@ from nanovllm.kernels.early_launch import early_launch, wait_for_previous
 from nanovllm.kernels.triton_shim import tl, triton
 
 # Measured on an H100: docs/performance.md; benchmarks/paged_attention.py measures alternatives.
-PROGRAMS_PER_SM = (
-    3  # pieces * kv_heads a multiprocessor to aim for: as many as run at a time, to merge as few as can be
-)
+PROGRAMS_PER_SM = 3  # pieces * kv_heads a multiprocessor to aim for: as many as run at a time, to merge few
 MIN_PIECE = 512  # tokens; smaller pieces give few streams more programs, at more fixed costs and merging
 PIECE_MULTIPLE = 128  # tokens; a multiple of every tile, so that only the end of a sequence is a partial tile
-
-LENGTH_CLASSES = 4  # of the ends of sequences
 
 # Sequence (-1: idle), begin, end; where its partial result goes, where the sequence's first one is, how many it has.
 PIECE_FIELDS = 6
@@ -123,10 +118,8 @@ def plan_decode_reference(seq_lens: torch.Tensor, num_kv_heads: int, plan: Decod
     begin = (partial - firsts[seq]) * size
     end = torch.minimum(begin + size, lens[seq])
     is_last = partial == (firsts + counts - 1)[seq]
-    # Whole pieces first, then the ends of the sequences by class.
-    ends = lens - (counts - 1) * size
-    length_class = ends * LENGTH_CLASSES // (ends.max() + 1)
-    order = torch.argsort(torch.where(is_last, length_class[seq], LENGTH_CLASSES), descending=True, stable=True)
+    # Whole pieces first, then the ends of the sequences.
+    order = torch.argsort(torch.where(is_last, end - begin, size + 1), descending=True, stable=True)
     used = torch.stack([seq, begin, end, partial, firsts[seq], counts[seq]], dim=1)[order]
     plan.pieces[: num_seqs + plan.target_pieces] = -1
     plan.pieces[: used.shape[0]] = used.int()
@@ -155,7 +148,6 @@ def plan_decode_triton(seq_lens: torch.Tensor, num_kv_heads: int, plan: DecodePl
         num_kv_heads,
         PIECE_MULTIPLE=PIECE_MULTIPLE,
         PIECE_FIELDS=PIECE_FIELDS,
-        LENGTH_CLASSES=LENGTH_CLASSES,
         CHUNK=1024,
         num_warps=4,
         **early_launch(seq_lens),
@@ -175,7 +167,6 @@ def _plan_kernel(
     num_kv_heads,
     PIECE_MULTIPLE: tl.constexpr,
     PIECE_FIELDS: tl.constexpr,
-    LENGTH_CLASSES: tl.constexpr,
     CHUNK: tl.constexpr,
     EARLY: tl.constexpr,
 ):
@@ -188,13 +179,9 @@ def _plan_kernel(
         total += tl.sum(tl.load(seq_lens_ptr + base + lanes, mask=base + lanes < num_seqs, other=0))
     size = tl.maximum(min_piece, tl.cdiv(tl.cdiv(total, target_pieces), PIECE_MULTIPLE) * PIECE_MULTIPLE)
 
-    longest = 0  # of the ends of sequences
-    for base in range(0, num_seqs, CHUNK):
-        lens = tl.load(seq_lens_ptr + base + lanes, mask=base + lanes < num_seqs, other=0)
-        longest = tl.maximum(longest, tl.max(lens - (tl.maximum(tl.cdiv(lens, size), 1) - 1) * size))
     length = tl.load(seq_lens_ptr + seq, mask=seq < num_seqs, other=0)
     count = tl.maximum(tl.cdiv(length, size), 1)
-    length_class = (length - (count - 1) * size) * LENGTH_CLASSES // (longest + 1)
+    end_length = length - (count - 1) * size
     first = 0  # of this sequence's partial results
     num_pieces = 0  # of all sequences
     num_ends = 0  # that come before this sequence's
@@ -202,8 +189,8 @@ def _plan_kernel(
         other = base + lanes
         lens = tl.load(seq_lens_ptr + other, mask=other < num_seqs, other=0)
         counts = tl.where(other < num_seqs, tl.maximum(tl.cdiv(lens, size), 1), 0)
-        classes = (lens - (counts - 1) * size) * LENGTH_CLASSES // (longest + 1)
-        is_before = (classes > length_class) | ((classes == length_class) & (other < seq))
+        end_lengths = lens - (counts - 1) * size
+        is_before = (end_lengths > end_length) | ((end_lengths == end_length) & (other < seq))
         num_ends += tl.sum(tl.where(is_before & (other < num_seqs), 1, 0))
         first += tl.sum(tl.where(other < seq, counts, 0))
         num_pieces += tl.sum(counts)

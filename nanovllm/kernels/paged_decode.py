@@ -1,108 +1,67 @@
-"""Decode attention: one query token per sequence against that sequence's whole paged KV cache.
+"""A decode step's attention, from the QKV projection's output to the heads': one query token per sequence.
 
+    q, k = RoPE(norm(q)), RoPE(norm(k)); k and v go to the sequence's newest slot, then
     out[s, h] = softmax(scale * q[s, h] @ K[s].T) @ V[s]          K, V: tokens 0 .. seq_lens[s]-1, through block_table
 
 Bytes moved: every cached token once, 2 * kv_heads * head_dim * itemsize. FLOPs: 4 * heads * head_dim per cached token,
 2 * (heads / kv_heads) / itemsize a byte: memory-bound whatever the GQA ratio.
-
-A program per sequence would leave the device waiting for the longest one. Split-KV ("flash decoding", Dao et al. 2023)
-gives a program one (kv head, piece of a sequence), with an online softmax (Milakov & Gimelshein 2018) over its tokens;
-the pieces, cut by `plan_decode`, are then merged through their log-sum-exp. The merge needs no second launch: of a
-sequence's programs the last to arrive, by an atomic count, merges all. It goes by the order of the pieces, not of
-arrival, so results do not depend on timing.
 """
-
-from dataclasses import dataclass
-from functools import lru_cache
 
 import torch
 
-from nanovllm.kernels.cpu_attention import GatherPlan, paged_decode_cpu
-from nanovllm.kernels.decode_plan import (
-    PIECE_FIELDS,
-    PIECE_MULTIPLE,
-    DecodePlan,
-    plan_decode,
-    plan_decode_reference,
-    plan_decode_triton,
-)
-from nanovllm.kernels.early_launch import LINE_BYTES, early_launch, fetch, wait_for_previous
-from nanovllm.kernels.paged_kv import (
-    LOG2_E,
-    check_caches,
-    gather_kv,
-    kv_offsets,
-    next_power_of_2,
-    shared_memory_bytes,
-    tile_blocks,
-)
-from nanovllm.kernels.triton_shim import tl, triton
-
-__all__ = [
-    "DecodeConfig",
-    "DecodePlan",
-    "decode_config",
-    "paged_decode",
-    "paged_decode_reference",
-    "paged_decode_triton",
-    "plan_decode",
-    "plan_decode_reference",
-    "plan_decode_triton",
-]
-
-# Starting values, not yet measured; benchmarks/paged_attention.py measures alternatives.
-TILE_BYTES = 16 * 1024  # of K a loop iteration: 64 tokens of 128 bf16
-MAX_STAGES = 3
-NUM_WARPS = 4
-MERGE_ELEMENTS = 8192  # float32 partial results that a merge holds in registers at once
-
-
-@dataclass(frozen=True, slots=True)
-class DecodeConfig:
-    """Launch parameters: tokens a loop iteration, warps a program, depth of the load pipeline."""
-
-    tile: int
-    num_warps: int
-    num_stages: int
-
-
-@lru_cache
-def decode_config(head_dim: int, itemsize: int, shared_memory: int) -> DecodeConfig:
-    """The launch parameters for a head dimension, an element size and a program's shared memory, both in bytes."""
-    token_bytes = next_power_of_2(head_dim) * itemsize
-    tile = max(16, min(PIECE_MULTIPLE, TILE_BYTES // token_bytes))
-    # n stages are n-1 buffers of K and V in flight; 12 KiB are left to the query and to layout conversions.
-    fitting = 1 + (shared_memory - 12 * 1024) // (2 * tile * token_bytes)
-    num_warps = NUM_WARPS if itemsize <= 2 else 2 * NUM_WARPS  # float32 dots run on ordinary registers: spread them
-    return DecodeConfig(tile=tile, num_warps=num_warps, num_stages=max(1, min(MAX_STAGES, fitting)))
+from nanovllm.kernels.cpu_attention import CpuDecodePlan, paged_decode_cpu
+from nanovllm.kernels.cpu_rope_store import qk_norm_rope_store_cpu
+from nanovllm.kernels.decode_plan import DecodePlan
+from nanovllm.kernels.paged_decode_kernel import paged_decode_triton
+from nanovllm.kernels.paged_kv import gather_kv
+from nanovllm.kernels.qk_norm_rope_store import qk_norm_rope_store_reference
 
 
 def paged_decode(
-    q: torch.Tensor,
+    qkv: torch.Tensor,
+    q_weight: torch.Tensor | None,
+    k_weight: torch.Tensor | None,
+    eps: float,
+    cos_sin: torch.Tensor,
     k_cache: torch.Tensor,
     v_cache: torch.Tensor,
     block_table: torch.Tensor,
     rows: torch.Tensor,
     seq_lens: torch.Tensor,
-    plan: DecodePlan | GatherPlan,
+    plan: DecodePlan | CpuDecodePlan,
     scale: float,
     out: torch.Tensor,
 ) -> None:
-    """Attention of one query token per sequence, through the block table, into `out`.
+    """Store each sequence's newest token, and attend from it to all of the sequence, into `out`.
 
-    q, out `[S, heads, head_dim]` (last dimension contiguous); k_cache, v_cache `[num_blocks, kv_heads, block_size,
-    head_dim]` of q's dtype; block_table `[R, max_blocks] int32`; rows, seq_lens `[S] int32`; plan: `plan_decode`'s of
-    these seq_lens, or on a CPU `plan_gather`'s. A sequence of length 0 (row -1) gets zeros. On a GPU nothing past a
-    sequence's length is read, neither of the cache nor of the block table; on a CPU those slots must be finite.
+    Args:
+        qkv: `[S, (heads + 2 * kv_heads) * head_dim]`, rows may be strided: the newest token of each sequence.
+        q_weight, k_weight: `[head_dim]` of the heads' RMSNorms, or None for none.
+        eps: of the norms.
+        cos_sin: `[max_position, rotary_dim]` float32, cosines first, then sines; rotary_dim <= head_dim.
+        k_cache, v_cache: `[num_blocks, kv_heads, block_size, head_dim]` of qkv's dtype; the newest slots are written.
+            On a GPU nothing past a sequence's length is read, on a CPU those slots must be finite.
+        block_table: `[R, max_blocks]` int32. No two sequences share the block of their newest slot.
+        rows, seq_lens: `[S]` int32; the newest token's position is seq_lens - 1. Length 0 (row -1) pads: it gets zeros.
+        plan: `plan_decode`'s of these seq_lens, or on a CPU that of both halves of the work.
+        out: `[S, heads, head_dim]`, the last dimension contiguous.
     """
-    if isinstance(plan, GatherPlan):
-        paged_decode_cpu(q, k_cache, v_cache, plan, scale, out)
+    if isinstance(plan, CpuDecodePlan):
+        q = qk_norm_rope_store_cpu(
+            qkv, q_weight, k_weight, eps, plan.rope_store, k_cache, v_cache, num_heads=out.shape[1]
+        )
+        paged_decode_cpu(q, k_cache, v_cache, plan.gather, scale, out)
     else:
-        paged_decode_triton(q, k_cache, v_cache, block_table, rows, seq_lens, plan, scale, out)
+        cache = (k_cache, v_cache, block_table, rows, seq_lens)
+        paged_decode_triton(qkv, q_weight, k_weight, eps, cos_sin, *cache, plan, scale, out)
 
 
 def paged_decode_reference(
-    q: torch.Tensor,
+    qkv: torch.Tensor,
+    q_weight: torch.Tensor | None,
+    k_weight: torch.Tensor | None,
+    eps: float,
+    cos_sin: torch.Tensor,
     k_cache: torch.Tensor,
     v_cache: torch.Tensor,
     block_table: torch.Tensor,
@@ -112,7 +71,13 @@ def paged_decode_reference(
     out: torch.Tensor,
 ) -> None:
     """`paged_decode` in PyTorch, in float32, one sequence after the other."""
-    num_heads, num_kv_heads = q.shape[1], k_cache.shape[1]
+    (_, num_kv_heads, block_size, _), num_heads = k_cache.shape, out.shape[1]
+    positions = (seq_lens - 1).clamp(min=0)
+    blocks = block_table[rows.long(), positions.long() // block_size].long()
+    slots = (blocks * block_size + positions % block_size).masked_fill(seq_lens == 0, -1)
+    q = qk_norm_rope_store_reference(
+        qkv, q_weight, k_weight, eps, positions, cos_sin, slots, k_cache, v_cache, num_heads
+    )
     for i, (row, length) in enumerate(zip(rows.tolist(), seq_lens.tolist(), strict=True)):
         if length == 0:
             out[i] = 0
@@ -122,195 +87,3 @@ def paged_decode_reference(
         grouped = q[i].float().view(num_kv_heads, num_heads // num_kv_heads, -1)
         weights = torch.softmax(grouped @ keys.transpose(1, 2) * scale, dim=-1)
         out[i] = (weights @ values).flatten(0, 1).to(out.dtype)
-
-
-def paged_decode_triton(
-    q: torch.Tensor,
-    k_cache: torch.Tensor,
-    v_cache: torch.Tensor,
-    block_table: torch.Tensor,
-    rows: torch.Tensor,
-    seq_lens: torch.Tensor,
-    plan: DecodePlan,
-    scale: float,
-    out: torch.Tensor,
-    config: DecodeConfig | None = None,
-) -> None:
-    """`paged_decode` in one launch; `config` overrides the default launch parameters.
-
-    Raises ValueError for caches whose layouts differ or are not contiguous within a block.
-    """
-    check_caches(q, k_cache, v_cache)
-    num_seqs, num_heads, head_dim = q.shape
-    _, num_kv_heads, block_size, _ = k_cache.shape
-    if config is None:
-        config = decode_config(head_dim, q.element_size(), shared_memory_bytes(q.device))
-    group = num_heads // num_kv_heads
-    early = early_launch(q)
-    padded_dim, padded_group = next_power_of_2(head_dim), next_power_of_2(group)
-    # The kv head varies fastest: programs that run together read neighbouring heads of the same blocks, and the idle
-    # slots, which are the last, start when the device is draining anyway.
-    _decode_kernel[(num_kv_heads, num_seqs + plan.target_pieces)](
-        q,
-        k_cache,
-        v_cache,
-        out,
-        block_table,
-        rows,
-        plan.pieces,
-        plan.partial_out,
-        plan.partial_lse,
-        plan.arrivals,
-        scale * LOG2_E,
-        q.stride(0),
-        q.stride(1),
-        out.stride(0),
-        out.stride(1),
-        k_cache.stride(0),
-        block_table.stride(0),
-        GROUP=group,
-        PADDED_GROUP=padded_group,
-        QUERY_ROWS=max(16, padded_group),  # what tensor cores want; the surplus is free, the kernel waits for memory
-        HEAD_DIM=head_dim,
-        PADDED_DIM=padded_dim,
-        BLOCK_SIZE=block_size,
-        TILE=config.tile,
-        MERGE_PIECES=max(2, MERGE_ELEMENTS // (padded_group * padded_dim)),
-        PIECE_FIELDS=PIECE_FIELDS,
-        LINE=LINE_BYTES // q.element_size(),
-        # Only programs that all run at once wait together; a later one would ask for the same lines twice in a row.
-        FETCH=early["EARLY"] and num_seqs <= plan.target_pieces,
-        num_warps=config.num_warps,
-        num_stages=config.num_stages,
-        **early,
-    )
-
-
-@triton.jit
-def _decode_kernel(
-    q_ptr,
-    k_ptr,
-    v_ptr,
-    out_ptr,
-    table_ptr,
-    rows_ptr,
-    pieces_ptr,
-    partial_out_ptr,
-    partial_lse_ptr,
-    arrivals_ptr,
-    scale_log2,
-    stride_q_seq,
-    stride_q_head,
-    stride_out_seq,
-    stride_out_head,
-    stride_block,
-    stride_row,
-    GROUP: tl.constexpr,
-    PADDED_GROUP: tl.constexpr,
-    QUERY_ROWS: tl.constexpr,
-    HEAD_DIM: tl.constexpr,
-    PADDED_DIM: tl.constexpr,
-    BLOCK_SIZE: tl.constexpr,
-    TILE: tl.constexpr,
-    MERGE_PIECES: tl.constexpr,
-    PIECE_FIELDS: tl.constexpr,
-    LINE: tl.constexpr,
-    FETCH: tl.constexpr,
-    EARLY: tl.constexpr,
-):
-    piece = tl.program_id(1)
-    seq = tl.load(pieces_ptr + piece * PIECE_FIELDS)
-    if seq < 0:
-        wait_for_previous(EARLY)
-        return
-    kv_head = tl.program_id(0)
-    num_kv_heads = tl.num_programs(0)
-    num_heads = num_kv_heads * GROUP
-    begin = tl.load(pieces_ptr + piece * PIECE_FIELDS + 1)
-    end = tl.load(pieces_ptr + piece * PIECE_FIELDS + 2)
-    partial_index = tl.load(pieces_ptr + piece * PIECE_FIELDS + 3)
-    first_partial = tl.load(pieces_ptr + piece * PIECE_FIELDS + 4)
-    num_pieces = tl.load(pieces_ptr + piece * PIECE_FIELDS + 5)
-    table_ptr += tl.load(rows_ptr + seq).to(tl.int64) * stride_row
-
-    heads = tl.arange(0, QUERY_ROWS)
-    dims = tl.arange(0, PADDED_DIM)
-    query_mask = (heads < GROUP)[:, None] & (dims < HEAD_DIM)[None, :]
-    q_head_ptr = q_ptr + seq.to(tl.int64) * stride_q_seq + kv_head * GROUP * stride_q_head
-    blocks = tile_blocks(table_ptr, begin, end, BLOCK_SIZE, TILE)
-    if FETCH and PADDED_DIM % LINE == 0:
-        tokens = kv_offsets(blocks, begin, kv_head, stride_block, HEAD_DIM, 1, BLOCK_SIZE, TILE)
-        lines = tokens + (tl.arange(0, PADDED_DIM // LINE) * LINE)[None, :]
-        is_token = (begin + tl.arange(0, TILE) < end)[:, None]
-        fetch(k_ptr + lines, is_token)
-        fetch(v_ptr + lines, is_token)
-    wait_for_previous(EARLY)
-    q = tl.load(q_head_ptr + heads[:, None] * stride_q_head + dims[None, :], mask=query_mask, other=0.0)
-
-    top = tl.full([QUERY_ROWS], float("-inf"), tl.float32)
-    mass = tl.zeros([QUERY_ROWS], tl.float32)
-    acc = tl.zeros([QUERY_ROWS, PADDED_DIM], tl.float32)
-    for start in range(begin, end, TILE):
-        offsets = kv_offsets(blocks, start, kv_head, stride_block, HEAD_DIM, PADDED_DIM, BLOCK_SIZE, TILE)
-        blocks = tile_blocks(table_ptr, start + TILE, end, BLOCK_SIZE, TILE)
-        valid = start + tl.arange(0, TILE) < end
-        # Slots past the end hold anything, NaN included, and 0 * NaN is NaN: they must be loaded as zeros. The mask
-        # is constant along head_dim, so it costs a predicate a row and no vector width.
-        kv_mask = valid[:, None]
-        if HEAD_DIM != PADDED_DIM:
-            kv_mask = kv_mask & (dims < HEAD_DIM)[None, :]
-        k = tl.load(k_ptr + offsets, mask=kv_mask, other=0.0)
-        scores = tl.dot(q, tl.trans(k), input_precision="ieee")
-        scores = tl.where(valid[None, :], scores, float("-inf"))
-        new_top = tl.maximum(top, tl.max(scores, 1) * scale_log2)
-        weights = tl.exp2(scores * scale_log2 - new_top[:, None])
-        decay = tl.exp2(top - new_top)
-        mass = mass * decay + tl.sum(weights, 1)
-        v = tl.load(v_ptr + offsets, mask=kv_mask, other=0.0)
-        acc = tl.dot(weights.to(v.dtype), v, acc * decay[:, None], input_precision="ieee")
-        top = new_top
-    acc = acc / tl.where(mass > 0, mass, 1.0)[:, None]  # a padding entry has no mass and gets zeros
-
-    out_head_ptr = out_ptr + seq.to(tl.int64) * stride_out_seq + kv_head * GROUP * stride_out_head
-    if num_pieces == 1:
-        out_ptrs = out_head_ptr + heads[:, None] * stride_out_head + dims[None, :]
-        tl.store(out_ptrs, acc.to(out_ptr.dtype.element_ty), mask=query_mask)
-        return
-
-    partial_heads = partial_index.to(tl.int64) * num_heads + kv_head * GROUP + heads
-    tl.store(partial_out_ptr + partial_heads[:, None] * HEAD_DIM + dims[None, :], acc, mask=query_mask)
-    tl.store(partial_lse_ptr + partial_heads, top + tl.log2(mass), mask=heads < GROUP)
-    # The barrier puts all of this program's stores before its one thread's release; the acquire of whoever comes
-    # last makes everybody's stores visible to it.
-    tl.debug_barrier()
-    arrival_ptr = arrivals_ptr + seq * num_kv_heads + kv_head
-    arrived = tl.atomic_add(arrival_ptr, 1, sem="acq_rel", scope="gpu")
-    if arrived == num_pieces - 1:
-        tl.store(arrival_ptr, 0)
-        group_heads = tl.arange(0, PADDED_GROUP)
-        read_heads = kv_head * GROUP + tl.minimum(group_heads, GROUP - 1)  # rows past the group repeat its last head
-        merged_top = tl.full([PADDED_GROUP], float("-inf"), tl.float32)
-        merged_mass = tl.zeros([PADDED_GROUP], tl.float32)
-        merged = tl.zeros([PADDED_GROUP, PADDED_DIM], tl.float32)
-        for base in range(0, num_pieces, MERGE_PIECES):
-            index = base + tl.arange(0, MERGE_PIECES)
-            present = (index < num_pieces)[:, None]
-            partials = ((first_partial + index).to(tl.int64) * num_heads)[:, None] + read_heads[None, :]
-            # .cg: from L2, where the others' stores are, never from a stale line of this multiprocessor's L1.
-            lse = tl.load(partial_lse_ptr + partials, mask=present, other=float("-inf"), cache_modifier=".cg")
-            partial = tl.load(
-                partial_out_ptr + partials[:, :, None] * HEAD_DIM + dims[None, None, :],
-                mask=present[:, :, None] & (dims < HEAD_DIM)[None, None, :],
-                other=0.0,
-                cache_modifier=".cg",
-            )
-            new_top = tl.maximum(merged_top, tl.max(lse, 0))
-            weights = tl.exp2(lse - new_top[None, :])
-            decay = tl.exp2(merged_top - new_top)
-            merged_mass = merged_mass * decay + tl.sum(weights, 0)
-            merged = merged * decay[:, None] + tl.sum(weights[:, :, None] * partial, 0)
-            merged_top = new_top
-        merged = merged / merged_mass[:, None]
-        merged_ptrs = out_head_ptr + group_heads[:, None] * stride_out_head + dims[None, :]
-        merged_mask = (group_heads < GROUP)[:, None] & (dims < HEAD_DIM)[None, :]
-        tl.store(merged_ptrs, merged.to(out_ptr.dtype.element_ty), mask=merged_mask)

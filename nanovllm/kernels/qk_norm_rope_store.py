@@ -63,7 +63,8 @@ def qk_norm_rope_store_reference(
     """`qk_norm_rope_store` in PyTorch."""
     _, num_kv_heads, block_size, head_dim = k_cache.shape
     half = cos_sin.shape[1] // 2
-    cos, sin = cos_sin[positions.long(), None].split(half, dim=-1)  # [tokens, 1, half]
+    angles = cos_sin[positions.long(), None]  # [tokens, 1, rotary_dim]
+    cos, sin = angles[..., :half], angles[..., half:]
 
     def normalize_and_rotate(x: torch.Tensor, weight: torch.Tensor | None) -> torch.Tensor:
         x = x.float()

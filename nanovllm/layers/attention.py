@@ -1,8 +1,9 @@
 """Attention over memory that is not contiguous.
 
 A step's keys and values are scattered to their physical slots (`slot_mapping`), then each query reads its sequence's
-keys and values back block by block through the `block_table`. All of a layer's stores come before any of its reads,
-so sequences of one step may share blocks that this very step fills.
+keys and values back block by block through the `block_table`. A chunk of a prompt may read blocks that this very step
+fills, for others or itself: decodes have stored before, and all chunks store before any reads. A decode reads none,
+but for its own newest token: whatever else it shares was there when it arrived.
 """
 
 from dataclasses import dataclass
@@ -10,9 +11,10 @@ from dataclasses import dataclass
 import torch
 from torch import nn
 
-from nanovllm.kernels.cpu_attention import GatherPlan
+from nanovllm.kernels.cpu_attention import CpuDecodePlan
 from nanovllm.kernels.cpu_rope_store import RopeStorePlan
-from nanovllm.kernels.paged_decode import DecodePlan, paged_decode
+from nanovllm.kernels.decode_plan import DecodePlan
+from nanovllm.kernels.paged_decode import paged_decode
 from nanovllm.kernels.paged_prefill import paged_prefill
 from nanovllm.kernels.qk_norm_rope_store import qk_norm_rope_store
 from nanovllm.layers.layernorm import RMSNorm
@@ -28,12 +30,12 @@ class AttentionMetadata:
     positions: torch.Tensor  # [tokens] int32
     slot_mapping: torch.Tensor  # [tokens] int64: block * block_size + offset; -1 stores nothing
     rows: torch.Tensor  # [seqs] int32: each sequence's row of the block table; -1 pads
-    query_start: torch.Tensor  # [seqs + 1] int32: where each sequence's tokens begin
+    chunk_start: torch.Tensor | None  # [chunks + 1] int32: where each chunk's tokens begin, counted from the first's
     seq_lens: torch.Tensor  # [seqs] int32: tokens in the cache, this step's included
     block_table: torch.Tensor  # [rows, max_blocks] int32
     num_decodes: int
-    decode_plan: DecodePlan | GatherPlan | None  # how the decodes' contexts are cut up, made once for all layers
-    rope_store_plan: RopeStorePlan | None  # on a CPU: each token's rotation and place, likewise
+    decode_plan: DecodePlan | CpuDecodePlan | None  # how the decodes' contexts are cut up, made once for all layers
+    rope_store_plan: RopeStorePlan | None  # on a CPU: rotation and place of each of the chunks' tokens, likewise
 
 
 class Attention(nn.Module):
@@ -57,25 +59,16 @@ class Attention(nn.Module):
         k_norm: RMSNorm | None = None,
     ) -> torch.Tensor:
         """`qkv [tokens, (heads + 2 * kv_heads) * head_dim]` -> `[tokens, heads * head_dim]`."""
-        q = qk_norm_rope_store(
-            qkv,
-            q_norm.weight if q_norm else None,
-            k_norm.weight if k_norm else None,
-            q_norm.eps if q_norm else 0.0,
-            meta.positions,
-            cos_sin,
-            meta.slot_mapping,
-            self.k_cache,
-            self.v_cache,
-            self.num_heads,
-            meta.rope_store_plan,
-        )  # [tokens, heads, head_dim]
-        out = torch.empty_like(q)
+        out = torch.empty(len(qkv), self.num_heads, self.head_dim, dtype=qkv.dtype, device=qkv.device)
+        norms = (q_norm.weight, k_norm.weight, q_norm.eps) if q_norm and k_norm else (None, None, 0.0)
+        cache = (self.k_cache, self.v_cache)
         n = meta.num_decodes
-        cache = (self.k_cache, self.v_cache, meta.block_table)
         if n > 0:
-            paged_decode(q[:n], *cache, meta.rows[:n], meta.seq_lens[:n], meta.decode_plan, self.scale, out[:n])
+            where = (meta.block_table, meta.rows[:n], meta.seq_lens[:n], meta.decode_plan)
+            paged_decode(qkv[:n], *norms, cos_sin, *cache, *where, self.scale, out[:n])
         if n < meta.rows.shape[0]:
-            chunks = (meta.rows[n:], meta.query_start[n:], meta.seq_lens[n:])
-            paged_prefill(q, *cache, *chunks, self.scale, out)
+            places = (meta.positions[n:], cos_sin, meta.slot_mapping[n:])
+            q = qk_norm_rope_store(qkv[n:], *norms, *places, *cache, self.num_heads, meta.rope_store_plan)
+            chunks = (meta.block_table, meta.rows[n:], meta.chunk_start, meta.seq_lens[n:])
+            paged_prefill(q, *cache, *chunks, self.scale, out[n:])
         return out.flatten(1)

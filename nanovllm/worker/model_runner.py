@@ -12,9 +12,9 @@ from typing import Any
 import torch
 
 from nanovllm.config import Config
-from nanovllm.kernels.cpu_attention import GatherPlan, plan_gather
-from nanovllm.kernels.cpu_rope_store import plan_rope_store
-from nanovllm.kernels.paged_decode import DecodePlan, plan_decode
+from nanovllm.kernels.cpu_attention import CpuDecodePlan, plan_gather
+from nanovllm.kernels.cpu_rope_store import RopeStorePlan, plan_rope_store
+from nanovllm.kernels.decode_plan import DecodePlan, plan_decode
 from nanovllm.kernels.prepare_inputs import StepInputs, prepare_inputs
 from nanovllm.kernels.sample import sample
 from nanovllm.layers.attention import Attention, AttentionMetadata
@@ -169,18 +169,18 @@ class ModelRunner:
         )
         seq_lens = inputs.seq_lens[:num_seqs]
         if num_decodes:
-            self.decode_plan = self._plan_decodes(rows[:num_decodes], seq_lens[:num_decodes])
-        positions, slots = inputs.positions[:num_tokens], inputs.slot_mapping[:num_tokens]
+            self.decode_plan = self._plan_decodes(num_decodes)
+        has_chunks = num_decodes < num_seqs
         meta = AttentionMetadata(
-            positions=positions,
-            slot_mapping=slots,
+            positions=inputs.positions[:num_tokens],
+            slot_mapping=inputs.slot_mapping[:num_tokens],
             rows=rows,
-            query_start=query_start,
+            chunk_start=query_start[num_decodes:] - num_decodes if has_chunks else None,
             seq_lens=seq_lens,
             block_table=batch.block_table,
             num_decodes=num_decodes,
             decode_plan=self.decode_plan,
-            rope_store_plan=None if self.is_cuda else plan_rope_store(positions, slots, self.cos_sin, self.block_size),
+            rope_store_plan=self._plan_stores(num_decodes, num_tokens) if has_chunks and not self.is_cuda else None,
         )
         hidden = last = self.model(inputs.input_ids[:num_tokens], self.cos_sin, meta)
         if not num_samples:
@@ -192,11 +192,18 @@ class ModelRunner:
         sample(logits, rows[:num_samples], seq_lens[:num_samples], batch.params, batch.token_ids, sampled)
         return hidden, logits
 
-    def _plan_decodes(self, rows: torch.Tensor, seq_lens: torch.Tensor) -> DecodePlan | GatherPlan:
-        layer = self.attention_layers[0]
+    def _plan_decodes(self, num_decodes: int) -> DecodePlan | CpuDecodePlan:
+        layer, seq_lens = self.attention_layers[0], self.inputs.seq_lens[:num_decodes]
         if isinstance(self.decode_plan, DecodePlan):
             return plan_decode(seq_lens, layer.num_kv_heads, self.decode_plan)
-        return plan_gather(seq_lens, rows, self.batch.block_table, layer.k_cache, self.decode_plan)
+        where = (self.batch.live_rows[:num_decodes], self.batch.block_table, layer.k_cache)
+        gather = plan_gather(seq_lens, *where, self.decode_plan and self.decode_plan.gather)
+        return CpuDecodePlan(self._plan_stores(0, num_decodes), gather)
+
+    def _plan_stores(self, first: int, last: int) -> RopeStorePlan:
+        """On a CPU: of the step's tokens `first` to `last`."""
+        positions, slots = self.inputs.positions[first:last], self.inputs.slot_mapping[first:last]
+        return plan_rope_store(positions, slots, self.cos_sin, self.block_size)
 
     def _run_decodes(self, num_seqs: int) -> tuple[torch.Tensor, torch.Tensor | None]:
         return self._run(num_seqs, num_seqs, num_seqs, num_seqs)
@@ -278,7 +285,7 @@ class ModelRunner:
             seq_lens=torch.zeros(self.num_rows, dtype=torch.int32, device=self.device),
         )
         heads = (layer.num_heads, layer.num_kv_heads, layer.head_dim)
-        self.decode_plan: DecodePlan | GatherPlan | None = (
+        self.decode_plan: DecodePlan | CpuDecodePlan | None = (
             DecodePlan.allocate(self.num_rows, *heads, self.device) if self.is_cuda else None
         )
         self.sampled = torch.zeros(self.num_rows, dtype=torch.int32, device=self.device)

@@ -8,13 +8,24 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from paged_cache import PagedCase, assert_within_rounding, dense_attention, make_case
 
-from nanovllm.kernels import paged_decode as kernels
+from nanovllm.kernels import paged_decode_kernel
+from nanovllm.kernels.cpu_attention import CpuDecodePlan, plan_gather
+from nanovllm.kernels.cpu_rope_store import plan_rope_store
+from nanovllm.kernels.decode_plan import (
+    PIECE_MULTIPLE,
+    DecodePlan,
+    plan_decode,
+    plan_decode_reference,
+    plan_decode_triton,
+)
+from nanovllm.kernels.paged_decode import paged_decode, paged_decode_reference
+from nanovllm.kernels.paged_decode_kernel import paged_decode_triton
 
 HEAD_DIMS = [24, 48, 64, 80, 96, 128, 256]
 GROUPS = [1, 2, 3, 5, 7, 8]
 BLOCK_SIZES = [16, 48, 64, 256]
 DTYPES = [torch.bfloat16, torch.float16, torch.float32]
-PIECE = kernels.PIECE_MULTIPLE
+PIECE = PIECE_MULTIPLE
 
 
 def draw_lengths(rng: random.Random, block_size: int, most: int) -> list[int]:
@@ -25,17 +36,27 @@ def draw_lengths(rng: random.Random, block_size: int, most: int) -> list[int]:
 
 
 def decode_inputs(case: PagedCase, group: int, seed: int) -> tuple[torch.Tensor, torch.Tensor]:
-    """q as a slice of a wider projection, as a model has it, and a poisoned out."""
-    num_heads = case.k_cache.shape[1] * group
+    """The newest tokens' heads as a slice of a wider projection, and a poisoned out.
+
+    Random queries; each sequence's newest key and value, whose slots in the cache are poisoned: they must be stored.
+    """
+    _, num_kv_heads, block_size, head_dim = case.k_cache.shape
+    num_heads = num_kv_heads * group
     generator = torch.Generator().manual_seed(seed)
-    wide = torch.randn(len(case.keys), num_heads + 2, case.k_cache.shape[3], generator=generator)
-    q = wide.to(case.k_cache.dtype).to(case.k_cache.device)[:, :num_heads]
-    return q, torch.full(q.shape, float("nan"), dtype=q.dtype, device=q.device)
+    wide = torch.randn(len(case.keys), num_heads + 2 * num_kv_heads + 2, head_dim, generator=generator)
+    wide = wide.to(case.k_cache.dtype)
+    for i, (keys, values) in enumerate(zip(case.keys, case.values, strict=True)):
+        if len(keys) > 0:
+            wide[i, num_heads : num_heads + 2 * num_kv_heads] = torch.cat([keys[-1], values[-1]])
+            offset, block = (len(keys) - 1) % block_size, case.block_table[case.rows[i], (len(keys) - 1) // block_size]
+            case.k_cache[block, :, offset] = case.v_cache[block, :, offset] = float("nan")
+    out = torch.full((len(wide), num_heads, head_dim), float("nan"), dtype=wide.dtype, device=case.k_cache.device)
+    return wide.to(out.device).flatten(1)[:, : (num_heads + 2 * num_kv_heads) * head_dim], out
 
 
-def make_plan(case: PagedCase, group: int, target_pieces: int, min_piece: int = PIECE) -> kernels.DecodePlan:
+def make_plan(case: PagedCase, group: int, target_pieces: int, min_piece: int = PIECE) -> DecodePlan:
     num_kv_heads, head_dim = case.k_cache.shape[1], case.k_cache.shape[3]
-    plan = kernels.DecodePlan.allocate(
+    plan = DecodePlan.allocate(
         len(case.keys) + 3,
         num_kv_heads * group,
         num_kv_heads,
@@ -50,20 +71,21 @@ def make_plan(case: PagedCase, group: int, target_pieces: int, min_piece: int = 
     return plan
 
 
-def assert_decode_is_dense_attention(case: PagedCase, q: torch.Tensor, out: torch.Tensor, scale: float) -> None:
+def assert_decode_is_dense_attention(case: PagedCase, qkv: torch.Tensor, out: torch.Tensor, scale: float) -> None:
     for i, (keys, values) in enumerate(zip(case.keys, case.values, strict=True)):
         if keys.shape[0] == 0:
             assert bool((out[i] == 0).all()), "a padding entry must get zeros"
         else:
-            expected, bound = dense_attention(q[i : i + 1], keys, values, scale)
+            q = qkv[i : i + 1, : out[i].numel()].view(1, *out[i].shape)
+            expected, bound = dense_attention(q, keys, values, scale)
             assert_within_rounding(out[i : i + 1], expected, bound)
 
 
-def run(case: PagedCase, q: torch.Tensor, plan: kernels.DecodePlan, scale: float, out: torch.Tensor) -> None:
-    torch.zeros(1, device=q.device)  # a launch between this one and the plan's, which `plan_decode` asks for
-    kernels.paged_decode_triton(
-        q, case.k_cache, case.v_cache, case.block_table, case.rows, case.seq_lens, plan, scale, out
-    )
+def run(case: PagedCase, qkv: torch.Tensor, plan: DecodePlan, scale: float, out: torch.Tensor) -> None:
+    """Without norms, and no dimension is rotated."""
+    torch.zeros(1, device=qkv.device)  # a launch between this one and the plan's, which `plan_decode` asks for
+    cache = (case.k_cache, case.v_cache, case.block_table, case.rows, case.seq_lens)
+    paged_decode_triton(qkv, None, None, 0.0, torch.empty(1, 0, device=qkv.device), *cache, plan, scale, out)
 
 
 # Each seed takes the next of every list, whose lengths make the pairings differ. The interpreter is slow: fewer there.
@@ -73,13 +95,13 @@ def test_kernel_equals_dense_attention(seed: int, device: str) -> None:
     group, block_size = GROUPS[seed % 6], BLOCK_SIZES[seed // 2 % 4]
     lengths = draw_lengths(rng, block_size, most=2 if device == "cpu" else 12)
     case = make_case(seed, lengths, rng.randint(1, 2), HEAD_DIMS[seed % 7], block_size, DTYPES[seed % 3], device)
-    q, out = decode_inputs(case, group, seed)
+    qkv, out = decode_inputs(case, group, seed)
     smallest_pieces = sum(-(-length // PIECE) for length in lengths)
     plan = make_plan(case, group, target_pieces=smallest_pieces)
-    plan = kernels.plan_decode_triton(case.seq_lens, case.k_cache.shape[1], plan)
+    plan = plan_decode_triton(case.seq_lens, case.k_cache.shape[1], plan)
     scale = HEAD_DIMS[seed % 7] ** -0.5
-    run(case, q, plan, scale, out)
-    assert_decode_is_dense_attention(case, q, out, scale)
+    run(case, qkv, plan, scale, out)
+    assert_decode_is_dense_attention(case, qkv, out, scale)
     assert not plan.arrivals[: len(lengths)].any(), "the next layer must find the arrival counts at zero"
 
 
@@ -88,31 +110,91 @@ def test_reference_equals_dense_attention(seed: int) -> None:
     rng = random.Random(seed)
     block_size, dtype = BLOCK_SIZES[seed % 4], DTYPES[seed % 3]
     case = make_case(seed, draw_lengths(rng, block_size, 4), 2, HEAD_DIMS[seed % 7], block_size, dtype, "cpu")
-    q, out = decode_inputs(case, GROUPS[seed % 6], seed)
-    cache = (case.k_cache, case.v_cache, case.block_table)
-    kernels.paged_decode_reference(q, *cache, case.rows, case.seq_lens, 0.2, out)
-    assert_decode_is_dense_attention(case, q, out, 0.2)
+    qkv, out = decode_inputs(case, GROUPS[seed % 6], seed)
+    cache = (case.k_cache, case.v_cache, case.block_table, case.rows, case.seq_lens)
+    paged_decode_reference(qkv, None, None, 0.0, torch.empty(9999, 0), *cache, 0.2, out)
+    assert_decode_is_dense_attention(case, qkv, out, 0.2)
+
+
+# head_dim, how much of it is rotated, heads a kv head, whether heads are normalized
+HEADS = [
+    (128, 128, 2, True),
+    (64, 64, 1, True),
+    (80, 40, 3, True),
+    (128, 128, 4, False),
+    (24, 12, 15, True),
+    (96, 32, 5, False),
+]
+
+
+@pytest.mark.parametrize("heads", HEADS, ids=str)
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("on_cpu_path", [False, True], ids=["kernel", "cpu"])
+def test_newest_token_is_normalized_rotated_stored_and_attended_to(
+    heads: tuple[int, int, int, bool], dtype: torch.dtype, on_cpu_path: bool, device: str
+) -> None:
+    head_dim, rotary_dim, group, has_norm = heads
+    device = "cpu" if on_cpu_path else device
+    block_size = 48 if group == 3 else 64
+    lengths = [1, 2 * PIECE + 5, block_size, block_size + 1] + ([] if on_cpu_path else [0])  # padding is for graphs
+    case = make_case(7, lengths, 2, head_dim, block_size, dtype, device)
+    generator = torch.Generator().manual_seed(head_dim)
+    qkv = torch.randn(len(lengths), (2 * group + 4) * head_dim, generator=generator).to(dtype).to(device)
+    weights = (torch.rand(2, head_dim, generator=generator) + 0.5).to(dtype).to(device)
+    norms = (weights[0], weights[1], 1e-6) if has_norm else (None, None, 0.0)
+    cos_sin = torch.randn(2 * PIECE + 5, rotary_dim, generator=generator).to(device)
+    where = (case.block_table, case.rows, case.seq_lens)
+    caches, expected_caches = ([case.k_cache.clone(), case.v_cache.clone()] for _ in range(2))
+    if on_cpu_path:  # there slots past the end must be finite
+        caches, expected_caches = ([cache.nan_to_num(0.0) for cache in both] for both in (caches, expected_caches))
+    out, expected = (
+        torch.full((len(lengths), 2 * group, head_dim), float("nan"), dtype=dtype, device=device) for _ in "ab"
+    )
+    paged_decode_reference(qkv, *norms, cos_sin, *expected_caches, *where, 0.1, expected)
+    if on_cpu_path:
+        positions = case.seq_lens - 1
+        slots = case.block_table[case.rows, positions // block_size].long() * block_size + positions % block_size
+        stores = plan_rope_store(positions, slots, cos_sin, block_size)
+        plan = CpuDecodePlan(stores, plan_gather(case.seq_lens, case.rows, case.block_table, caches[0]))
+        paged_decode(qkv, *norms, cos_sin, *caches, *where, plan, 0.1, out)
+    else:
+        plan = plan_decode_triton(case.seq_lens, 2, make_plan(case, group, target_pieces=4))
+        torch.zeros(1, device=device)
+        paged_decode_triton(qkv, *norms, cos_sin, *caches, *where, plan, 0.1, out)
+    tolerance = {"rtol": 2 * torch.finfo(dtype).eps + 5e-6, "atol": 4 * torch.finfo(dtype).eps + 5e-6}
+    torch.testing.assert_close(out, expected, **tolerance)
+    torch.testing.assert_close(caches, expected_caches, **tolerance, equal_nan=True)
+
+
+def test_one_norm_of_two_is_refused() -> None:
+    case = make_case(0, [5], 1, 8, 16, torch.float32, "cpu")
+    qkv, out = decode_inputs(case, 1, 0)
+    cache = (case.k_cache, case.v_cache, case.block_table, case.rows, case.seq_lens)
+    with pytest.raises(ValueError, match="k_weight must both"):
+        paged_decode_triton(qkv, torch.ones(8), None, 0.0, qkv, *cache, make_plan(case, 1, 1), 0.1, out)
 
 
 def test_layers_share_a_workspace_however_sequences_are_cut(device: str) -> None:
     case = make_case(3, [3 * PIECE, 0, PIECE + 1, 7], 2, 64, 64, torch.float32, device)
-    q, out = decode_inputs(case, 3, 3)
+    qkv, out = decode_inputs(case, 3, 3)
     for target_pieces, min_piece in ((1, PIECE), (6, 2 * PIECE), (6, PIECE)):
         plan = make_plan(case, 3, target_pieces, min_piece)
-        plan = kernels.plan_decode_triton(case.seq_lens, 2, plan)
+        plan = plan_decode_triton(case.seq_lens, 2, plan)
         for layer in range(2):
             out.fill_(float("nan"))
-            run(case, q * (1 + layer), plan, 0.125, out)
-            assert_decode_is_dense_attention(case, q * (1 + layer), out, 0.125)
+            queries = qkv.clone()
+            queries[:, : out[0].numel()] *= 1 + layer
+            run(case, queries, plan, 0.125, out)
+            assert_decode_is_dense_attention(case, queries, out, 0.125)
 
 
 def test_more_pieces_than_one_step_of_the_merge(device: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(kernels, "MERGE_ELEMENTS", 1)  # two pieces at a time
+    monkeypatch.setattr(paged_decode_kernel, "MERGE_ELEMENTS", 1)  # two pieces at a time
     case = make_case(4, [7 * PIECE - 3], 1, 24, 64, torch.float32, device)
-    q, out = decode_inputs(case, 5, 4)
-    plan = kernels.plan_decode_triton(case.seq_lens, 1, make_plan(case, 5, target_pieces=7))
-    run(case, q, plan, 0.2, out)
-    assert_decode_is_dense_attention(case, q, out, 0.2)
+    qkv, out = decode_inputs(case, 5, 4)
+    plan = plan_decode_triton(case.seq_lens, 1, make_plan(case, 5, target_pieces=7))
+    run(case, qkv, plan, 0.2, out)
+    assert_decode_is_dense_attention(case, qkv, out, 0.2)
 
 
 @pytest.mark.parametrize("block_size", [16, 128])  # tiles straddle blocks, or lie in one
@@ -126,22 +208,26 @@ def test_offsets_past_two_to_the_31_elements(block_size: int, device: str) -> No
     source = int(small.block_table[small.rows[0], 0])
     k_cache[2], v_cache[2] = small.k_cache[source], small.v_cache[source]
     table = torch.full_like(small.block_table, 2)
-    q, out = decode_inputs(small, 2, 0)
-    plan = kernels.plan_decode_triton(small.seq_lens, num_kv_heads, make_plan(small, 2, target_pieces=1))
-    kernels.paged_decode_triton(q, k_cache, v_cache, table, small.rows, small.seq_lens, plan, 0.2, out)
-    assert_decode_is_dense_attention(small, q, out, 0.2)
+    qkv, out = decode_inputs(small, 2, 0)
+    plan = plan_decode_triton(small.seq_lens, num_kv_heads, make_plan(small, 2, target_pieces=1))
+    where = (table, small.rows, small.seq_lens)
+    paged_decode_triton(
+        qkv, None, None, 0.0, torch.empty(1, 0, device=device), k_cache, v_cache, *where, plan, 0.2, out
+    )
+    assert_decode_is_dense_attention(small, qkv, out, 0.2)
+    torch.testing.assert_close(k_cache[2, :, 12].cpu(), small.keys[0][-1], rtol=0, atol=0)
 
 
 def test_one_captured_graph_serves_every_length_mix(device: str) -> None:
     if device == "cpu":
         pytest.skip("CUDA graphs need CUDA")
     case = make_case(5, [9 * PIECE, 3 * PIECE, 5, 0], 2, 128, 64, torch.bfloat16, device)
-    q, out = decode_inputs(case, 2, 5)
+    qkv, out = decode_inputs(case, 2, 5)
     plan = make_plan(case, 2, target_pieces=8)
     full = case.seq_lens.clone()
 
     def step() -> None:
-        run(case, q, kernels.plan_decode(case.seq_lens, 2, plan), 0.1, out)
+        run(case, qkv, plan_decode(case.seq_lens, 2, plan), 0.1, out)
 
     step()  # compiles outside the capture
     graph = torch.cuda.CUDAGraph()
@@ -154,19 +240,18 @@ def test_one_captured_graph_serves_every_length_mix(device: str) -> None:
         case.values = [dense[:length] for dense, length in zip(values, lengths, strict=True)]
         out.fill_(float("nan"))
         graph.replay()
-        assert_decode_is_dense_attention(case, q, out, 0.1)
+        assert_decode_is_dense_attention(case, qkv, out, 0.1)
     assert bool((case.seq_lens <= full).all())
 
 
-def check_plan(plan: kernels.DecodePlan, lengths: list[int]) -> None:
+def check_plan(plan: DecodePlan, lengths: list[int]) -> None:
     slots = plan.pieces[: len(lengths) + plan.target_pieces].tolist()
     used = [slot for slot in slots if slot[0] >= 0]
     assert slots[: len(used)] == used, "idle slots must be the last"
     is_end = [end == lengths[seq] for seq, _, end, *_ in used]
     assert is_end == sorted(is_end), "whole pieces must come first"
     ends = [end - begin for seq, begin, end, *_ in used if end == lengths[seq]]
-    classes = [4 * end // (max(ends) + 1) for end in ends]
-    assert classes == sorted(classes, reverse=True), "short pieces must come last"
+    assert ends == sorted(ends, reverse=True), "short pieces must come last"
     assert sorted(slot[3] for slot in used) == list(range(len(used))), "each needs a place for its partial result"
     whole_sizes = set()
     for seq, length in enumerate(lengths):
@@ -181,8 +266,8 @@ def check_plan(plan: kernels.DecodePlan, lengths: list[int]) -> None:
     assert all(size % PIECE == 0 and size >= plan.min_piece for size in whole_sizes)
 
 
-def empty_plan(max_seqs: int, target_pieces: int, min_piece: int, device: str = "cpu") -> kernels.DecodePlan:
-    plan = kernels.DecodePlan.allocate(max_seqs, 2, 1, 8, device, target_pieces=target_pieces, min_piece=min_piece)
+def empty_plan(max_seqs: int, target_pieces: int, min_piece: int, device: str = "cpu") -> DecodePlan:
+    plan = DecodePlan.allocate(max_seqs, 2, 1, 8, device, target_pieces=target_pieces, min_piece=min_piece)
     plan.pieces.fill_(777)
     plan.arrivals.fill_(777)
     return plan
@@ -196,7 +281,7 @@ def empty_plan(max_seqs: int, target_pieces: int, min_piece: int, device: str = 
 )
 def test_pieces_cover_every_sequence_and_always_fit(lengths: list[int], target_pieces: int, min_piece: int) -> None:
     plan = empty_plan(len(lengths), target_pieces, min_piece)
-    plan = kernels.plan_decode(torch.tensor(lengths, dtype=torch.int32), 1, plan)
+    plan = plan_decode(torch.tensor(lengths, dtype=torch.int32), 1, plan)
     check_plan(plan, lengths)
     assert not plan.arrivals[: len(lengths)].any()
 
@@ -210,8 +295,8 @@ def test_plan_kernel_equals_its_reference(seed: int, device: str) -> None:
     target_pieces, min_piece = rng.randint(1, 300), rng.randint(1, 4) * PIECE
     expected = empty_plan(num_seqs + 2, target_pieces, min_piece, device)
     actual = empty_plan(num_seqs + 2, target_pieces, min_piece, device)
-    kernels.plan_decode_reference(seq_lens, 1, expected)
-    kernels.plan_decode_triton(seq_lens, 1, actual)
+    plan_decode_reference(seq_lens, 1, expected)
+    plan_decode_triton(seq_lens, 1, actual)
     assert torch.equal(actual.pieces, expected.pieces)
     assert torch.equal(actual.arrivals, expected.arrivals)
 
@@ -219,14 +304,14 @@ def test_plan_kernel_equals_its_reference(seed: int, device: str) -> None:
 def test_what_does_not_fit_is_refused() -> None:
     plan = empty_plan(2, 4, PIECE)
     with pytest.raises(ValueError, match="up to 2 sequences"):
-        kernels.plan_decode(torch.ones(3, dtype=torch.int32), 1, plan)
+        plan_decode(torch.ones(3, dtype=torch.int32), 1, plan)
     with pytest.raises(ValueError, match="kv heads"):
-        kernels.plan_decode(torch.ones(2, dtype=torch.int32), 2, plan)
+        plan_decode(torch.ones(2, dtype=torch.int32), 2, plan)
     with pytest.raises(ValueError, match="min_piece=100"):
         empty_plan(2, 4, 100)
     with pytest.raises(ValueError, match="target_pieces=0"):
         empty_plan(2, 0, PIECE)
-    q = torch.zeros(1, 4, 8)
+    qkv, out = torch.zeros(1, 64), torch.empty(1, 4, 8)
     cache = torch.zeros(3, 2, 16, 8)
     lens = torch.ones(1, dtype=torch.int32)
     table = torch.zeros(1, 1, dtype=torch.int32)
@@ -237,4 +322,4 @@ def test_what_does_not_fit_is_refused() -> None:
         (torch.zeros(3, 3, 16, 8), torch.zeros(3, 3, 16, 8)),  # 4 heads on 3
     ):
         with pytest.raises(ValueError, match="cache"):
-            kernels.paged_decode_triton(q, k_cache, v_cache, table, lens - 1, lens, plan, 1.0, torch.empty_like(q))
+            paged_decode_triton(qkv, None, None, 0.0, qkv, k_cache, v_cache, table, lens - 1, lens, plan, 1.0, out)

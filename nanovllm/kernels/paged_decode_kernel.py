@@ -1,0 +1,351 @@
+"""`paged_decode` in one launch.
+
+A program per sequence would leave the device waiting for the longest one. Split-KV ("flash decoding", Dao et al. 2023)
+gives a program one (kv head, piece of a sequence), with an online softmax (Milakov & Gimelshein 2018) over its tokens;
+the pieces, cut by `plan_decode`, are then merged through their log-sum-exp. The merge needs no second launch: of a
+sequence's programs the last to arrive, by an atomic count, merges all. It goes by the order of the pieces, not of
+arrival, so results do not depend on timing.
+
+What `qk_norm_rope_store` does for prompts, each program does here for the few heads it needs: a launch of its own would
+cost more than those few hundred numbers.
+"""
+
+from dataclasses import dataclass
+from functools import lru_cache
+
+import torch
+
+from nanovllm.kernels.decode_plan import PIECE_FIELDS, PIECE_MULTIPLE, DecodePlan
+from nanovllm.kernels.early_launch import LINE_BYTES, early_launch, fetch, wait_for_previous
+from nanovllm.kernels.paged_kv import (
+    LOG2_E,
+    check_caches,
+    kv_offsets,
+    next_power_of_2,
+    shared_memory_bytes,
+    tile_blocks,
+)
+from nanovllm.kernels.triton_shim import tl, triton
+
+# Measured on an H100: docs/performance.md; benchmarks/paged_attention.py measures alternatives.
+TILE_BYTES = 16 * 1024  # of K a loop iteration: 64 tokens of 128 bf16; twice that where multiprocessors idle
+MAX_STAGES = 3
+NUM_WARPS = 4
+MERGE_ELEMENTS = 8192  # float32 partial results that a merge holds in registers at once
+
+
+@dataclass(frozen=True, slots=True)
+class DecodeConfig:
+    """Launch parameters: tokens a loop iteration, warps a program, depth of the load pipeline."""
+
+    tile: int
+    num_warps: int
+    num_stages: int
+
+
+@lru_cache
+def decode_config(head_dim: int, itemsize: int, shared_memory: int, is_alone: bool = False) -> DecodeConfig:
+    """The launch parameters for a head dimension, an element size and a program's shared memory, both in bytes.
+
+    `is_alone`: few sequences, whose programs have a multiprocessor each and would rather have their tokens at once.
+    """
+    token_bytes = next_power_of_2(head_dim) * itemsize
+    tile = max(16, min(PIECE_MULTIPLE, (2 if is_alone else 1) * TILE_BYTES // token_bytes))
+    # n stages are n-1 buffers of K and V in flight; 12 KiB are left to the query and to layout conversions.
+    fitting = 1 + (shared_memory - 12 * 1024) // (2 * tile * token_bytes)
+    num_warps = NUM_WARPS if itemsize <= 2 else 2 * NUM_WARPS  # float32 dots run on ordinary registers: spread them
+    return DecodeConfig(tile=tile, num_warps=num_warps, num_stages=max(1, min(MAX_STAGES, fitting)))
+
+
+def paged_decode_triton(
+    qkv: torch.Tensor,
+    q_weight: torch.Tensor | None,
+    k_weight: torch.Tensor | None,
+    eps: float,
+    cos_sin: torch.Tensor,
+    k_cache: torch.Tensor,
+    v_cache: torch.Tensor,
+    block_table: torch.Tensor,
+    rows: torch.Tensor,
+    seq_lens: torch.Tensor,
+    plan: DecodePlan,
+    scale: float,
+    out: torch.Tensor,
+    config: DecodeConfig | None = None,
+) -> None:
+    """`paged_decode` in one launch; `config` overrides the default launch parameters.
+
+    Raises ValueError for caches whose layouts differ or are not contiguous within a block, and for one norm of two.
+    """
+    check_caches(out, k_cache, v_cache)
+    if (q_weight is None) != (k_weight is None):
+        raise ValueError("q_weight and k_weight must both be given, or neither")
+    num_seqs, num_heads, head_dim = out.shape
+    _, num_kv_heads, block_size, _ = k_cache.shape
+    if config is None:
+        is_alone = num_seqs * num_kv_heads <= plan.multiprocessors
+        config = decode_config(head_dim, qkv.element_size(), shared_memory_bytes(qkv.device), is_alone)
+    early = early_launch(qkv)
+    group = num_heads // num_kv_heads
+    padded_dim, padded_group = next_power_of_2(head_dim), next_power_of_2(group)
+    # The kv head varies fastest: programs that run together read neighbouring heads of the same blocks, and the idle
+    # slots, which are the last, start when the device is draining anyway.
+    _decode_kernel[(num_kv_heads, num_seqs + plan.target_pieces)](
+        qkv,
+        q_weight,
+        k_weight,
+        cos_sin,
+        k_cache,
+        v_cache,
+        out,
+        block_table,
+        rows,
+        seq_lens,
+        plan.pieces,
+        plan.partial_out,
+        plan.partial_lse,
+        plan.arrivals,
+        eps,
+        scale * LOG2_E,
+        qkv.stride(0),
+        cos_sin.stride(0),
+        out.stride(0),
+        out.stride(1),
+        k_cache.stride(0),
+        block_table.stride(0),
+        GROUP=group,
+        PADDED_GROUP=padded_group,
+        OWN_ROWS=max(16, next_power_of_2(group + 2)),  # what tensor cores want; the surplus is free: memory is not
+        HEAD_DIM=head_dim,
+        PADDED_DIM=padded_dim,
+        HALF=cos_sin.shape[1] // 2,
+        BLOCK_SIZE=block_size,
+        TILE=config.tile,
+        MERGE_PIECES=max(2, MERGE_ELEMENTS // (padded_group * padded_dim)),
+        PIECE_FIELDS=PIECE_FIELDS,
+        LINE=LINE_BYTES // qkv.element_size(),
+        # Only programs that all run at once wait together; a later one would ask for the same lines twice in a row.
+        FETCH=early["EARLY"] and num_seqs <= plan.target_pieces,
+        num_warps=config.num_warps,
+        num_stages=config.num_stages,
+        **early,
+    )
+
+
+@triton.jit
+def _own_token(
+    qkv_ptr,
+    q_weight_ptr,
+    k_weight_ptr,
+    cos_sin_ptr,
+    k_ptr,
+    v_ptr,
+    own_slot,
+    is_stored,
+    kv_head,
+    num_kv_heads,
+    eps,
+    GROUP: tl.constexpr,
+    OWN_ROWS: tl.constexpr,
+    HEAD_DIM: tl.constexpr,
+    PADDED_DIM: tl.constexpr,
+    HALF: tl.constexpr,
+    EARLY: tl.constexpr,
+):
+    """The newest token's heads of one kv head, `[OWN_ROWS, PADDED_DIM]`: its queries, k and v; these two are stored.
+
+    Of every dimension its partner in the rotation is read too. All tensors are of one shape, at the price of reading
+    the same numbers many times, so that they have one layout and the threads nothing to exchange.
+    """
+    row = tl.arange(0, OWN_ROWS)[:, None]
+    dim = tl.arange(0, PADDED_DIM)[None, :] + 0 * row
+    partner = tl.where(dim < HALF, dim + HALF, tl.where(dim < 2 * HALF, dim - HALF, dim))
+    if HALF % 8 == 0:
+        partner = tl.max_contiguous(tl.multiple_of(partner, [1, 8]), [1, 8])
+    in_head = dim < HEAD_DIM
+    is_q, is_normed = row < GROUP, row <= GROUP
+    turns = is_normed & (dim < 2 * HALF)
+    angle = cos_sin_ptr + tl.minimum(dim, partner)
+    cos = tl.load(angle, mask=turns, other=1.0)
+    sin = tl.load(angle + HALF, mask=turns, other=0.0)
+    sin = tl.where(dim < HALF, -sin, sin)
+    if q_weight_ptr is not None:
+        own_weight = tl.where(is_q, q_weight_ptr + dim, k_weight_ptr + dim)
+        partner_weight = tl.where(is_q, q_weight_ptr + partner, k_weight_ptr + partner)
+        own_weight = tl.load(own_weight, mask=in_head & is_normed, other=1.0).to(tl.float32)
+        partner_weight = tl.load(partner_weight, mask=in_head & is_normed, other=1.0).to(tl.float32)
+    head = tl.where(is_normed, num_kv_heads * GROUP + kv_head, num_kv_heads * (GROUP + 1) + kv_head)
+    head = tl.where(is_q, kv_head * GROUP + row, head)
+    source = qkv_ptr + head * HEAD_DIM
+    place = tl.where(is_normed, k_ptr, v_ptr) + own_slot + dim
+    exists = in_head & (row < GROUP + 2)
+
+    wait_for_previous(EARLY)
+    stored = tl.load(source + dim, mask=exists, other=0.0)
+    turned = tl.load(source + partner, mask=exists, other=0.0).to(tl.float32)
+    own = stored.to(tl.float32)
+    if q_weight_ptr is not None:
+        norm = tl.rsqrt(tl.sum(own * own, axis=1, keep_dims=True) / HEAD_DIM + eps)
+        norm = tl.where(is_normed, norm, 1.0)
+        own *= norm * own_weight
+        turned *= norm * partner_weight
+    own = (own * cos + turned * sin).to(stored.dtype)
+    tl.store(place, own, mask=exists & (row >= GROUP) & is_stored)
+    return own
+
+
+@triton.jit
+def _decode_kernel(
+    qkv_ptr,
+    q_weight_ptr,
+    k_weight_ptr,
+    cos_sin_ptr,
+    k_ptr,
+    v_ptr,
+    out_ptr,
+    table_ptr,
+    rows_ptr,
+    seq_lens_ptr,
+    pieces_ptr,
+    partial_out_ptr,
+    partial_lse_ptr,
+    arrivals_ptr,
+    eps,
+    scale_log2,
+    stride_qkv,
+    stride_cos_sin,
+    stride_out_seq,
+    stride_out_head,
+    stride_block,
+    stride_row,
+    GROUP: tl.constexpr,
+    PADDED_GROUP: tl.constexpr,
+    OWN_ROWS: tl.constexpr,
+    HEAD_DIM: tl.constexpr,
+    PADDED_DIM: tl.constexpr,
+    HALF: tl.constexpr,
+    BLOCK_SIZE: tl.constexpr,
+    TILE: tl.constexpr,
+    MERGE_PIECES: tl.constexpr,
+    PIECE_FIELDS: tl.constexpr,
+    LINE: tl.constexpr,
+    FETCH: tl.constexpr,
+    EARLY: tl.constexpr,
+):
+    piece = tl.program_id(1)
+    seq = tl.load(pieces_ptr + piece * PIECE_FIELDS)
+    if seq < 0:
+        wait_for_previous(EARLY)
+        return
+    kv_head = tl.program_id(0)
+    num_kv_heads = tl.num_programs(0)
+    num_heads = num_kv_heads * GROUP
+    begin = tl.load(pieces_ptr + piece * PIECE_FIELDS + 1)
+    end = tl.load(pieces_ptr + piece * PIECE_FIELDS + 2)
+    partial_index = tl.load(pieces_ptr + piece * PIECE_FIELDS + 3)
+    first_partial = tl.load(pieces_ptr + piece * PIECE_FIELDS + 4)
+    num_pieces = tl.load(pieces_ptr + piece * PIECE_FIELDS + 5)
+    table_ptr += tl.load(rows_ptr + seq).to(tl.int64) * stride_row
+    length = tl.load(seq_lens_ptr + seq)
+    position = tl.maximum(length - 1, 0)
+    own_block = tl.load(table_ptr + position // BLOCK_SIZE, mask=length > 0, other=0).to(tl.int64)
+    own_slot = own_block * stride_block + (kv_head * BLOCK_SIZE + position % BLOCK_SIZE) * HEAD_DIM
+
+    dims = tl.arange(0, PADDED_DIM)
+    blocks = tile_blocks(table_ptr, begin, end, BLOCK_SIZE, TILE)
+    if FETCH and PADDED_DIM % LINE == 0:
+        tokens = kv_offsets(blocks, begin, kv_head, stride_block, HEAD_DIM, 1, BLOCK_SIZE, TILE)
+        lines = tokens + (tl.arange(0, PADDED_DIM // LINE) * LINE)[None, :]
+        is_token = (begin + tl.arange(0, TILE) < end)[:, None]
+        fetch(k_ptr + lines, is_token)
+        fetch(v_ptr + lines, is_token)
+    q = _own_token(
+        qkv_ptr + seq.to(tl.int64) * stride_qkv,
+        q_weight_ptr,
+        k_weight_ptr,
+        cos_sin_ptr + position.to(tl.int64) * stride_cos_sin,
+        k_ptr,
+        v_ptr,
+        own_slot,
+        (length > 0) & (end == length),  # the last piece's programs store
+        kv_head,
+        num_kv_heads,
+        eps,
+        GROUP,
+        OWN_ROWS,
+        HEAD_DIM,
+        PADDED_DIM,
+        HALF,
+        EARLY,
+    )
+    tl.debug_barrier()  # what this program's threads have stored, the loop below may read
+
+    top = tl.full([OWN_ROWS], float("-inf"), tl.float32)
+    mass = tl.zeros([OWN_ROWS], tl.float32)
+    acc = tl.zeros([OWN_ROWS, PADDED_DIM], tl.float32)
+    for start in range(begin, end, TILE):
+        offsets = kv_offsets(blocks, start, kv_head, stride_block, HEAD_DIM, PADDED_DIM, BLOCK_SIZE, TILE)
+        blocks = tile_blocks(table_ptr, start + TILE, end, BLOCK_SIZE, TILE)
+        valid = start + tl.arange(0, TILE) < end
+        # Slots past the end hold anything, NaN included, and 0 * NaN is NaN: they must be loaded as zeros. The mask
+        # is constant along head_dim, so it costs a predicate a row and no vector width.
+        kv_mask = valid[:, None]
+        if HEAD_DIM != PADDED_DIM:
+            kv_mask = kv_mask & (dims < HEAD_DIM)[None, :]
+        k = tl.load(k_ptr + offsets, mask=kv_mask, other=0.0)
+        scores = tl.dot(q, tl.trans(k), input_precision="ieee")
+        scores = tl.where(valid[None, :], scores, float("-inf"))
+        new_top = tl.maximum(top, tl.max(scores, 1) * scale_log2)
+        weights = tl.exp2(scores * scale_log2 - new_top[:, None])
+        decay = tl.exp2(top - new_top)
+        mass = mass * decay + tl.sum(weights, 1)
+        v = tl.load(v_ptr + offsets, mask=kv_mask, other=0.0)
+        acc = tl.dot(weights.to(v.dtype), v, acc * decay[:, None], input_precision="ieee")
+        top = new_top
+    acc = acc / tl.where(mass > 0, mass, 1.0)[:, None]  # a padding entry has no mass and gets zeros
+
+    out_head_ptr = out_ptr + seq.to(tl.int64) * stride_out_seq + kv_head * GROUP * stride_out_head
+    heads = tl.arange(0, OWN_ROWS)
+    query_mask = (heads < GROUP)[:, None] & (dims < HEAD_DIM)[None, :]
+    if num_pieces == 1:
+        out_ptrs = out_head_ptr + heads[:, None] * stride_out_head + dims[None, :]
+        tl.store(out_ptrs, acc.to(out_ptr.dtype.element_ty), mask=query_mask)
+        return
+
+    partial_heads = partial_index.to(tl.int64) * num_heads + kv_head * GROUP + heads
+    tl.store(partial_out_ptr + partial_heads[:, None] * HEAD_DIM + dims[None, :], acc, mask=query_mask)
+    tl.store(partial_lse_ptr + partial_heads, top + tl.log2(mass), mask=heads < GROUP)
+    # The barrier puts all of this program's stores before its one thread's release; the acquire of whoever comes
+    # last makes everybody's stores visible to it.
+    tl.debug_barrier()
+    arrival_ptr = arrivals_ptr + seq * num_kv_heads + kv_head
+    arrived = tl.atomic_add(arrival_ptr, 1, sem="acq_rel", scope="gpu")
+    if arrived == num_pieces - 1:
+        tl.store(arrival_ptr, 0)
+        group_heads = tl.arange(0, PADDED_GROUP)
+        read_heads = kv_head * GROUP + tl.minimum(group_heads, GROUP - 1)  # rows past the group repeat its last head
+        merged_top = tl.full([PADDED_GROUP], float("-inf"), tl.float32)
+        merged_mass = tl.zeros([PADDED_GROUP], tl.float32)
+        merged = tl.zeros([PADDED_GROUP, PADDED_DIM], tl.float32)
+        for base in range(0, num_pieces, MERGE_PIECES):
+            index = base + tl.arange(0, MERGE_PIECES)
+            present = (index < num_pieces)[:, None]
+            partials = ((first_partial + index).to(tl.int64) * num_heads)[:, None] + read_heads[None, :]
+            # .cg: from L2, where the others' stores are, never from a stale line of this multiprocessor's L1.
+            lse = tl.load(partial_lse_ptr + partials, mask=present, other=float("-inf"), cache_modifier=".cg")
+            partial = tl.load(
+                partial_out_ptr + partials[:, :, None] * HEAD_DIM + dims[None, None, :],
+                mask=present[:, :, None] & (dims < HEAD_DIM)[None, None, :],
+                other=0.0,
+                cache_modifier=".cg",
+            )
+            new_top = tl.maximum(merged_top, tl.max(lse, 0))
+            weights = tl.exp2(lse - new_top[None, :])
+            decay = tl.exp2(merged_top - new_top)
+            merged_mass = merged_mass * decay + tl.sum(weights, 0)
+            merged = merged * decay[:, None] + tl.sum(weights[:, :, None] * partial, 0)
+            merged_top = new_top
+        merged = merged / merged_mass[:, None]
+        merged_ptrs = out_head_ptr + group_heads[:, None] * stride_out_head + dims[None, :]
+        merged_mask = (group_heads < GROUP)[:, None] & (dims < HEAD_DIM)[None, :]
+        tl.store(merged_ptrs, merged.to(out_ptr.dtype.element_ty), mask=merged_mask)
