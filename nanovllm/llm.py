@@ -11,7 +11,8 @@ from nanovllm.chat import chat_prompts
 from nanovllm.config import Config
 from nanovllm.engine import rollout
 from nanovllm.engine.llm_engine import LLMEngine, StepStats
-from nanovllm.engine.processor import Processor, Prompt, Request, shorten
+from nanovllm.engine.processor import Processor, Prompt, shorten
+from nanovllm.engine.request import Request, make_texts
 from nanovllm.outputs import RequestOutput, Score
 from nanovllm.sampling_params import SamplingParams
 
@@ -119,6 +120,9 @@ class LLM:
         sampling_params: SamplingParams | ListLike[SamplingParams] | None = None,
     ) -> Iterator[RequestOutput]:
         """Complete every prompt, and yield an output whenever a request has more tokens, each with all it has so far.
+
+        With `output_kind=RequestOutputKind.DELTA` each has only what is new, and of several completions only those of
+        which something is; with FINAL_ONLY there is one output for each request, at its end.
 
         `request_id`s count up in the order of the prompts. Several streams, and calls of `generate` between their
         outputs, share the engine. To leave early, leave the loop: closing or dropping the iterator aborts what runs.
@@ -235,7 +239,8 @@ class LLM:
         finally:
             processor.abort(requests)
             progress.close()
-        return processor.outputs(requests)
+        make_texts(requests)
+        return [request.output(request.progress()) for request in requests]
 
     def _stream(self, requests: list[Request]) -> Iterator[RequestOutput]:
         processor = self._open()
@@ -244,8 +249,9 @@ class LLM:
                 processor.add(request)
             while requests:
                 for request in requests:
-                    if request.has_news:
-                        yield processor.output(request)
+                    if request.has_output:
+                        request.has_news = False
+                        yield request.output(request.progress())
                 requests = [r for r in requests if r.has_news or not r.is_finished]
                 if any(not request.is_finished for request in requests):
                     processor.step()
