@@ -15,12 +15,12 @@ from typing import Any
 from uuid import uuid4
 
 from nanovllm.async_stream import Reader, Stream, Turns
-from nanovllm.chat import chat_prompts
+from nanovllm.chat import chat_prompt
 from nanovllm.config import Config
 from nanovllm.engine import rollout
 from nanovllm.engine.engine_thread import EngineThread
 from nanovllm.engine.llm_engine import StepStats
-from nanovllm.engine.processor import Processor, Prompt
+from nanovllm.engine.processor import Processor, Prompt, as_request_ids
 from nanovllm.engine.request import Request, is_last
 from nanovllm.outputs import RequestOutput
 from nanovllm.sampling_params import SamplingParams
@@ -90,16 +90,15 @@ class AsyncLLM:
         """Answer one conversation; the arguments are those of `LLM.chat`, the rest is as in `generate`."""
 
         def make_prompt() -> Prompt:
-            (prompt,) = chat_prompts(
+            return chat_prompt(
                 self._processor.tokenizer,
-                [messages],
+                messages,
                 chat_template=chat_template,
                 add_generation_prompt=add_generation_prompt,
                 continue_final_message=continue_final_message,
                 tools=tools,
                 chat_template_kwargs=chat_template_kwargs,
             )
-            return prompt
 
         return self._run(make_prompt, sampling_params, request_id)
 
@@ -146,7 +145,7 @@ class AsyncLLM:
 
         On return the requests' blocks are free.
         """
-        ids = [request_id] if isinstance(request_id, str) else list(request_id)
+        ids = as_request_ids(request_id)
         for i in ids:
             if i in self._streams:
                 self._streams[i].must_abort = True  # it may not have come to the engine yet

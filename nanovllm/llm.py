@@ -11,7 +11,7 @@ from nanovllm.chat import chat_prompts
 from nanovllm.config import Config
 from nanovllm.engine import rollout
 from nanovllm.engine.llm_engine import LLMEngine, StepStats
-from nanovllm.engine.processor import Processor, Prompt, shorten
+from nanovllm.engine.processor import Processor, Prompt, as_request_ids, shorten
 from nanovllm.engine.request import Request, make_texts
 from nanovllm.outputs import RequestOutput, Score
 from nanovllm.sampling_params import SamplingParams
@@ -142,7 +142,7 @@ class LLM:
     def abort(self, request_id: str | Iterable[str]) -> None:
         """End requests, between two outputs of a stream, before their time. Unknown and finished ids are passed by."""
         processor = self._open()
-        processor.abort(processor.find(request_id))
+        processor.abort(processor.find(as_request_ids(request_id)))
 
     def reset_prefix_cache(self) -> None:
         """Forget all cached prefixes. Requests that run keep their blocks."""

@@ -154,6 +154,18 @@ class TestGenerate:
             ):
                 with pytest.raises(error, match=cause):
                     await last(llm.generate(prompt, params, "same id"))
+            async with aclosing(llm.generate(PROMPTS[0], LONG, "a")) as outputs:
+                await anext(outputs)
+                for request_id in (5, b"a", ["a"], True):
+                    with pytest.raises(TypeError, match="request_id=.* must be a string or None"):
+                        await last(llm.generate(PROMPTS[0], GREEDY, request_id))
+                for request_id in (5, None, b"a", ["a", 5], [["a"]]):
+                    with pytest.raises(TypeError, match="request_id=.* must be a string or a list of strings"):
+                        await llm.abort(request_id)
+                for messages in (None, 5, "Hi", [], [[{"role": "user", "content": "Hi"}]]):
+                    with pytest.raises(TypeError, match=r"messages=.* must be a list of dicts"):
+                        await last(llm.chat(messages, GREEDY))
+                assert (await last(outputs))["finish_reason"] == "length"
 
         run(main())
 

@@ -449,6 +449,15 @@ class TestChat:
         for messages in ("Hi", [], [[]], ["Hi"], [{"content": "Hi"}], None):
             with pytest.raises(TypeError, match="messages"):
                 demo.chat(messages, GREEDY, False, chat_template=CHATML)
+        for option, value in {
+            "chat_template": 5,
+            "chat_template_kwargs": ["extra"],
+            "tools": {"type": "function"},
+            "add_generation_prompt": None,
+            "continue_final_message": "no",
+        }.items():
+            with pytest.raises(TypeError, match=f"{option}=.* must be"):
+                demo.chat(self.MESSAGES, GREEDY, False, **{"chat_template": CHATML, option: value})
         assert is_idle(demo)
 
 

@@ -106,15 +106,16 @@ class Processor:
 
     def encode(self, prompt: Prompt, name: str = "prompt") -> tuple[str | None, list[int]]:
         """A prompt's text, if it has one, and a fresh list of its token ids. Raises as `make_request` does."""
-        text, token_ids = None, prompt
+        text, token_ids = (prompt, None) if isinstance(prompt, str) else (None, prompt)
         if isinstance(prompt, dict):
             unknown = prompt.keys() - {"prompt", "prompt_token_ids"}
             if unknown or not prompt:
                 keys = ", ".join(map(repr, prompt))
                 raise ValueError(f"{name} has the keys {keys or 'none'}: it must have 'prompt' or 'prompt_token_ids'")
-            text, token_ids = prompt.get("prompt"), prompt.get("prompt_token_ids", prompt.get("prompt"))
-        if isinstance(token_ids, str):
-            text = token_ids
+            text, token_ids = prompt.get("prompt"), prompt.get("prompt_token_ids")
+            if not isinstance(text, str | None):
+                raise TypeError(f"{name}['prompt']={shorten(text)} must be a string")
+        if text is not None and token_ids is None:
             try:
                 token_ids = self.tokenizer.encode(text)
             except (TypeError, UnicodeError) as error:  # a lone surrogate, which no encoding has
@@ -136,10 +137,9 @@ class Processor:
             self.abort([request])
             raise
 
-    def find(self, request_ids: str | Iterable[str]) -> list[Request]:
+    def find(self, request_ids: Iterable[str]) -> list[Request]:
         """The unfinished requests among those named."""
-        ids = [request_ids] if isinstance(request_ids, str) else request_ids
-        return [self._requests[i] for i in ids if i in self._requests]
+        return [self._requests[i] for i in request_ids if i in self._requests]
 
     def abort(self, requests: Iterable[Request]) -> None:
         """End requests before their time. Those that have finished, or were never added, are left alone."""
@@ -214,6 +214,15 @@ def load_tokenizer(config: Config, model_path: str) -> Any:
 def child_seed(seed: int, index: int) -> int:
     """The seed, 64 bits, of a request's completion number `index`: not near to that of any other request."""
     return int.from_bytes(blake2b(f"{seed}/{index}".encode(), digest_size=8).digest(), "little")
+
+
+def as_request_ids(request_id: str | Iterable[str]) -> list[str]:
+    """What `abort` takes, as a list. Raises TypeError."""
+    ids = [request_id] if isinstance(request_id, str) else request_id
+    ids = list(ids) if isinstance(ids, Iterable) else [ids]
+    if not all(isinstance(i, str) for i in ids):
+        raise TypeError(f"request_id={shorten(request_id)} must be a string or a list of strings")
+    return ids
 
 
 def shorten(value: object) -> str:
