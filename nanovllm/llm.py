@@ -11,7 +11,7 @@ from nanovllm.chat import chat_prompts
 from nanovllm.config import Config
 from nanovllm.engine import rollout
 from nanovllm.engine.llm_engine import LLMEngine, StepStats
-from nanovllm.engine.processor import Processor, Prompt, as_request_ids, shorten
+from nanovllm.engine.processor import Processor, Prompt, as_list_of_prompts, as_request_ids, one_for_each
 from nanovllm.engine.request import Request, make_texts
 from nanovllm.outputs import RequestOutput, Score
 from nanovllm.sampling_params import SamplingParams
@@ -220,8 +220,8 @@ class LLM:
 
     def _make_requests(self, prompts: Any, sampling_params: Any, is_streaming: bool = False) -> list[Request]:
         processor = self._open()
-        prompts = _as_list_of_prompts(prompts)
-        params = _one_for_each(sampling_params, len(prompts))
+        prompts = as_list_of_prompts(prompts)
+        params = one_for_each(sampling_params, len(prompts))
         return [
             processor.make_request(prompt, one, name=f"prompts[{i}]", is_streaming=is_streaming)
             for i, (prompt, one) in enumerate(zip(prompts, params, strict=True))
@@ -282,27 +282,3 @@ class _Progress:
 
     def close(self) -> None:
         self._bar.close()
-
-
-def _as_list_of_prompts(prompts: Any) -> list[Prompt]:
-    if isinstance(prompts, (str, dict)) or (isinstance(prompts, list) and prompts and type(prompts[0]) is int):
-        return [prompts]
-    if not isinstance(prompts, (list, tuple)):
-        raise TypeError(f"prompts={shorten(prompts)} must be a string, a list of token ids, or a list of these")
-    return list(prompts)
-
-
-def _one_for_each(sampling_params: Any, num_prompts: int) -> list[SamplingParams]:
-    if sampling_params is None:
-        sampling_params = SamplingParams()
-    if isinstance(sampling_params, SamplingParams):
-        return [sampling_params] * num_prompts
-    if not isinstance(sampling_params, (list, tuple)) or not all(
-        isinstance(p, SamplingParams) for p in sampling_params
-    ):
-        raise TypeError(f"sampling_params={shorten(sampling_params)} must be a SamplingParams or a list of them")
-    if len(sampling_params) != num_prompts:
-        raise ValueError(
-            f"sampling_params has {len(sampling_params)} entries for {num_prompts} prompts: give one, or one for each"
-        )
-    return list(sampling_params)

@@ -1,6 +1,8 @@
 """What each output of a stream has, by `SamplingParams.output_kind`; and outputs that nobody takes cost nothing."""
 
 import asyncio
+import sys
+import threading
 import time
 from collections.abc import AsyncIterator, Callable, Iterable, Iterator
 from pathlib import Path
@@ -166,6 +168,45 @@ def test_outputs_that_nobody_takes_are_not_built_and_the_next_has_all(
     monkeypatch.undo()
     (expected,) = llm.generate([PROMPTS[0]], SamplingParams(temperature=0.0, max_tokens=100), use_tqdm=False)
     assert joined(taken) == [facts(expected.outputs[0])]
+
+
+def test_readers_in_other_threads_see_nothing_torn(llm: LLM, async_llm: AsyncLLM) -> None:
+    """Outputs are built while the engine's thread goes on, with no lock between them: so let threads switch often."""
+    asked = [
+        {"max_tokens": 24, "n": 1 + i % 3, "seed": i, "logprobs": 1, "stop": ["a", "é"][: i % 3]} for i in range(9)
+    ]
+    expected = [llm.generate([PROMPTS[i % 3]], SamplingParams(**a), use_tqdm=False)[0] for i, a in enumerate(asked)]
+    results: dict[tuple[int, int], list[RequestOutput]] = {}
+
+    async def read(loop: int, i: int) -> None:
+        kind = (CUMULATIVE, DELTA)[(loop + i) % 2]
+        outputs = results[loop, i] = []
+        async for output in async_llm.generate(PROMPTS[i % 3], SamplingParams(**asked[i], output_kind=kind)):
+            outputs.append(output)
+            assert all(len(part.logprobs) == len(part.token_ids) for part in output.outputs)
+
+    async def main(loop: int) -> None:
+        await asyncio.gather(*[read(loop, i) for i in range(9)])
+
+    interval = sys.getswitchinterval()
+    sys.setswitchinterval(1e-6)
+    try:
+        threads = [threading.Thread(target=asyncio.run, args=(main(loop),)) for loop in range(2)]
+        for thread in threads:
+            thread.start()
+        for thread in threads:
+            thread.join(60)
+    finally:
+        sys.setswitchinterval(interval)
+    for loop in range(2):
+        for i, full in enumerate(expected):
+            outputs = results[loop, i]
+            parts = joined(outputs) if (loop + i) % 2 else [facts(c) for c in outputs[-1].outputs]
+            assert outputs[-1].finished
+            for part, whole in zip(parts, map(facts, full.outputs), strict=True):
+                assert part[:3] + part[5:] == whole[:3] + whole[5:]
+                # In a crowd the last bits of a log-probability may be others.
+                assert [list(entry) for entry in part[3]] == [list(entry) for entry in whole[3]]
 
 
 def test_outputs_do_not_change_once_they_have_been_handed_out(llm: LLM) -> None:

@@ -152,9 +152,9 @@ class Processor:
                 self._forget(request)
 
     def step(self) -> list[Request]:
-        """Let the engine do a step. Returns the requests of which there is more to read, or which have come to an end.
+        """Let the engine do a step. Returns the requests whose readers should know of it.
 
-        Of those whose readers want the final output alone, the ones that have begun are among them too, once.
+        Those are the requests that got tokens; with FINAL_ONLY the first and the last time.
 
         If it fails, all requests are aborted, and the error goes on; the next request is served.
         """
@@ -214,6 +214,32 @@ def load_tokenizer(config: Config, model_path: str) -> Any:
 def child_seed(seed: int, index: int) -> int:
     """The seed, 64 bits, of a request's completion number `index`: not near to that of any other request."""
     return int.from_bytes(blake2b(f"{seed}/{index}".encode(), digest_size=8).digest(), "little")
+
+
+def as_list_of_prompts(prompts: Any) -> list[Prompt]:
+    """What `generate` takes, as a list. Raises TypeError."""
+    if isinstance(prompts, (str, dict)) or (isinstance(prompts, list) and prompts and type(prompts[0]) is int):
+        return [prompts]
+    if not isinstance(prompts, (list, tuple)):
+        raise TypeError(f"prompts={shorten(prompts)} must be a string, a list of token ids, or a list of these")
+    return list(prompts)
+
+
+def one_for_each(sampling_params: Any, num_prompts: int) -> list[SamplingParams]:
+    """One for all, or one for each prompt, as a list. Raises TypeError, ValueError."""
+    if sampling_params is None:
+        sampling_params = SamplingParams()
+    if isinstance(sampling_params, SamplingParams):
+        return [sampling_params] * num_prompts
+    if not isinstance(sampling_params, (list, tuple)) or not all(
+        isinstance(p, SamplingParams) for p in sampling_params
+    ):
+        raise TypeError(f"sampling_params={shorten(sampling_params)} must be a SamplingParams or a list of them")
+    if len(sampling_params) != num_prompts:
+        raise ValueError(
+            f"sampling_params has {len(sampling_params)} entries for {num_prompts} prompts: give one, or one for each"
+        )
+    return list(sampling_params)
 
 
 def as_request_ids(request_id: str | Iterable[str]) -> list[str]:
