@@ -191,7 +191,7 @@ class LLM:
         return self.engine.current_stats()
 
     def close(self) -> None:
-        """Give the memory back. May be called again."""
+        """Give the memory back; a stream that is open raises RuntimeError at its next step. May be called again."""
         if self._processor is None:
             return
         is_cuda = self._processor.engine.runner.is_cuda
@@ -243,10 +243,9 @@ class LLM:
         return [request.output(request.progress()) for request in requests]
 
     def _stream(self, requests: list[Request]) -> Iterator[RequestOutput]:
-        processor = self._open()
         try:
             for request in requests:
-                processor.add(request)
+                self._open().add(request)
             while requests:
                 for request in requests:
                     if request.has_output:
@@ -254,9 +253,10 @@ class LLM:
                         yield request.output(request.progress())
                 requests = [r for r in requests if r.has_news or not r.is_finished]
                 if any(not request.is_finished for request in requests):
-                    processor.step()
+                    self._open().step()
         finally:
-            processor.abort(requests)
+            if self._processor is not None:  # it may have been closed between two outputs
+                self._processor.abort(requests)
 
 
 class _Progress:
