@@ -99,11 +99,10 @@ class Turns:
 
     async def enter(self, stream: Stream) -> None:
         """Wait for the stream's turn. Call `leave` at any time thereafter, also if this is cancelled."""
+        turn: Future[None] = Future()
         with self._lock:
-            if len(self._inside) < self._most:
-                self._inside.add(stream)
-                return
-            turn = self._outside[stream] = Future()
+            self._outside[stream] = turn
+            self._let_in()
         await asyncio.wrap_future(turn)
 
     def leave(self, stream: Stream) -> None:
@@ -111,9 +110,14 @@ class Turns:
         with self._lock:
             self._outside.pop(stream, None)
             self._inside.discard(stream)
-            while self._outside and len(self._inside) < self._most:
-                first = next(iter(self._outside))
-                turn = self._outside.pop(first)
-                if not first.reader.loop.is_closed() and turn.set_running_or_notify_cancel():
-                    self._inside.add(first)
-                    turn.set_result(None)
+            self._let_in()
+
+    def _let_in(self) -> None:
+        if len(self._inside) >= self._most:  # a loop that was closed over its tasks keeps no turn
+            self._inside = {stream for stream in self._inside if not stream.reader.loop.is_closed()}
+        while self._outside and len(self._inside) < self._most:
+            stream = next(iter(self._outside))
+            turn = self._outside.pop(stream)
+            if not stream.reader.loop.is_closed() and turn.set_running_or_notify_cancel():
+                self._inside.add(stream)
+                turn.set_result(None)

@@ -414,6 +414,27 @@ class TestBackpressure:
         assert not llm._turns._inside and not llm._turns._outside
         llm.close()
 
+    def test_loop_that_ends_over_those_that_wait_keeps_no_turn(
+        self, text_model: Path, expected: Callable[..., RequestOutput]
+    ) -> None:
+        llm = AsyncLLM(str(text_model), max_waiting=1, **OPTIONS)
+        loop = asyncio.new_event_loop()
+
+        async def begin() -> list[asyncio.Task]:
+            tasks = [asyncio.create_task(last(llm.generate(prompt, LONG))) for prompt in PROMPTS]
+            while not llm._thread._listeners:
+                await asyncio.sleep(0)
+            return tasks
+
+        tasks = loop.run_until_complete(begin())
+        assert llm._turns._outside
+        loop.close()  # without cancelling its tasks
+        for _ in range(3):
+            assert same(run(last(llm.generate(PROMPTS[1], GREEDY))), expected(PROMPTS[1]))
+        asyncio.run(asyncio.wait_for(llm.aclose(drain=True), TIMEOUT))
+        for task in tasks:
+            task._log_destroy_pending = False
+
     def test_idle_engine_sleeps(self, llm: AsyncLLM, monkeypatch: pytest.MonkeyPatch) -> None:
         run(last(llm.generate(PROMPTS[0], GREEDY)))
         assert is_idle(llm)
