@@ -129,16 +129,20 @@ class AsyncLLM:
             stream.has_entered.set_result(None)
             if stream.must_abort:
                 self._thread.abort(request)
-            while not is_finished:
+            while True:
                 progress = await stream.take()
                 is_finished = is_last(progress)
-                yield request.output(progress)
+                output = request.output(progress)
+                if is_finished:
+                    break
+                yield output
         finally:
             self._turns.leave(stream)
             stream.has_entered.cancel()
             del self._streams[request_id]
             if request is not None and not is_finished:
                 self._thread.abort(request)
+        yield output  # the last: nothing is left of the request, whether the reader comes back or not
 
     async def abort(self, request_id: str | Iterable[str]) -> None:
         """End requests before their time; their readers get a last output, which says so. Unknown ids are passed by.

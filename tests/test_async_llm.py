@@ -178,7 +178,12 @@ class TestGenerate:
                 with pytest.raises(ValueError, match="request_id='a' is that of a request which is still running"):
                     await last(llm.generate(PROMPTS[1], GREEDY, "a"))
                 assert (await anext(first)).request_id == "a"
-            assert same(await last(llm.generate(PROMPTS[1], GREEDY, "a")), expected(PROMPTS[1]))
+            for _ in range(2):  # the id is free as soon as the last output is there
+                outputs = llm.generate(PROMPTS[1], GREEDY, "a")
+                async for output in outputs:
+                    if output.finished:
+                        break
+                assert same(output, expected(PROMPTS[1])) and not llm._streams
             two = SamplingParams(n=2, max_tokens=4)
             async with aclosing(llm.generate(PROMPTS[0], LONG, "1_b")) as first:
                 await anext(first)
