@@ -1,27 +1,27 @@
 """The asyncio front of the engine, for many callers at once: a server, or rollouts that come and go.
 
-The engine runs in a thread of its own (`engine/engine_thread.py`), tokenizers in another; the event loop is never
-blocked. Of each request's outputs only the latest is kept for its reader, which is enough since each has all that came
-before: a slow reader sees fewer of them, holds nobody up, and costs no memory.
+The engine runs in a thread of its own (`engine/engine_thread.py`), tokenizers in another; neither blocks the event
+loop, which only builds the outputs that are taken. A reader who comes late gets one output for all that there is by
+then: it holds nobody up, and costs no memory (`async_stream.py`).
 """
 
 import asyncio
 import gc
 import weakref
-from collections import deque
 from collections.abc import AsyncIterator, Callable, Iterable
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import aclosing
 from functools import partial
 from typing import Any
 from uuid import uuid4
 
-from nanovllm.chat import chat_prompts
+from nanovllm.async_stream import Reader, Stream, Turns
+from nanovllm.chat import chat_prompt
 from nanovllm.config import Config
 from nanovllm.engine import rollout
 from nanovllm.engine.engine_thread import EngineThread
 from nanovllm.engine.llm_engine import StepStats
-from nanovllm.engine.processor import Processor, Prompt
+from nanovllm.engine.processor import Processor, Prompt, as_request_ids
+from nanovllm.engine.request import Request, is_last
 from nanovllm.outputs import RequestOutput
 from nanovllm.sampling_params import SamplingParams
 
@@ -33,12 +33,12 @@ class AsyncLLM:
             async for output in llm.generate("Hello", SamplingParams(max_tokens=64)):
                 print(output.outputs[0].text)
 
-    As a context manager it lets the requests end that the engine has been given when the block is left (those that
-    still wait for their turn are refused), and aborts them when an exception leaves it.
+    As a context manager it takes no more requests when the block is left, and lets those end that have begun, also the
+    ones that still wait for their turn. When an exception leaves the block, it aborts them.
 
     Args:
         max_waiting: how many requests may wait for their first token; `generate` of further ones waits for its turn.
-            Counted for each event loop by itself. None: any number.
+            None: any number.
         options: those of `nanovllm.config.Config`.
 
     Raises: as `LLM`.
@@ -47,18 +47,22 @@ class AsyncLLM:
     def __init__(self, model: str, *, max_waiting: int | None = None, **options: Any) -> None:
         if max_waiting is not None and (type(max_waiting) is not int or max_waiting < 1):
             raise ValueError(f"max_waiting={max_waiting!r} must be None or an integer >= 1")
-        self._max_waiting = max_waiting
+        self._turns = Turns(max_waiting)
+        self._is_closing = False
         self._thread = EngineThread(Processor(Config.from_options(model, options)))
         self._tokenizing = ThreadPoolExecutor(1, thread_name_prefix="nanovllm-tokenizer")
-        self._streams: dict[str, _Stream] = {}
-        self._reader: _Reader | None = None
+        self._streams: dict[str, Stream] = {}
+        self._reader: Reader | None = None
         # The threads know nothing of this object: dropping it, or leaving the interpreter, ends them.
         weakref.finalize(self, _shut_down, self._thread, self._tokenizing)
 
-    async def generate(
+    def generate(
         self, prompt: Prompt, sampling_params: SamplingParams | None = None, request_id: str | None = None
     ) -> AsyncIterator[RequestOutput]:
         """Complete a prompt: yields outputs with all that there is so far, the last with `finished`.
+
+        With `output_kind=RequestOutputKind.DELTA` each has what is new since the one before, and of several
+        completions only those of which something is; with FINAL_ONLY there is but the last.
 
         Leaving the loop early, closing the iterator or cancelling the task aborts the request.
 
@@ -70,33 +74,9 @@ class AsyncLLM:
             TypeError, ValueError: the prompt cannot run, or a request of that id is running.
             RuntimeError: the engine failed under the request, which the `__cause__` explains, or it is closed.
         """
-        params = SamplingParams() if sampling_params is None else sampling_params
-        if not isinstance(params, SamplingParams):
-            raise TypeError(f"sampling_params={params!r:.80} must be a SamplingParams")
-        request_id = uuid4().hex if request_id is None else request_id
-        stream = _Stream(self._reader_of_this_loop())
-        if self._streams.setdefault(request_id, stream) is not stream:
-            raise ValueError(f"request_id={request_id!r} is that of a request which is still running")
-        request = None
-        is_finished = False
-        try:
-            await stream.enter_queue()
-            make = partial(self._processor.make_request, prompt, params, request_id=request_id, is_streaming=True)
-            request = await self._in_tokenizer_thread(make)
-            self._thread.submit(request, stream.put)
-            if stream.must_abort:
-                self._thread.abort(request)
-            while not is_finished:
-                output = await stream.take()
-                is_finished = output.finished
-                yield output
-        finally:
-            stream.leave_queue()
-            del self._streams[request_id]
-            if request is not None and not is_finished:
-                self._thread.abort(request)
+        return self._run(lambda: prompt, sampling_params, request_id)
 
-    async def chat(
+    def chat(
         self,
         messages: list[dict[str, Any]],
         sampling_params: SamplingParams | None = None,
@@ -108,27 +88,68 @@ class AsyncLLM:
         chat_template_kwargs: dict[str, Any] | None = None,
     ) -> AsyncIterator[RequestOutput]:
         """Answer one conversation; the arguments are those of `LLM.chat`, the rest is as in `generate`."""
-        make = partial(
-            chat_prompts,
-            self._processor.tokenizer,
-            [messages],
-            chat_template=chat_template,
-            add_generation_prompt=add_generation_prompt,
-            continue_final_message=continue_final_message,
-            tools=tools,
-            chat_template_kwargs=chat_template_kwargs,
-        )
-        (prompt,) = await self._in_tokenizer_thread(make)
-        async with aclosing(self.generate(prompt, sampling_params, request_id)) as outputs:
-            async for output in outputs:
+
+        def make_prompt() -> Prompt:
+            return chat_prompt(
+                self._processor.tokenizer,
+                messages,
+                chat_template=chat_template,
+                add_generation_prompt=add_generation_prompt,
+                continue_final_message=continue_final_message,
+                tools=tools,
+                chat_template_kwargs=chat_template_kwargs,
+            )
+
+        return self._run(make_prompt, sampling_params, request_id)
+
+    async def _run(
+        self, make_prompt: Callable[[], Prompt], params: SamplingParams | None, request_id: str | None
+    ) -> AsyncIterator[RequestOutput]:
+        params = SamplingParams() if params is None else params
+        if not isinstance(params, SamplingParams):
+            raise TypeError(f"sampling_params={params!r:.80} must be a SamplingParams")
+        request_id = uuid4().hex if request_id is None else request_id
+        if not isinstance(request_id, str):
+            raise TypeError(f"request_id={request_id!r:.80} must be a string or None")
+        if self._is_closing:
+            raise RuntimeError("the engine is closed")
+        stream = Stream(self._reader_of_this_loop(), self._turns, params.output_kind)
+        if self._streams.setdefault(request_id, stream) is not stream:
+            raise ValueError(f"request_id={request_id!r} is that of a request which is still running")
+        request = None
+        is_finished = False
+        try:
+            await self._turns.enter(stream)
+
+            def make_request() -> Request:
+                return self._processor.make_request(make_prompt(), params, request_id=request_id, is_streaming=True)
+
+            request = await self._in_tokenizer_thread(make_request)
+            self._thread.submit(request, stream.put)
+            stream.has_entered.set_result(None)
+            if stream.must_abort:
+                self._thread.abort(request)
+            while True:
+                progress = await stream.take()
+                is_finished = is_last(progress)
+                output = request.output(progress)
+                if is_finished:
+                    break
                 yield output
+        finally:
+            self._turns.leave(stream)
+            stream.has_entered.cancel()
+            del self._streams[request_id]
+            if request is not None and not is_finished:
+                self._thread.abort(request)
+        yield output  # the last: nothing is left of the request, whether the reader comes back or not
 
     async def abort(self, request_id: str | Iterable[str]) -> None:
         """End requests before their time; their readers get a last output, which says so. Unknown ids are passed by.
 
         On return the requests' blocks are free.
         """
-        ids = [request_id] if isinstance(request_id, str) else list(request_id)
+        ids = as_request_ids(request_id)
         for i in ids:
             if i in self._streams:
                 self._streams[i].must_abort = True  # it may not have come to the engine yet
@@ -169,7 +190,7 @@ class AsyncLLM:
     @property
     def is_running(self) -> bool:
         """Whether it takes requests."""
-        return self._thread.is_running
+        return self._thread.is_running and not self._is_closing
 
     @property
     def errored(self) -> bool:
@@ -177,15 +198,29 @@ class AsyncLLM:
         return self._thread.error is not None
 
     def close(self, drain: bool = False) -> None:
-        """Abort all requests, or with `drain` let them end; then give the memory back. Blocks; may be called again."""
+        """Abort all requests, or with `drain` let those end that the engine has been given; then give the memory back.
+
+        Blocks; may be called again.
+        """
+        self._is_closing = True
         _shut_down(self._thread, self._tokenizing, drain)
         self._tokenizing.shutdown()
         self._give_back()
 
     async def aclose(self, drain: bool = False) -> None:
-        """`close` that does not block the event loop."""
-        self._thread.close(drain)
-        try:  # shielded: others may wait for the same end
+        """`close` that does not block the event loop.
+
+        With `drain` all requests come to their end whose iteration has begun, also those that wait for their turn.
+        """
+        try:
+            if drain:
+                await asyncio.sleep(0)  # tasks that were made just before begin
+            self._is_closing = True
+            if drain:
+                for stream in list(self._streams.values()):
+                    await stream.entered_or_gone()
+            self._thread.close(drain)
+            # shielded: others may wait for the same end
             await asyncio.shield(asyncio.wrap_future(self._thread.ended))
         except asyncio.CancelledError:
             self._thread.close()  # whoever would have waited for the requests does no longer
@@ -205,14 +240,18 @@ class AsyncLLM:
             raise RuntimeError("this AsyncLLM is closed")
         return processor
 
-    def _reader_of_this_loop(self) -> "_Reader":
+    def _reader_of_this_loop(self) -> Reader:
         loop = asyncio.get_running_loop()
         if self._reader is None or self._reader.loop is not loop:
-            self._reader = _Reader(loop, self._max_waiting)
+            self._reader = Reader(loop)
         return self._reader
 
     async def _in_tokenizer_thread(self, function: Callable[[], Any]) -> Any:
-        return await asyncio.get_running_loop().run_in_executor(self._tokenizing, function)
+        try:
+            future = asyncio.get_running_loop().run_in_executor(self._tokenizing, function)
+        except RuntimeError as error:
+            raise RuntimeError("the engine is closed") from error
+        return await future
 
     async def _between_steps(self, function: Callable[..., Any], *arguments: Any) -> None:
         """Call `function(engine, *arguments)` in the engine's thread."""
@@ -230,75 +269,6 @@ class AsyncLLM:
             import torch
 
             torch.cuda.empty_cache()
-
-
-class _Reader:
-    """An event loop that reads streams, and how the engine's thread wakes it: once for all that a step has brought."""
-
-    def __init__(self, loop: asyncio.AbstractEventLoop, max_waiting: int | None) -> None:
-        self.loop = loop
-        self.turns = None if max_waiting is None else asyncio.Semaphore(max_waiting)
-        self._to_wake: deque[_Stream] = deque()
-        self._is_called = False
-
-    def wake(self, stream: "_Stream") -> None:
-        """Called in the engine's thread."""
-        self._to_wake.append(stream)
-        if not self._is_called:
-            self._is_called = True
-            try:
-                self.loop.call_soon_threadsafe(self._wake_all)
-            except RuntimeError:
-                pass  # the loop has been closed over its tasks: nobody reads any more
-
-    def _wake_all(self) -> None:
-        self._is_called = False  # before looking: whoever comes after that calls again
-        while self._to_wake:
-            self._to_wake.popleft().wake()
-
-
-class _Stream:
-    """The way of one request's outputs from the engine's thread to the task that reads them."""
-
-    def __init__(self, reader: _Reader) -> None:
-        self.must_abort = False
-        self._reader = reader
-        self._latest: deque[RequestOutput | BaseException] = deque(maxlen=1)  # append and popleft are atomic
-        self._has_news = asyncio.Event()
-        self._is_announced = False
-        self._is_queued = False
-
-    async def enter_queue(self) -> None:
-        if self._reader.turns is not None:
-            await self._reader.turns.acquire()
-            self._is_queued = True
-
-    def leave_queue(self) -> None:
-        if self._is_queued:
-            self._is_queued = False
-            self._reader.turns.release()
-
-    def put(self, item: RequestOutput | BaseException) -> None:
-        """Called in the engine's thread. What has not been taken yet is replaced."""
-        self._latest.append(item)
-        if not self._is_announced:
-            self._is_announced = True
-            self._reader.wake(self)
-
-    def wake(self) -> None:
-        self._is_announced = False  # before the event: what is put after that is announced again
-        self.leave_queue()
-        self._has_news.set()
-
-    async def take(self) -> RequestOutput:
-        """The latest output, when there is one that has not been taken. Raises the request's error."""
-        while not self._latest:
-            self._has_news.clear()
-            await self._has_news.wait()
-        item = self._latest.popleft()
-        if isinstance(item, BaseException):
-            raise item
-        return item
 
 
 def _shut_down(thread: EngineThread, tokenizing: ThreadPoolExecutor, drain: bool = False) -> None:

@@ -73,7 +73,7 @@ class Config:
 
     def __post_init__(self) -> None:
         if not isinstance(self.model, str) or not self.model:
-            raise TypeError(f"model={self.model!r} must be a directory or a hub id")
+            raise TypeError(f"model={self.model!r} must be a string: a directory or a hub id")
         for option in fields(self):
             value = getattr(self, option.name)
             if get_origin(option.type) is Literal and value not in get_args(option.type):

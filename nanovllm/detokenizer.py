@@ -146,28 +146,28 @@ class Detokenizer:
     """One sequence's text as its tokens come, up to a stop string.
 
     Which stop string ends the text does not depend on where tokens begin: it is the one that is complete first, and
-    of several that end at the same place the longest.
+    of several that end at the same place the longest. What may be the beginning of one is kept back.
+
+    Attributes:
+        pieces: the text, in pieces. The list only grows.
+        num_chars: of them may be shown. It only grows too.
     """
 
     def __init__(self, decoder: TokenDecoder, params: SamplingParams) -> None:
+        self.pieces: list[str] = []
+        self.num_chars = 0
         self._stream = TextStream(decoder, params)
-        self._stop: tuple[str, ...] = tuple(params.stop)
+        self._searches = [StopSearch(stop) for stop in params.stop]
         self._include_stop = params.include_stop_str_in_output
         self._min_tokens = params.min_tokens
         self._num_tokens = 0
-        self._pieces: list[str] = []
-        self._tail = ""  # the text's end, as far as a stop string can reach back
-        self._tail_len = max(map(len, self._stop), default=1) - 1
-        self._num_held = 0  # characters at the end that may be the beginning of a stop string
+        self._num_all = 0  # characters of the pieces
         self._is_closed = False
 
     @property
     def text(self) -> str:
-        """All that may be shown. It only ever grows."""
-        if len(self._pieces) > 1:
-            self._pieces = ["".join(self._pieces)]
-        text = self._pieces[0] if self._pieces else ""
-        return text[: len(text) - self._num_held]
+        """All that may be shown."""
+        return "".join(self.pieces)[: self.num_chars]
 
     def append(self, token_id: int) -> str | None:
         """Take a token. Returns the stop string that it completes, after which nothing may be appended.
@@ -179,49 +179,72 @@ class Detokenizer:
 
     def finish(self) -> str | None:
         """No token comes any more: show what was kept back. Returns the stop string that this brings to light."""
-        stop = None if self._is_closed else self._add(self._stream.finish())
+        if self._is_closed:
+            return None
+        stop = self._add(self._stream.finish())
+        if stop is None:
+            self.num_chars = self._num_all
         self._is_closed = True
-        self._num_held = 0
         return stop
 
     def _add(self, new: str) -> str | None:
-        self._pieces.append(new)
-        if not self._stop or not new:
+        if not new:
             return None
-        text, num_old = self._tail + new, len(self._tail)
-        if self._num_tokens > self._min_tokens:
-            found = self._find_stop(text, num_old)
-            if found is not None:
-                self._cut(len(text) - found[0] - (len(found[1]) if self._include_stop else 0))
-                return found[1]
-        self._tail = text[-self._tail_len :] if self._tail_len else ""
-        self._num_held = 0 if self._include_stop else self._num_beginning(text)
-        return None
+        num_before = self._num_all
+        self._num_all += len(new)
+        self.pieces.append(new)
+        if not self._searches:
+            self.num_chars = self._num_all
+            return None
+        counts = self._num_tokens > self._min_tokens
+        ends = [(search.read(new, counts), -len(search.stop), search.stop) for search in self._searches]
+        end, _, stop = min((e for e in ends if e[0]), default=(0, 0, None))
+        if stop is None:
+            num_held = 0 if self._include_stop else max(search.num_matched for search in self._searches)
+            self.num_chars = self._num_all - num_held
+        else:
+            self.num_chars = num_before + end - (0 if self._include_stop else len(stop))
+            self._is_closed = True
+        return stop
 
-    def _find_stop(self, text: str, num_old: int) -> tuple[int, str] | None:
-        """Where the stop string begins that is complete first, and which it is; part of it is past `num_old`."""
-        best: tuple[int, int, str] | None = None
-        for stop in self._stop:
-            start = text.find(stop, max(0, num_old - len(stop) + 1))
-            if start >= 0:
-                found = (start + len(stop), start, stop)
-                best = found if best is None else min(best, found)
-        return best and best[1:]
 
-    def _cut(self, num_chars: int) -> None:
-        """Take the last `num_chars` off. No shown text is among them: a stop string's beginning was held back."""
-        self._num_held = 0
-        text = self.text
-        self._pieces = [text[: len(text) - num_chars]]
-        self._is_closed = True
+class StopSearch:
+    """Looks for one stop string in a text that comes in pieces: the algorithm of Knuth, Morris and Pratt.
 
-    def _num_beginning(self, text: str) -> int:
-        """How many characters at the end of `text` are the beginning of a stop string, at the most."""
-        longest = 0
-        for stop in self._stop:
-            start = text.find(stop[0], max(0, len(text) - len(stop) + 1))
-            while start >= 0 and not stop.startswith(text[start:]):
-                start = text.find(stop[0], start + 1)
-            if start >= 0:
-                longest = max(longest, len(text) - start)
-        return longest
+    Each character is read once, at a cost that is constant on average, whatever the text and the stop string: when what
+    has matched does not go on, what is left of the match is known without looking back. ("Fast pattern matching in
+    strings", 1977.)
+    """
+
+    def __init__(self, stop: str) -> None:
+        self.stop = stop
+        self.num_matched = 0  # characters at the end of the text that are the stop string's beginning, at the most
+        # _borders[n]: of its first n characters, how many at the end are also its beginning. As far as it has matched.
+        self._borders = [0, 0]
+
+    def read(self, new: str, counts: bool) -> int:
+        """Read on. Returns where in `new` the stop string first ends, if it `counts`, otherwise 0."""
+        stop, n = self.stop, self.num_matched
+        if n == 0 and stop[0] not in new:
+            return 0
+        for end, char in enumerate(new, 1):
+            n = self._extend(n, char)
+            if n == len(stop):
+                if counts:
+                    return end
+                n = self._borders[n]
+        self.num_matched = n
+        return 0
+
+    def _extend(self, n: int, char: str) -> int:
+        """How much matches after one more character, n characters having matched before it."""
+        stop, borders = self.stop, self._borders
+        while n and stop[n] != char:
+            n = borders[n]
+        n += stop[n] == char
+        if n == len(borders):
+            border = borders[n - 1]
+            while border and stop[border] != char:
+                border = borders[border]
+            borders.append(border + (stop[border] == char))
+        return n

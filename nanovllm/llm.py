@@ -11,7 +11,8 @@ from nanovllm.chat import chat_prompts
 from nanovllm.config import Config
 from nanovllm.engine import rollout
 from nanovllm.engine.llm_engine import LLMEngine, StepStats
-from nanovllm.engine.processor import Processor, Prompt, Request, shorten
+from nanovllm.engine.processor import Processor, Prompt, as_list_of_prompts, as_request_ids, one_for_each
+from nanovllm.engine.request import Request, make_texts
 from nanovllm.outputs import RequestOutput, Score
 from nanovllm.sampling_params import SamplingParams
 
@@ -120,6 +121,9 @@ class LLM:
     ) -> Iterator[RequestOutput]:
         """Complete every prompt, and yield an output whenever a request has more tokens, each with all it has so far.
 
+        With `output_kind=RequestOutputKind.DELTA` each has only what is new, and of several completions only those of
+        which something is; with FINAL_ONLY there is one output for each request, at its end.
+
         `request_id`s count up in the order of the prompts. Several streams, and calls of `generate` between their
         outputs, share the engine. To leave early, leave the loop: closing or dropping the iterator aborts what runs.
 
@@ -138,7 +142,7 @@ class LLM:
     def abort(self, request_id: str | Iterable[str]) -> None:
         """End requests, between two outputs of a stream, before their time. Unknown and finished ids are passed by."""
         processor = self._open()
-        processor.abort(processor.find(request_id))
+        processor.abort(processor.find(as_request_ids(request_id)))
 
     def reset_prefix_cache(self) -> None:
         """Forget all cached prefixes. Requests that run keep their blocks."""
@@ -187,7 +191,7 @@ class LLM:
         return self.engine.current_stats()
 
     def close(self) -> None:
-        """Give the memory back. May be called again."""
+        """Give the memory back; a stream that is open raises RuntimeError at its next step. May be called again."""
         if self._processor is None:
             return
         is_cuda = self._processor.engine.runner.is_cuda
@@ -216,8 +220,8 @@ class LLM:
 
     def _make_requests(self, prompts: Any, sampling_params: Any, is_streaming: bool = False) -> list[Request]:
         processor = self._open()
-        prompts = _as_list_of_prompts(prompts)
-        params = _one_for_each(sampling_params, len(prompts))
+        prompts = as_list_of_prompts(prompts)
+        params = one_for_each(sampling_params, len(prompts))
         return [
             processor.make_request(prompt, one, name=f"prompts[{i}]", is_streaming=is_streaming)
             for i, (prompt, one) in enumerate(zip(prompts, params, strict=True))
@@ -235,22 +239,24 @@ class LLM:
         finally:
             processor.abort(requests)
             progress.close()
-        return processor.outputs(requests)
+        make_texts(requests)
+        return [request.output(request.progress()) for request in requests]
 
     def _stream(self, requests: list[Request]) -> Iterator[RequestOutput]:
-        processor = self._open()
         try:
             for request in requests:
-                processor.add(request)
+                self._open().add(request)
             while requests:
                 for request in requests:
-                    if request.has_news:
-                        yield processor.output(request)
+                    if request.has_output:
+                        request.has_news = False
+                        yield request.output(request.progress())
                 requests = [r for r in requests if r.has_news or not r.is_finished]
                 if any(not request.is_finished for request in requests):
-                    processor.step()
+                    self._open().step()
         finally:
-            processor.abort(requests)
+            if self._processor is not None:  # it may have been closed between two outputs
+                self._processor.abort(requests)
 
 
 class _Progress:
@@ -276,27 +282,3 @@ class _Progress:
 
     def close(self) -> None:
         self._bar.close()
-
-
-def _as_list_of_prompts(prompts: Any) -> list[Prompt]:
-    if isinstance(prompts, (str, dict)) or (isinstance(prompts, list) and prompts and type(prompts[0]) is int):
-        return [prompts]
-    if not isinstance(prompts, (list, tuple)):
-        raise TypeError(f"prompts={shorten(prompts)} must be a string, a list of token ids, or a list of these")
-    return list(prompts)
-
-
-def _one_for_each(sampling_params: Any, num_prompts: int) -> list[SamplingParams]:
-    if sampling_params is None:
-        sampling_params = SamplingParams()
-    if isinstance(sampling_params, SamplingParams):
-        return [sampling_params] * num_prompts
-    if not isinstance(sampling_params, (list, tuple)) or not all(
-        isinstance(p, SamplingParams) for p in sampling_params
-    ):
-        raise TypeError(f"sampling_params={shorten(sampling_params)} must be a SamplingParams or a list of them")
-    if len(sampling_params) != num_prompts:
-        raise ValueError(
-            f"sampling_params has {len(sampling_params)} entries for {num_prompts} prompts: give one, or one for each"
-        )
-    return list(sampling_params)

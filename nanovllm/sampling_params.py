@@ -3,9 +3,18 @@
 import math
 from collections.abc import Callable
 from dataclasses import dataclass, field
+from enum import Enum
 from typing import Any
 
 MAX_STOP_IDS = 64  # stop ids that min_tokens can hold back: the width of a device-resident row
+
+
+class RequestOutputKind(Enum):
+    """What each output of a stream has."""
+
+    CUMULATIVE = 0  # all there is so far
+    DELTA = 1  # what is new since the last one
+    FINAL_ONLY = 2  # all; and there is but one, at the end
 
 
 @dataclass(slots=True, frozen=True, kw_only=True)
@@ -41,6 +50,7 @@ class SamplingParams:
         detokenize: give text.
         skip_special_tokens: leave special tokens out of the text.
         spaces_between_special_tokens: put spaces between them.
+        output_kind: what each output of a stream has; `LLM.generate` and `LLM.chat` give the final ones whatever it is.
         truncate_prompt_tokens: keep only so many of the prompt's last tokens; -1: as many as the model takes.
 
     Raises:
@@ -71,6 +81,7 @@ class SamplingParams:
     detokenize: bool = True
     skip_special_tokens: bool = True
     spaces_between_special_tokens: bool = True
+    output_kind: RequestOutputKind = RequestOutputKind.CUMULATIVE
     truncate_prompt_tokens: int | None = None
 
     def __post_init__(self) -> None:
@@ -158,5 +169,10 @@ _RULES: dict[str, tuple[Callable[[Any], bool], Callable[[Any], bool], str]] = {
     "detokenize": (_is_bool, lambda v: True, "True or False"),
     "skip_special_tokens": (_is_bool, lambda v: True, "True or False"),
     "spaces_between_special_tokens": (_is_bool, lambda v: True, "True or False"),
+    "output_kind": (
+        lambda v: isinstance(v, RequestOutputKind),
+        lambda v: True,
+        "RequestOutputKind.CUMULATIVE, DELTA or FINAL_ONLY",
+    ),
     "truncate_prompt_tokens": (_is_int, lambda v: v == -1 or v >= 1, "None or an integer >= 1, or -1 for the model's"),
 }

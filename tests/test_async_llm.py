@@ -154,6 +154,18 @@ class TestGenerate:
             ):
                 with pytest.raises(error, match=cause):
                     await last(llm.generate(prompt, params, "same id"))
+            async with aclosing(llm.generate(PROMPTS[0], LONG, "a")) as outputs:
+                await anext(outputs)
+                for request_id in (5, b"a", ["a"], True):
+                    with pytest.raises(TypeError, match="request_id=.* must be a string or None"):
+                        await last(llm.generate(PROMPTS[0], GREEDY, request_id))
+                for request_id in (5, None, b"a", ["a", 5], [["a"]]):
+                    with pytest.raises(TypeError, match="request_id=.* must be a string or a list of strings"):
+                        await llm.abort(request_id)
+                for messages in (None, 5, "Hi", [], [[{"role": "user", "content": "Hi"}]]):
+                    with pytest.raises(TypeError, match=r"messages=.* must be a list of dicts"):
+                        await last(llm.chat(messages, GREEDY))
+                assert (await last(outputs))["finish_reason"] == "length"
 
         run(main())
 
@@ -166,7 +178,12 @@ class TestGenerate:
                 with pytest.raises(ValueError, match="request_id='a' is that of a request which is still running"):
                     await last(llm.generate(PROMPTS[1], GREEDY, "a"))
                 assert (await anext(first)).request_id == "a"
-            assert same(await last(llm.generate(PROMPTS[1], GREEDY, "a")), expected(PROMPTS[1]))
+            for _ in range(2):  # the id is free as soon as the last output is there
+                outputs = llm.generate(PROMPTS[1], GREEDY, "a")
+                async for output in outputs:
+                    if output.finished:
+                        break
+                assert same(output, expected(PROMPTS[1])) and not llm._streams
             two = SamplingParams(n=2, max_tokens=4)
             async with aclosing(llm.generate(PROMPTS[0], LONG, "1_b")) as first:
                 await anext(first)
@@ -369,12 +386,59 @@ class TestBackpressure:
                     task.cancel()
                 await asyncio.gather(*tasks, return_exceptions=True)
                 assert same(await read(PROMPTS[0]), expected(PROMPTS[0]))
-                assert llm._reader.turns._value == 3, "a turn was lost"
+                assert not llm._turns._inside and not llm._turns._outside, "a turn was lost"
 
         run(main())
         for value in (0, -1, 1.5, True):
             with pytest.raises(ValueError, match="max_waiting"):
                 AsyncLLM(str(text_model), max_waiting=value)
+
+    def test_max_waiting_is_the_engines_whatever_loops_its_callers_run_in(
+        self, text_model: Path, expected: Callable[..., RequestOutput]
+    ) -> None:
+        results: list[RequestOutput] = []
+        with_turn = []
+
+        async def one_loop() -> None:
+            async def read(prompt: list[int]) -> None:
+                async for output in llm.generate(prompt, GREEDY):
+                    with_turn.append(len(llm._turns._inside))
+                    if output.finished:
+                        results.append(output)
+
+            await asyncio.gather(*[read(prompt) for prompt in PROMPTS * 2])
+
+        llm = AsyncLLM(str(text_model), max_waiting=2, **{**OPTIONS, "max_num_seqs": 2})
+        threads = [threading.Thread(target=asyncio.run, args=(one_loop(),)) for _ in range(3)]
+        for thread in threads:
+            thread.start()
+        for thread in threads:
+            thread.join(TIMEOUT)
+        assert len(results) == 30 and 1 <= max(with_turn) <= 2
+        assert all(same(output, expected(output.prompt_token_ids)) for output in results)
+        assert not llm._turns._inside and not llm._turns._outside
+        llm.close()
+
+    def test_loop_that_ends_over_those_that_wait_keeps_no_turn(
+        self, text_model: Path, expected: Callable[..., RequestOutput]
+    ) -> None:
+        llm = AsyncLLM(str(text_model), max_waiting=1, **OPTIONS)
+        loop = asyncio.new_event_loop()
+
+        async def begin() -> list[asyncio.Task]:
+            tasks = [asyncio.create_task(last(llm.generate(prompt, LONG))) for prompt in PROMPTS]
+            while not llm._thread._listeners:
+                await asyncio.sleep(0)
+            return tasks
+
+        tasks = loop.run_until_complete(begin())
+        assert llm._turns._outside
+        loop.close()  # without cancelling its tasks
+        for _ in range(3):
+            assert same(run(last(llm.generate(PROMPTS[1], GREEDY))), expected(PROMPTS[1]))
+        asyncio.run(asyncio.wait_for(llm.aclose(drain=True), TIMEOUT))
+        for task in tasks:
+            task._log_destroy_pending = False
 
     def test_idle_engine_sleeps(self, llm: AsyncLLM, monkeypatch: pytest.MonkeyPatch) -> None:
         run(last(llm.generate(PROMPTS[0], GREEDY)))
@@ -397,7 +461,7 @@ class TestFailure:
     ) -> None:
         async def main() -> None:
             engine = llm._processor.engine
-            for owner, name in ((engine.runner, "launch"), (engine, "_read_tokens"), (llm._processor, "_output")):
+            for owner, name in ((engine.runner, "launch"), (engine, "_read_tokens"), (llm._processor, "_follow")):
                 cause = RuntimeError(f"{name} failed")
                 generators = [llm.generate(prompt, LONG) for prompt in PROMPTS * 3]  # some of them wait
                 tasks = [asyncio.create_task(last(generator)) for generator in generators]
@@ -563,6 +627,69 @@ class TestShutdown:
 
         assert run(main(False)) == "length"
         assert run(main(True)) == "abort"
+
+    def test_of_the_context_waits_for_requests_whose_turn_has_not_come(
+        self, text_model: Path, expected: Callable[..., RequestOutput]
+    ) -> None:
+        async def main() -> None:
+            async with AsyncLLM(str(text_model), max_waiting=1, **{**OPTIONS, "max_num_seqs": 1}) as llm:
+                tasks = [asyncio.create_task(last(llm.generate(prompt, GREEDY))) for prompt in PROMPTS * 2]
+                tasks.append(asyncio.create_task(last(llm.generate("Hello", GREEDY))))
+                # The block is left before any of them has run a line.
+            assert not llm.is_running
+            outputs = await asyncio.gather(*tasks)
+            assert all(same(o, expected(p)) for o, p in zip(outputs, PROMPTS * 2, strict=False))
+            assert outputs[-1].finished and outputs[-1].prompt == "Hello"
+            with pytest.raises(RuntimeError, match="the engine is closed"):
+                await last(llm.generate(PROMPTS[0], GREEDY))
+
+        run(main())
+
+    def test_takes_no_new_requests_while_it_waits(
+        self, text_model: Path, expected: Callable[..., RequestOutput]
+    ) -> None:
+        async def main() -> None:
+            llm = AsyncLLM(str(text_model), max_waiting=1, **{**OPTIONS, "max_num_seqs": 1})
+            tasks = [asyncio.create_task(last(llm.generate(prompt, LONG))) for prompt in PROMPTS]
+            closing = asyncio.create_task(llm.aclose(drain=True))
+            while llm.is_running:
+                await asyncio.sleep(0)
+            with pytest.raises(RuntimeError, match="the engine is closed"):
+                await last(llm.generate(PROMPTS[0], GREEDY))
+            tasks[2].cancel()  # one that waits for its turn: nobody waits for it any more
+            await closing
+            outputs = await asyncio.gather(*tasks, return_exceptions=True)
+            assert isinstance(outputs.pop(2), asyncio.CancelledError)
+            prompts = PROMPTS[:2] + PROMPTS[3:]
+            assert all(same(o, expected(p, LONG)) for o, p in zip(outputs, prompts, strict=True))
+
+        run(main())
+
+    @pytest.mark.parametrize("how", ["aclose", "close", "cancel"])
+    def test_without_a_drain_refuses_those_that_wait_for_their_turn(self, text_model: Path, how: str) -> None:
+        async def main() -> None:
+            llm = AsyncLLM(str(text_model), max_waiting=1, **{**OPTIONS, "max_num_seqs": 1})
+            tasks = [asyncio.create_task(last(llm.generate(prompt, LONG))) for prompt in PROMPTS]
+            while not llm.stats().num_running:
+                await asyncio.sleep(0.001)
+            if how == "cancel":  # of the drain
+                with pytest.raises(TimeoutError):
+                    await asyncio.wait_for(llm.aclose(drain=True), 0.001)
+            elif how == "close":
+                llm.close(drain=True)  # it blocks the loop that would let them in
+            else:
+                await llm.aclose()
+            outputs = await asyncio.gather(*tasks, return_exceptions=True)
+            assert outputs[0]["finish_reason"] == ("length" if how == "close" else "abort")
+            for output in outputs[1:]:
+                if isinstance(output, BaseException):
+                    assert isinstance(output, RuntimeError) and "closed" in str(output)
+                else:
+                    assert output.finished
+            assert isinstance(outputs[-1], RuntimeError)
+            await llm.aclose()
+
+        run(main())
 
     def test_blocking_close_gives_the_memory_back(self, text_model: Path) -> None:
         llm = AsyncLLM(str(text_model), **OPTIONS)

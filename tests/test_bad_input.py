@@ -61,6 +61,9 @@ BAD_PROMPTS: dict[str, tuple[Any, type[Exception], str]] = {
     "dict with an unknown key": ({"text": "a"}, ValueError, "'prompt' or 'prompt_token_ids'"),
     "dict with one key too many": ({"prompt_token_ids": [1], "n": 2}, ValueError, "'prompt' or 'prompt_token_ids'"),
     "empty dict": ({}, ValueError, "'prompt' or 'prompt_token_ids'"),
+    "dict of text for ids": ({"prompt_token_ids": "abc"}, TypeError, "must be a string or a list of token ids"),
+    "dict of ids for text": ({"prompt": [1, 2]}, TypeError, r"\['prompt'\]=\[1, 2\] must be a string"),
+    "dict of a number beside ids": ({"prompt": 3, "prompt_token_ids": [1]}, TypeError, r"=3 must be a string"),
     "dict of None": ({"prompt_token_ids": None}, TypeError, "must be a string or a list of token ids"),
     "text without a tokenizer": ("Hello", ValueError, "skip_tokenizer_init=True.*give token ids"),
 }
@@ -104,6 +107,24 @@ def test_prompts_and_sampling_params_of_the_wrong_type_are_named(llm: LLM) -> No
         llm.generate(PROMPT, {"temperature": 0.0}, use_tqdm=False)
     with pytest.raises(TypeError, match="sampling_params=.*must be"):
         llm.generate([PROMPT, PROMPT], [GREEDY, None], use_tqdm=False)
+
+
+@pytest.mark.parametrize("ids", [5, None, 2.5, True, b"ab", ["its own", 5], [["0"]], object()], ids=repr)
+def test_ids_that_abort_does_not_take_are_named_and_nothing_is_aborted(llm: LLM, ids: Any) -> None:
+    outputs = llm.stream(PROMPT, GREEDY)
+    request_id = next(outputs).request_id
+    ids = [request_id, 5] if ids == ["its own", 5] else ids
+    with pytest.raises(TypeError, match=r"request_id=.* must be a string or a list of strings"):
+        llm.abort(ids)
+    llm.abort(i for i in ("unknown", "ids"))
+    llm.abort([])
+    assert list(outputs)[-1]["finish_reason"] == "length"
+
+
+@pytest.mark.parametrize("value", [None, 5, 2.5], ids=repr)
+def test_weights_that_are_no_pairs_are_named(llm: LLM, value: Any) -> None:
+    with pytest.raises(TypeError, match=f"named_tensors={value} must be pairs of a name and a tensor"):
+        llm.load_weights(value)
 
 
 @pytest.mark.parametrize("count", [0, 1, 3])
@@ -230,6 +251,9 @@ def test_cuda_asked_for_and_absent_is_refused(checkpoint: Callable[..., Path], m
 
 
 def test_failed_construction_leaves_an_object_that_can_be_dropped() -> None:
+    for model in (None, 5, Path("model"), b"model", ["model"]):
+        with pytest.raises(TypeError, match="model=.* must be a string: a directory or a hub id"):
+            LLM(model)
     for options in ({"nonsense": 1}, {"dtype": "int4"}):
         with pytest.raises((TypeError, ValueError)):
             LLM("model", **options)

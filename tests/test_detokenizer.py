@@ -11,7 +11,7 @@ from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers
 from transformers import AutoTokenizer, PreTrainedTokenizer, PreTrainedTokenizerFast
 
 from nanovllm import SamplingParams, demo_model
-from nanovllm.detokenizer import Detokenizer, TextStream, TokenDecoder
+from nanovllm.detokenizer import Detokenizer, StopSearch, TextStream, TokenDecoder
 
 PLAIN = SamplingParams()
 WITH_SPECIAL = SamplingParams(skip_special_tokens=False)
@@ -325,3 +325,49 @@ def test_stop_strings_count_after_min_tokens(
             break
     detokenizer.finish()
     assert (detokenizer.text, any(answers)) == (expected[0], expected[1] is not None)
+
+
+@given(
+    stop=st.text("ab", min_size=1, max_size=12),
+    pieces=st.lists(st.tuples(st.text("ab", min_size=1, max_size=20), st.booleans()), max_size=8),
+)
+@settings(deadline=None, max_examples=1000)
+def test_search_knows_after_each_piece_how_much_of_the_stop_string_has_matched(
+    stop: str, pieces: list[tuple[str, bool]]
+) -> None:
+    search, text = StopSearch(stop), ""
+    for new, counts in pieces:
+        start = max(0, len(text) - len(stop) + 1)
+        text += new
+        found = text.find(stop, start)
+        expected = found + len(stop) - (len(text) - len(new)) if counts and found >= 0 else 0
+        assert search.read(new, counts) == expected
+        if expected:
+            return
+        assert search.num_matched == kept_back(text, [stop])
+
+
+@pytest.mark.parametrize(
+    ("stop", "text"),
+    [
+        ("a" * 5000 + "b", "a" * 20000),
+        ("ab" * 3000 + "c", "ab" * 10000),
+        ("a" * 100_000 + "b", ("a" * 999 + "b") * 20),
+        ("b" + "a" * 5000, "ba" * 10000),
+    ],
+    ids=["run", "pair", "broken runs", "never"],
+)
+def test_cost_of_the_search_grows_with_the_text_alone(stop: str, text: str) -> None:
+    num_looked_at = 0
+
+    class Counted(str):
+        def __getitem__(self, index: int) -> str:
+            nonlocal num_looked_at
+            num_looked_at += 1
+            return str.__getitem__(self, index)
+
+    search = StopSearch(Counted(stop))
+    for start in range(0, len(text), 4):
+        assert search.read(text[start : start + 4], counts=True) == 0
+    assert search.num_matched == kept_back(text, [stop])
+    assert num_looked_at <= 8 * len(text)

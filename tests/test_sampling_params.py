@@ -5,7 +5,7 @@ from typing import Any
 
 import pytest
 
-from nanovllm import SamplingParams
+from nanovllm import RequestOutputKind, SamplingParams
 
 NAN, INF = float("nan"), float("inf")
 
@@ -84,6 +84,8 @@ def test_value_out_of_range_is_a_value_error_that_names_it(name: str, value: Any
         ("stop_token_ids", "7"),
         ("stop_token_ids", [1.0]),
         ("stop_token_ids", [True]),
+        ("output_kind", "delta"),
+        ("output_kind", None),
         ("n", 1.0),
         ("n", None),
         ("n", True),
@@ -158,6 +160,7 @@ def test_defaults_are_vllms() -> None:
         "detokenize": True,
         "skip_special_tokens": True,
         "spaces_between_special_tokens": True,
+        "output_kind": RequestOutputKind.CUMULATIVE,
         "truncate_prompt_tokens": None,
     }
 

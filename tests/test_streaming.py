@@ -1,5 +1,6 @@
 """What `LLM` makes of text and of requests on their way: streams, stop strings, n completions, chat, aborts."""
 
+import weakref
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -116,6 +117,19 @@ class TestStream:
         (end,) = other
         assert end.finished and end["finish_reason"] == "abort"
         assert generate(llm, PROMPTS[0])[0]["finish_reason"] == "length"
+
+    def test_closing_the_engine_under_a_stream_ends_it_and_gives_the_memory_back(self, text_model: Path) -> None:
+        llm = make(text_model)
+        processor = weakref.ref(llm._processor)
+        streams = [llm.stream(PROMPTS[:2], GREEDY), llm.stream(PROMPTS[2], GREEDY), llm.stream(PROMPTS[3], GREEDY)]
+        for stream in streams[:2]:
+            next(stream)
+        llm.close()
+        assert processor() is None
+        for stream in (streams[0], streams[2]):
+            with pytest.raises(RuntimeError, match="this LLM is closed"):
+                list(stream)
+        streams[1].close()
 
 
 class TestStopStrings:
@@ -449,6 +463,15 @@ class TestChat:
         for messages in ("Hi", [], [[]], ["Hi"], [{"content": "Hi"}], None):
             with pytest.raises(TypeError, match="messages"):
                 demo.chat(messages, GREEDY, False, chat_template=CHATML)
+        for option, value in {
+            "chat_template": 5,
+            "chat_template_kwargs": ["extra"],
+            "tools": {"type": "function"},
+            "add_generation_prompt": None,
+            "continue_final_message": "no",
+        }.items():
+            with pytest.raises(TypeError, match=f"{option}=.* must be"):
+                demo.chat(self.MESSAGES, GREEDY, False, **{"chat_template": CHATML, option: value})
         assert is_idle(demo)
 
 

@@ -12,12 +12,12 @@ from concurrent.futures import Future
 from contextlib import suppress
 from typing import Any
 
-from nanovllm.engine.processor import Processor, Request
-from nanovllm.outputs import RequestOutput
+from nanovllm.engine.processor import Processor
+from nanovllm.engine.request import Progress, Request
 
 logger = logging.getLogger(__name__)
 
-Listener = Callable[[RequestOutput | BaseException], None]
+Listener = Callable[[list[Progress] | BaseException], None]
 
 
 class EngineThread:
@@ -45,7 +45,7 @@ class EngineThread:
         return not self._is_closing and not self.ended.done()
 
     def submit(self, request: Request, listener: Listener) -> None:
-        """Let a request run. Its listener gets an output whenever there is more of it; the last says finished.
+        """Let a request run. Its listener gets its progress whenever there is more of it; the last says finished.
 
         If it cannot run, or the engine fails under way, the listener gets the error, and that is the last.
 
@@ -66,7 +66,7 @@ class EngineThread:
             raise RuntimeError("the engine is closed" if self.error is None else f"the engine is dead: {self.error!r}")
 
     def abort(self, request: Request) -> None:
-        """End a request before its time. Its listener gets an output that says so, unless it has ended already."""
+        """End a request before its time. Its listener is told so, unless it has ended already."""
         self._post(lambda: self._abort([request]))
 
     def abort_ids(self, request_ids: Any) -> Future[None]:
@@ -158,7 +158,7 @@ class EngineThread:
         listener = self._listeners[request]
         if request.is_finished:
             del self._listeners[request]
-        listener(self.processor.output(request))
+        listener(request.progress())
 
     def _fail(self, error: BaseException) -> None:
         listeners = list(self._listeners.values())

@@ -1,13 +1,13 @@
-"""Prompts become sequences, and sequences become outputs. `LLM` and `AsyncLLM` are two fronts of this.
+"""Prompts become sequences, whose tokens become text. `LLM` and `AsyncLLM` are two fronts of this.
 
 A request has a sequence for each of its n completions; the engine knows only sequences. Text is made after the step
 that follows has been launched, so while the device works. If neither a stop string nor a reader of a stream waits for
-it, it is made once, of all tokens, when the outputs are asked for.
+it, it is made once, of all tokens, when the output is taken (`engine/request.py`).
 """
 
 import time
 from collections.abc import Iterable
-from dataclasses import dataclass, field, replace
+from dataclasses import replace
 from hashlib import blake2b
 from typing import Any
 
@@ -15,41 +15,12 @@ from nanovllm.bad_words import bad_word_ids
 from nanovllm.config import Config
 from nanovllm.detokenizer import Detokenizer, TokenDecoder
 from nanovllm.engine.llm_engine import LLMEngine
+from nanovllm.engine.request import Completion, Request
 from nanovllm.engine.sequence import Sequence
-from nanovllm.outputs import CompletionOutput, Logprob, RequestMetrics, RequestOutput
-from nanovllm.sampling_params import SamplingParams
-from nanovllm.worker.step_plan import TokenLogprobs
+from nanovllm.outputs import RequestMetrics
+from nanovllm.sampling_params import RequestOutputKind, SamplingParams
 
 Prompt = str | list[int] | dict[str, Any]
-
-
-@dataclass(slots=True, eq=False)
-class Completion:
-    """One sequence of a request, and what has been made of its tokens."""
-
-    seq: Sequence
-    detokenizer: Detokenizer | None  # None: its text is made at the end, if at all
-    num_read: int = 0  # output tokens that the detokenizer has seen
-    logprobs: list[dict[int, Logprob]] = field(default_factory=list)
-
-
-@dataclass(slots=True, eq=False)
-class Request:
-    """What a caller asked for: a prompt, and a sequence for each of the n completions that it is to get."""
-
-    request_id: str
-    prompt: str | None
-    prompt_token_ids: list[int]
-    params: SamplingParams
-    completions: list[Completion]
-    metrics: RequestMetrics
-    has_news: bool = False  # something has happened since its last output
-    prompt_logprobs: list[dict[int, Logprob] | None] | None = None
-
-    @property
-    def is_finished(self) -> bool:
-        first, *others = self.completions
-        return first.seq.is_finished and all(completion.seq.is_finished for completion in others)
 
 
 class Processor:
@@ -105,14 +76,18 @@ class Processor:
         metrics = RequestMetrics(arrival_time)
         for seq in seqs:
             seq.metrics = metrics
-        must_follow = self._makes_text(params) and (is_streaming or bool(params.stop))
+        output_kind = params.output_kind if is_streaming else RequestOutputKind.FINAL_ONLY
+        decoder = self._decoder if params.detokenize else None
+        must_follow = decoder is not None and (bool(params.stop) or output_kind is not RequestOutputKind.FINAL_ONLY)
         return Request(
             request_id=request_id,
             prompt=text,
             prompt_token_ids=token_ids,
             params=params,
-            completions=[Completion(s, Detokenizer(self._decoder, params) if must_follow else None) for s in seqs],
+            completions=[Completion(s, Detokenizer(decoder, params) if must_follow else None) for s in seqs],
             metrics=metrics,
+            output_kind=output_kind,
+            decoder=decoder,
         )
 
     def _make_sequences(
@@ -131,15 +106,16 @@ class Processor:
 
     def encode(self, prompt: Prompt, name: str = "prompt") -> tuple[str | None, list[int]]:
         """A prompt's text, if it has one, and a fresh list of its token ids. Raises as `make_request` does."""
-        text, token_ids = None, prompt
+        text, token_ids = (prompt, None) if isinstance(prompt, str) else (None, prompt)
         if isinstance(prompt, dict):
             unknown = prompt.keys() - {"prompt", "prompt_token_ids"}
             if unknown or not prompt:
                 keys = ", ".join(map(repr, prompt))
                 raise ValueError(f"{name} has the keys {keys or 'none'}: it must have 'prompt' or 'prompt_token_ids'")
-            text, token_ids = prompt.get("prompt"), prompt.get("prompt_token_ids", prompt.get("prompt"))
-        if isinstance(token_ids, str):
-            text = token_ids
+            text, token_ids = prompt.get("prompt"), prompt.get("prompt_token_ids")
+            if not isinstance(text, str | None):
+                raise TypeError(f"{name}['prompt']={shorten(text)} must be a string")
+        if text is not None and token_ids is None:
             try:
                 token_ids = self.tokenizer.encode(text)
             except (TypeError, UnicodeError) as error:  # a lone surrogate, which no encoding has
@@ -161,10 +137,9 @@ class Processor:
             self.abort([request])
             raise
 
-    def find(self, request_ids: str | Iterable[str]) -> list[Request]:
+    def find(self, request_ids: Iterable[str]) -> list[Request]:
         """The unfinished requests among those named."""
-        ids = [request_ids] if isinstance(request_ids, str) else request_ids
-        return [self._requests[i] for i in ids if i in self._requests]
+        return [self._requests[i] for i in request_ids if i in self._requests]
 
     def abort(self, requests: Iterable[Request]) -> None:
         """End requests before their time. Those that have finished, or were never added, are left alone."""
@@ -177,7 +152,9 @@ class Processor:
                 self._forget(request)
 
     def step(self) -> list[Request]:
-        """Let the engine do a step. Returns the requests that got tokens.
+        """Let the engine do a step. Returns the requests whose readers should know of it.
+
+        Those are the requests that got tokens; with FINAL_ONLY the first and the last time.
 
         If it fails, all requests are aborted, and the error goes on; the next request is served.
         """
@@ -188,37 +165,22 @@ class Processor:
                 request, completion = self._owner[seq]
                 if completion.detokenizer is not None:
                     self._follow(completion)
-                request.has_news = True
                 changed[request] = None
-            for request in changed:
-                if request.is_finished:
-                    self._forget(request)
-            return list(changed)
+            return [request for request in changed if self._has_news(request)]
         except BaseException:
             self.engine.abort(list(self._owner))
             for request in list(self._requests.values()):
                 self._forget(request)
             raise
 
-    def output(self, request: Request) -> RequestOutput:
-        """What the request has up to now."""
-        return self.outputs([request])[0]
-
-    def outputs(self, requests: list[Request]) -> list[RequestOutput]:
-        """What the requests have up to now. Those that have come to their end get their texts in one go."""
-        pending = [
-            (request.params, completion)
-            for request in requests
-            for completion in request.completions
-            if completion.detokenizer is None and self._makes_text(request.params)
-        ]
-        ids = [self._readable_ids(completion.seq) for _, completion in pending]
-        decoded = self._decoder.decode_all(ids, [params for params, _ in pending]) if pending else []
-        texts = {completion: text for (_, completion), text in zip(pending, decoded, strict=True)}
-        return [self._output(request, texts) for request in requests]
-
-    def _makes_text(self, params: SamplingParams) -> bool:
-        return self._decoder is not None and params.detokenize
+    def _has_news(self, request: Request) -> bool:
+        """After a step that has brought it tokens."""
+        if request.is_finished:
+            self._forget(request)
+        elif request.has_news and request.output_kind is RequestOutputKind.FINAL_ONLY:
+            return False
+        request.has_news = True
+        return True
 
     def _forget(self, request: Request) -> None:
         request.has_news = True
@@ -230,7 +192,7 @@ class Processor:
     def _follow(self, completion: Completion) -> None:
         """Make text of the tokens that have come, and end the sequence if it contains a stop string."""
         seq, text, stop = completion.seq, completion.detokenizer, None
-        for token_id in self._readable_ids(seq, completion.num_read):
+        for token_id in completion.readable_ids(completion.num_read):
             stop = text.append(token_id)
             completion.num_read += 1
             if stop is not None:
@@ -240,50 +202,6 @@ class Processor:
         if stop is not None and seq.finish_reason != "abort":
             self.engine.finish(seq, "stop", stop)
             del seq.token_ids[seq.num_prompt_tokens + completion.num_read :]
-
-    def _readable_ids(self, seq: Sequence, start: int = 0) -> list[int]:
-        """The output tokens from `start` on that are text: a stop token is not, unless it is to be included."""
-        ids = seq.token_ids[seq.num_prompt_tokens + start :]
-        ended_by_token = seq.finish_reason == "stop" and not isinstance(seq.stop_reason, str)
-        return ids[:-1] if ended_by_token and not seq.params.include_stop_str_in_output else ids
-
-    def _output(self, request: Request, texts: dict[Completion, str]) -> RequestOutput:
-        request.has_news = False
-        first = request.completions[0].seq
-        values = first.prompt_logprobs
-        if request.prompt_logprobs is None and values is not None and len(values) == first.num_prompt_tokens:
-            request.prompt_logprobs = [v and self._logprobs(v, request.params) for v in values]
-        return RequestOutput(
-            request_id=request.request_id,
-            prompt=request.prompt,
-            prompt_token_ids=request.prompt_token_ids,
-            outputs=[self._completion(i, c, texts) for i, c in enumerate(request.completions)],
-            finished=request.is_finished,
-            prompt_logprobs=request.prompt_logprobs,
-            num_cached_tokens=first.num_cached_tokens,
-            metrics=request.metrics,
-        )
-
-    def _completion(self, index: int, completion: Completion, texts: dict[Completion, str]) -> CompletionOutput:
-        seq = completion.seq
-        token_ids = seq.output_token_ids
-        for values in seq.logprobs[len(completion.logprobs) : len(token_ids)]:
-            completion.logprobs.append(self._logprobs(values, seq.params))
-        return CompletionOutput(
-            index=index,
-            text=completion.detokenizer.text if completion.detokenizer else texts.get(completion),
-            token_ids=token_ids,
-            cumulative_logprob=seq.cumulative_logprob,
-            logprobs=None if seq.params.logprobs is None else list(completion.logprobs),
-            finish_reason=seq.finish_reason,
-            stop_reason=seq.stop_reason,
-        )
-
-    def _logprobs(self, values: TokenLogprobs, params: SamplingParams) -> dict[int, Logprob]:
-        """Of the token that is there first, then of the likeliest, best first."""
-        text = self._decoder.token_text if self._makes_text(params) else lambda token_id: None
-        entries = zip(values.token_ids, values.logprobs, values.ranks, strict=True)
-        return {token_id: Logprob(logprob, rank, text(token_id)) for token_id, logprob, rank in entries}
 
 
 def load_tokenizer(config: Config, model_path: str) -> Any:
@@ -296,6 +214,41 @@ def load_tokenizer(config: Config, model_path: str) -> Any:
 def child_seed(seed: int, index: int) -> int:
     """The seed, 64 bits, of a request's completion number `index`: not near to that of any other request."""
     return int.from_bytes(blake2b(f"{seed}/{index}".encode(), digest_size=8).digest(), "little")
+
+
+def as_list_of_prompts(prompts: Any) -> list[Prompt]:
+    """What `generate` takes, as a list. Raises TypeError."""
+    if isinstance(prompts, (str, dict)) or (isinstance(prompts, list) and prompts and type(prompts[0]) is int):
+        return [prompts]
+    if not isinstance(prompts, (list, tuple)):
+        raise TypeError(f"prompts={shorten(prompts)} must be a string, a list of token ids, or a list of these")
+    return list(prompts)
+
+
+def one_for_each(sampling_params: Any, num_prompts: int) -> list[SamplingParams]:
+    """One for all, or one for each prompt, as a list. Raises TypeError, ValueError."""
+    if sampling_params is None:
+        sampling_params = SamplingParams()
+    if isinstance(sampling_params, SamplingParams):
+        return [sampling_params] * num_prompts
+    if not isinstance(sampling_params, (list, tuple)) or not all(
+        isinstance(p, SamplingParams) for p in sampling_params
+    ):
+        raise TypeError(f"sampling_params={shorten(sampling_params)} must be a SamplingParams or a list of them")
+    if len(sampling_params) != num_prompts:
+        raise ValueError(
+            f"sampling_params has {len(sampling_params)} entries for {num_prompts} prompts: give one, or one for each"
+        )
+    return list(sampling_params)
+
+
+def as_request_ids(request_id: str | Iterable[str]) -> list[str]:
+    """What `abort` takes, as a list. Raises TypeError."""
+    ids = [request_id] if isinstance(request_id, str) else request_id
+    ids = list(ids) if isinstance(ids, Iterable) else [ids]
+    if not all(isinstance(i, str) for i in ids):
+        raise TypeError(f"request_id={shorten(request_id)} must be a string or a list of strings")
+    return ids
 
 
 def shorten(value: object) -> str:

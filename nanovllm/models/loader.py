@@ -209,6 +209,8 @@ def _fill(
 
 def _pairs(named_tensors: NamedTensors) -> NamedTensors:
     """The same. Raises TypeError where something else comes."""
+    if not isinstance(named_tensors, Iterable):
+        raise TypeError(f"named_tensors={named_tensors!r:.80} must be pairs of a name and a tensor")
     for pair in named_tensors:
         match pair:
             case (str(), torch.Tensor()):

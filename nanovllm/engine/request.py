@@ -1,0 +1,173 @@
+"""A request, and the outputs that its reader takes of it.
+
+The engine's thread makes tokens and pieces of text, and says after each step how many there are: a `Progress`, whose
+cost does not grow with the text. Whoever takes an output builds it from the latest one, maybe in another thread, and
+no lock is needed: ids, pieces and log-probabilities are lists that only grow, and what a `Progress` counts never
+changes. So outputs that nobody takes are never built.
+"""
+
+from collections.abc import Iterable
+from dataclasses import dataclass, field
+from typing import NamedTuple
+
+from nanovllm.detokenizer import Detokenizer, TokenDecoder
+from nanovllm.engine.sequence import Sequence
+from nanovllm.outputs import CompletionOutput, Logprob, RequestMetrics, RequestOutput
+from nanovllm.sampling_params import RequestOutputKind, SamplingParams
+from nanovllm.worker.step_plan import TokenLogprobs
+
+
+class Progress(NamedTuple):
+    """How far a completion had come at one moment."""
+
+    num_tokens: int = 0
+    num_pieces: int = 0  # of its text, some of which may be kept back
+    num_chars: int = 0  # that may be shown
+    cumulative_logprob: float | None = None
+    finish_reason: str | None = None
+    stop_reason: int | str | None = None
+
+
+@dataclass(slots=True, eq=False)
+class Completion:
+    """One sequence of a request. The last three fields are the reader's."""
+
+    seq: Sequence
+    detokenizer: Detokenizer | None  # None: its text is made at the end, if at all
+    num_read: int = 0  # output tokens that the detokenizer has seen
+    given: Progress = Progress()
+    text: str | None = None
+    logprobs: list[dict[int, Logprob]] = field(default_factory=list)
+
+    def readable_ids(self, start: int = 0) -> list[int]:
+        """The output tokens from `start` on that are text: a stop token is not, unless it is to be included."""
+        seq = self.seq
+        ids = seq.token_ids[seq.num_prompt_tokens + start :]
+        ended_by_token = seq.finish_reason == "stop" and not isinstance(seq.stop_reason, str)
+        return ids[:-1] if ended_by_token and not seq.params.include_stop_str_in_output else ids
+
+    def progress(self) -> Progress:
+        seq, text = self.seq, self.detokenizer
+        return Progress(
+            len(seq.token_ids) - seq.num_prompt_tokens,
+            len(text.pieces) if text else 0,
+            text.num_chars if text else 0,
+            seq.cumulative_logprob,
+            seq.finish_reason,
+            seq.stop_reason,
+        )
+
+
+@dataclass(slots=True, eq=False)
+class Request:
+    """What a caller asked for: a prompt, and a sequence for each of the n completions that it is to get."""
+
+    request_id: str
+    prompt: str | None
+    prompt_token_ids: list[int]
+    params: SamplingParams
+    completions: list[Completion]
+    metrics: RequestMetrics
+    output_kind: RequestOutputKind
+    decoder: TokenDecoder | None  # None: no text is to be made
+    has_news: bool = False  # something has happened since its last output
+    prompt_logprobs: list[dict[int, Logprob] | None] | None = None
+
+    @property
+    def is_finished(self) -> bool:
+        first, *others = self.completions
+        return first.seq.is_finished and all(completion.seq.is_finished for completion in others)
+
+    @property
+    def has_output(self) -> bool:
+        """Whether its reader should take one now."""
+        return self.has_news and (self.is_finished or self.output_kind is not RequestOutputKind.FINAL_ONLY)
+
+    def progress(self) -> list[Progress]:
+        """How far its completions have come. Called between two steps, by whoever does them."""
+        return [completion.progress() for completion in self.completions]
+
+    def output(self, progress: list[Progress]) -> RequestOutput:
+        """What there was at that moment: all of it, or with DELTA what the last output did not have.
+
+        Called by the reader alone, with a later progress each time, in any thread.
+        """
+        is_delta = self.output_kind is RequestOutputKind.DELTA
+        is_first = not self.completions[0].given.num_tokens
+        if self.completions[0].text is None:
+            make_texts([self])
+        if self.prompt_logprobs is None and progress[0].num_tokens and is_first:
+            values = self.completions[0].seq.prompt_logprobs  # complete, since there is a token
+            self.prompt_logprobs = values and [v and self._logprobs(v) for v in values]
+        return RequestOutput(
+            request_id=self.request_id,
+            prompt=self.prompt,
+            prompt_token_ids=self.prompt_token_ids,
+            prompt_logprobs=self.prompt_logprobs if is_first or not is_delta else None,
+            outputs=[
+                self._completion(index, completion, now, is_delta)
+                for index, (completion, now) in enumerate(zip(self.completions, progress, strict=True))
+                if not is_delta or now != completion.given
+            ],
+            finished=is_last(progress),
+            num_cached_tokens=self.completions[0].seq.num_cached_tokens,
+            metrics=self.metrics,
+        )
+
+    def _completion(self, index: int, completion: Completion, now: Progress, is_delta: bool) -> CompletionOutput:
+        seq, since = completion.seq, completion.given
+        completion.given = now
+        start = seq.num_prompt_tokens + (since.num_tokens if is_delta else 0)
+        return CompletionOutput(
+            index=index,
+            text=self._text(completion, since, now, is_delta),
+            token_ids=seq.token_ids[start : seq.num_prompt_tokens + now.num_tokens],
+            cumulative_logprob=now.cumulative_logprob,
+            logprobs=self._logprobs_of(completion, since, now, is_delta),
+            finish_reason=now.finish_reason,
+            stop_reason=now.stop_reason,
+        )
+
+    def _text(self, completion: Completion, since: Progress, now: Progress, is_delta: bool) -> str | None:
+        if completion.detokenizer is None:
+            return completion.text
+        text = (completion.text or "") + "".join(completion.detokenizer.pieces[since.num_pieces : now.num_pieces])
+        num_shown = now.num_chars - since.num_chars if is_delta else now.num_chars
+        completion.text = text[num_shown:] if is_delta else text
+        return text[:num_shown]
+
+    def _logprobs_of(
+        self, completion: Completion, since: Progress, now: Progress, is_delta: bool
+    ) -> list[dict[int, Logprob]] | None:
+        if self.params.logprobs is None:
+            return None
+        new = [self._logprobs(values) for values in completion.seq.logprobs[since.num_tokens : now.num_tokens]]
+        if is_delta:
+            return new
+        completion.logprobs += new
+        return list(completion.logprobs)
+
+    def _logprobs(self, values: TokenLogprobs) -> dict[int, Logprob]:
+        """Of the token that is there first, then of the likeliest, best first."""
+        text = self.decoder.token_text if self.decoder is not None else lambda token_id: None
+        entries = zip(values.token_ids, values.logprobs, values.ranks, strict=True)
+        return {token_id: Logprob(logprob, rank, text(token_id)) for token_id, logprob, rank in entries}
+
+
+def is_last(progress: list[Progress]) -> bool:
+    return all(completion.finish_reason is not None for completion in progress)
+
+
+def make_texts(requests: Iterable[Request]) -> None:
+    """Make the texts of finished requests whose tokens nobody has followed, all in one go."""
+    pending = [
+        (request, completion)
+        for request in requests
+        for completion in request.completions
+        if completion.detokenizer is None and request.decoder is not None and completion.text is None
+    ]
+    if pending:
+        ids = [completion.readable_ids() for _, completion in pending]
+        texts = pending[0][0].decoder.decode_all(ids, [request.params for request, _ in pending])
+        for (_, completion), text in zip(pending, texts, strict=True):
+            completion.text = text
