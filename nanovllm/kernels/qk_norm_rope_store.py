@@ -130,7 +130,8 @@ def qk_norm_rope_store_triton(
     return q
 
 
-@triton.jit
+# The step's first tokens may be decodes, which are left out: places begin anywhere, and are not worth a compilation.
+@triton.jit(do_not_specialize_on_alignment=["positions_ptr", "slot_mapping_ptr"])
 def _qk_norm_rope_store_kernel(
     qkv_ptr,
     q_weight_ptr,

@@ -29,7 +29,7 @@ from nanovllm.kernels.triton_shim import tl, triton
 if TYPE_CHECKING:
     from nanovllm.kernels.sample import SamplingTensors
 
-SCAN_TILE, CHOOSE_TILE = 2048, 4096  # logits at a time
+SCAN_TILE, CHOOSE_TILE = 2048, 8192  # logits at a time
 TARGET_PROGRAMS = 1024  # of the scan: 8 on each of an H100's 132 SMs
 GROUPS = 128  # of a split, whose maxima it leaves
 MAX_CANDIDATES = 1024  # a row's collected tokens
@@ -287,7 +287,11 @@ def _choose_kernel(
                 is_collected = is_collected & False
                 num_tokens = vocab_size
                 low = threshold
+                highest = floor
                 count = vocab_size
+            # Even if all tokens were below this, they would not have half of what top_p may leave out.
+            least = tl.log2(0.5 * (1.0 - top_p) * total / vocab_size) / to_exponent
+            low = tl.minimum(tl.maximum(low, order(top + least) >> LOW_BITS), highest - 1)
             threshold = bisect(
                 low, highest, count, 0, total * top_p, source, num_tokens, is_collected,
                 True, LOW_BITS, MAX_CANDIDATES, TILE,

@@ -1,10 +1,13 @@
 """Which logits of a row a truncation keeps: everything from a threshold on, found by bisection instead of a sort.
 
 A threshold is an integer of the same order as float32 logits, shortened to the bits that the logits' dtype has, so a
-bisection ends after at most 16 or 32 passes over the tokens in question, and ends exactly. For `sample_kernel.py`.
+bisection ends, and ends exactly: after at most 16 or 32 passes over the tokens in question, some more for masses, which
+as a rule take 10. For `sample_kernel.py`.
 """
 
 from nanovllm.kernels.triton_shim import tl, triton
+
+PASSES_BY_VALUE = tl.constexpr(12)  # of a bisection, before it goes by integers, which ends it in any case
 
 
 @triton.jit
@@ -44,6 +47,21 @@ def _middle(low, high):
 
 
 @triton.jit
+def _value(key, LOW_BITS: tl.constexpr):
+    """The least logit of the key."""
+    bits = tl.where(key < 0, -key, key) << LOW_BITS
+    value = bits.to(tl.float32, bitcast=True)
+    return tl.where(key < 0, -value, value)
+
+
+@triton.jit
+def _middle_by_value(low, high, LOW_BITS: tl.constexpr):
+    """Halves the logits between, where half of the integers would be next to nothing: logits below 0.01."""
+    middle = order(0.5 * _value(low, LOW_BITS) + 0.5 * _value(high, LOW_BITS)) >> LOW_BITS
+    return tl.minimum(tl.maximum(middle, low + 1), high - 1)
+
+
+@triton.jit
 def kth_largest(orders, k, LOWEST: tl.constexpr):
     """A lower bound of the k-th largest that at most 2 k reach, or the k-th largest itself."""
     low = tl.full([], LOWEST, tl.int32)
@@ -63,15 +81,23 @@ def reaching(
 ):  # fmt: skip
     """How many tokens reach the threshold, and their mass, in which the likeliest token weighs 1."""
     logits_ptr, vocab_size, stop_ids_ptr, stop_ids_stride, num_stop_ids, collected_ptr, top, to_exponent = source
-    lane = tl.arange(0, TILE)
-    count = tl.zeros([TILE], tl.int32)
-    mass = tl.zeros([TILE], tl.float32)
-    for start in range(0, num_tokens, TILE):
-        x, index = load_tokens(start + lane, source, num_tokens, is_collected, MAX_CANDIDATES)
+    if is_collected:
+        place = tl.arange(0, MAX_CANDIDATES)
+        x = tl.load(collected_ptr + place, mask=place < num_tokens, other=float("-inf"))
         reaches = order(x) >> LOW_BITS >= threshold
-        count += reaches.to(tl.int32)
-        mass += tl.where(reaches, tl.exp2((x - top) * to_exponent), 0.0)
-    return tl.sum(count, axis=0), tl.sum(mass, axis=0)
+        num_reaching = tl.sum(reaches.to(tl.int32), axis=0)
+        total = tl.sum(tl.where(reaches, tl.exp2((x - top) * to_exponent), 0.0), axis=0)
+    else:
+        lane = tl.arange(0, TILE)
+        count = tl.zeros([TILE], tl.int32)
+        mass = tl.zeros([TILE], tl.float32)
+        for start in range(0, vocab_size, TILE):
+            x = load_logits(logits_ptr, start + lane, vocab_size, stop_ids_ptr, stop_ids_stride, num_stop_ids)
+            reaches = order(x) >> LOW_BITS >= threshold
+            count += reaches.to(tl.int32)
+            mass += tl.where(reaches, tl.exp2((x - top) * to_exponent), 0.0)
+        num_reaching, total = tl.sum(count, axis=0), tl.sum(mass, axis=0)
+    return num_reaching, total
 
 
 @triton.jit
@@ -81,8 +107,12 @@ def bisect(
 ):  # fmt: skip
     """The highest threshold that still as many tokens, or as much mass, reach as wanted. `low` is reached by enough."""
     count_high = tl.full([], 0, tl.int32)
+    num_passes = tl.full([], 0, tl.int32)
     while (high > low + 1) & (count_low > count_high + 1):
         middle = _middle(low, high)
+        if BY_MASS and num_passes < PASSES_BY_VALUE:
+            middle = _middle_by_value(low, high, LOW_BITS)
+        num_passes += 1
         count, mass = reaching(middle, source, num_tokens, is_collected, LOW_BITS, MAX_CANDIDATES, TILE)
         if BY_MASS:
             is_enough = mass >= wanted_mass

@@ -119,7 +119,7 @@ def _weight_rows(TILE_N: tl.constexpr, GATED: tl.constexpr, n_out):
     return tl.minimum(index, n_out - 1)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["num_tokens"])
 def _skinny_kernel(
     x_ptr,
     weight_ptr,
@@ -184,7 +184,7 @@ def _skinny_kernel(
     tl.store(place, out.to(out_ptr.dtype.element_ty), mask=m_inside & (n < n_out)[None, :])
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["num_tokens"])
 def _vector_kernel(
     x_ptr,
     weight_ptr,
