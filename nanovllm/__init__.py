@@ -2,9 +2,20 @@
 
 from nanovllm.async_llm import AsyncLLM
 from nanovllm.demo import demo_model
+from nanovllm.errors import RankError
 from nanovllm.llm import LLM
 from nanovllm.outputs import CompletionOutput, Logprob, RequestOutput, Score
 from nanovllm.sampling_params import SamplingParams
 
 __version__ = "0.1.0"
-__all__ = ["LLM", "AsyncLLM", "CompletionOutput", "Logprob", "RequestOutput", "SamplingParams", "Score", "demo_model"]
+__all__ = [
+    "LLM",
+    "AsyncLLM",
+    "CompletionOutput",
+    "Logprob",
+    "RankError",
+    "RequestOutput",
+    "SamplingParams",
+    "Score",
+    "demo_model",
+]

@@ -199,10 +199,12 @@ class LLMEngine:
     def _read_tokens(self, step: _StepInFlight) -> list[Sequence]:
         """Wait for a step's tokens, and hand each to its sequence."""
         finished = []
+        with self.followers.awaited():
+            token_ids = step.handle.tokens()
         self._read_prompt_logprobs(step)
         samples = step.scheduled.samples
         logprobs = step.handle.logprobs() if step.scheduled.plan.logprobs else [None] * len(samples)
-        for seq, token_id, of_token in zip(samples, step.handle.tokens(), logprobs, strict=True):
+        for seq, token_id, of_token in zip(samples, token_ids, logprobs, strict=True):
             if seq.is_finished:
                 continue  # a surplus token
             if of_token is not None:
