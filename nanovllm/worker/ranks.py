@@ -149,8 +149,9 @@ class Followers:
         try:
             yield
         except Exception as error:
-            if self._error:
-                raise RankError(self._error) from error
+            with self._changed:  # what is seen of a lost rank first may be the device's error
+                if self._changed.wait_for(lambda: self._error, timeout=GRACE):
+                    raise RankError(self._error) from error
             raise
         finally:
             self._waits_since = None
