@@ -2,9 +2,11 @@
 
 import os
 import pickle
+import random
 import signal
 import subprocess
 import sys
+import threading
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -54,6 +56,32 @@ def test_a_killed_rank_fails_its_engine_and_not_the_one_beside_it(
     assert not rank_processes()
     with pytest.raises(RankError, match="rank 0 failed in launch: KeyboardInterrupt"):
         answers(other)
+
+
+@pytest.mark.parametrize("seed", range(20))
+def test_a_rank_killed_at_any_moment_is_an_error_and_leaves_nothing(
+    seed: int, checkpoint: Callable[..., Path], make_tp: Callable[..., LLM]
+) -> None:
+    draw = random.Random(seed)
+    size, is_early = (2, 4)[seed % 2], seed % 5 == 4
+
+    def kill() -> None:
+        while len(rank_processes()) < size - 1:
+            time.sleep(0.01)
+        time.sleep(draw.uniform(0, 2 if is_early else 0.3))  # of some seconds that the start takes, or of the steps
+        os.kill(draw.choice(sorted(rank_processes())), signal.SIGKILL)
+
+    killer = threading.Thread(target=kill)
+    with pytest.raises(RankError, match="was killed by signal 9"):
+        if is_early:
+            killer.start()
+        llm = make_tp(checkpoint("plain"), tensor_parallel_size=size)
+        if not is_early:
+            killer.start()
+        while True:
+            answers(llm)
+    killer.join()
+    assert not rank_processes()
 
 
 def interrupt(plan: Any) -> None:
