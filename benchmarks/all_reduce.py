@@ -31,12 +31,12 @@ from benchmarks.machine import describe_machine, describe_versions
 from benchmarks.report import table_lines
 from nanovllm.kernels.all_reduce import (
     PeerBuffers,
-    connect_peers,
     one_shot_add_rms_norm,
     one_shot_all_reduce,
     one_shot_all_reduce_reference,
 )
 from nanovllm.kernels.rms_norm import add_rms_norm
+from nanovllm.worker.peer_memory import connect_peers
 
 ROWS = (1, 8, 32, 128, 256)
 HIDDEN_SIZES = (1024, 4096, 5120)
@@ -114,9 +114,8 @@ def measure(rank: int, size: int, folder: Path, link: Connection) -> None:
         if rank == 0 and bandwidth:
             link.send(("bandwidth", bandwidth))
     for hidden in HIDDEN_SIZES:
-        max_bytes = max(ROWS) * hidden * DTYPE.itemsize
-        connect = partial(connect_peers, store, f"{folder.name}-{hidden}", rank, size, max_bytes, hidden, DTYPE)
-        peers = attempt(f"peers {hidden}", connect)
+        message = (max(ROWS) * hidden * DTYPE.itemsize, hidden, DTYPE)
+        peers = attempt(f"peers {hidden}", partial(connect_peers, nccl, rank, size, *message))
         dist.barrier()
         # A method that one rank fails in leaves the others waiting.
         limit = threading.Timer(KERNEL_SECONDS, peers.give_up) if peers is not None else threading.Timer(0, int)

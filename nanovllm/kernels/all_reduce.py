@@ -18,16 +18,13 @@ the next is counted on the device, by each program for itself, so a captured gra
 A rank that has died leaves its peers polling, so a host can have them give up: they look at a word in its memory.
 """
 
-import logging
-from dataclasses import dataclass, field
-from typing import Any
+from collections.abc import Callable
+from dataclasses import dataclass
 
 import torch
 
 from nanovllm.kernels.early_launch import early_launch, wait_for_previous
 from nanovllm.kernels.triton_shim import tl, triton
-
-logger = logging.getLogger(__name__)
 
 # Messages up to so many bytes are summed this way, on all devices of a group or on none; 0: never.
 ONE_SHOT_BYTES = 0
@@ -36,8 +33,10 @@ PROGRAMS = 128  # fewer than there are processors: all of them run at once, so t
 POLLS = tl.constexpr(512)  # between two looks at the host's word, which is a trip over the bus
 WORDS = {2: torch.int16, 4: torch.int32}  # by the size of an element
 
+NewEmpty = Callable[[tuple[int, ...], torch.dtype], torch.Tensor]
 
-@dataclass(slots=True, eq=False)
+
+@dataclass(eq=False)
 class PeerBuffers:
     """A rank's inboxes, `[2, ranks, max_rows, columns]` words, and where everybody's are.
 
@@ -56,7 +55,6 @@ class PeerBuffers:
     addresses: torch.Tensor
     turns: torch.Tensor
     stop: torch.Tensor
-    owner: Any = field(default=None, repr=False)  # what keeps the others' memory mapped
 
     def fit(self, x: torch.Tensor) -> bool:
         """Whether a message may be summed this way. It depends on its shape alone, so all ranks agree."""
@@ -67,54 +65,10 @@ class PeerBuffers:
         self.stop.fill_(1)
 
 
-def make_inboxes(size: int, max_bytes: int, columns: int, dtype: torch.dtype, new_empty: Any) -> torch.Tensor:
+def make_inboxes(size: int, max_rows: int, columns: int, dtype: torch.dtype, new_empty: NewEmpty) -> torch.Tensor:
     """Empty inboxes in the memory that `new_empty(shape, dtype)` gives."""
     words = WORDS[dtype.itemsize]
-    inboxes = new_empty((2, size, max_bytes // (columns * dtype.itemsize), columns), words)
-    return inboxes.fill_(torch.iinfo(words).min)  # the bits of -0.0
-
-
-def connect_peers(
-    store: Any, name: str, rank: int, size: int, max_bytes: int, columns: int, dtype: torch.dtype
-) -> PeerBuffers | None:
-    """Inboxes for messages of up to `max_bytes`, mapped by all ranks, each of which calls this.
-
-    Nobody may send before all have returned. None, with the reason logged, where a device cannot reach the others'
-    memory, or no message is small enough.
-
-    Args:
-        store: one of torch.distributed's, needed until this returns; name: of the group, and of no other.
-    """
-    if max_bytes < columns * dtype.itemsize:
-        return None
-    try:
-        import torch.distributed as dist
-        from torch._C._distributed_c10d import _register_process_group, _SymmetricMemory, _unregister_process_group
-
-        device = torch.device("cuda", torch.cuda.current_device())
-
-        def new_empty(shape: tuple[int, ...], dtype: torch.dtype) -> torch.Tensor:
-            stride = torch.empty(shape, device="meta").stride()
-            return _SymmetricMemory.empty_strided_p2p(shape, stride, dtype, device, name)
-
-        inboxes = make_inboxes(size, max_bytes, columns, dtype, new_empty)
-        torch.cuda.synchronize()
-        # Which of the two it asks for a group's store depends on the version of PyTorch.
-        _SymmetricMemory.set_group_info(name, rank, size, store)
-        group = dist.ProcessGroup(store, rank, size)
-        group._set_group_name(name)
-        _register_process_group(name, group)
-        try:
-            memory = _SymmetricMemory.rendezvous(inboxes, name)
-        finally:
-            _unregister_process_group(name)
-        stop = torch.zeros(1, dtype=torch.int32, pin_memory=True)
-        addresses = torch.tensor([*memory.buffer_ptrs, stop.data_ptr()], dtype=torch.int64, device=device)
-        turns = torch.zeros(PROGRAMS, dtype=torch.int32, device=device)
-        return PeerBuffers(rank, size, inboxes.shape[2], columns, dtype, inboxes, addresses, turns, stop, memory)
-    except (ImportError, RuntimeError, AttributeError, TypeError) as error:  # private API of PyTorch, and the machine
-        logger.warning("rank %d cannot reach the others' memory, all sums go over NCCL: %s", rank, error)
-        return None
+    return new_empty((2, size, max_rows, columns), words).fill_(torch.iinfo(words).min)  # the bits of -0.0
 
 
 def one_shot_all_reduce(x: torch.Tensor, peers: PeerBuffers) -> torch.Tensor:
@@ -176,7 +130,7 @@ def _launch(
     )
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["num_rows"])  # of which there are many: one is compiled for all
 def _one_shot_kernel(
     x_ptr,
     residual_ptr,

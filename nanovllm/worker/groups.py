@@ -1,8 +1,8 @@
 """How ranks are connected: gloo between CPUs, NCCL and each other's memory between devices.
 
 A group is the engine's own and not torch.distributed's default one: engines side by side, and a trainer in the same
-process, do not meet. Nothing listens but on the loopback interface. The store, a file in a private directory, is
-needed only until all are connected, and then removed.
+process, do not meet. Nothing listens but on the loopback interface. CPUs find each other at a file in a private
+directory, which is needed only until all are connected and then removed; devices by what rank 0 tells them.
 """
 
 from collections.abc import Callable
@@ -14,7 +14,6 @@ from typing import Any
 import torch
 import torch.distributed as dist
 
-from nanovllm.kernels.all_reduce import connect_peers
 from nanovllm.layers.linear import PeerLostError, TensorParallel
 
 START_TIMEOUT = timedelta(minutes=30)
@@ -33,20 +32,19 @@ class Meeting:
 
 def join_group(meeting: Meeting, rank: int, size: int, timeout: timedelta) -> TensorParallel:
     """This rank among all, connected when it returns. Raises PeerLostError, or what the store raises."""
-    store = dist.FileStore(str(meeting.folder / "store"), size)
-    store.set_timeout(timeout)
     if not meeting.nccl_id:
+        store = dist.FileStore(str(meeting.folder / "store"), size)
+        store.set_timeout(timeout)
         tp = TensorParallel(rank, size, GlooGroup(store, rank, size, timeout))
         tp.minimum(0, "cpu")
         return tp
     from nanovllm.worker.nccl import NcclGroup
+    from nanovllm.worker.peer_memory import connect_peers
 
     tp = TensorParallel(rank, size, NcclGroup(meeting.nccl_id, rank, size))
-    peers = connect_peers(
-        store, meeting.folder.name, rank, size, meeting.peer_bytes, meeting.hidden_size, meeting.dtype
-    )
+    peers = connect_peers(tp.group, rank, size, meeting.peer_bytes, meeting.hidden_size, meeting.dtype)
     # All ranks or none: one that summed its own way would wait for the others forever.
-    if tp.minimum(peers is not None, "cuda"):
+    if tp.minimum(int(peers is not None), "cuda"):
         tp = TensorParallel(rank, size, tp.group, peers)
     return tp
 

@@ -25,13 +25,11 @@ ROWS = [1, 7, 4, 0, 5, 2, 2]  # of each call: the inboxes of one are larger or s
 
 
 def inboxes(size: int, dtype: torch.dtype, device: str) -> list[torch.Tensor]:
-    num_bytes = MAX_ROWS * COLUMNS * dtype.itemsize + 1
-
     def new_empty(shape: tuple[int, ...], words: torch.dtype) -> torch.Tensor:
         made = torch.empty(shape, dtype=words, device=device)
         return made.share_memory_() if device == "cpu" else made
 
-    return [make_inboxes(size, num_bytes, COLUMNS, dtype, new_empty) for _ in range(size)]
+    return [make_inboxes(size, MAX_ROWS, COLUMNS, dtype, new_empty) for _ in range(size)]
 
 
 def connect(rank: int, boxes: list[torch.Tensor], stop: torch.Tensor, dtype: torch.dtype) -> PeerBuffers:
