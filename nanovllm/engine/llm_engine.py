@@ -9,6 +9,7 @@ import random
 import weakref
 from collections import deque
 from collections.abc import Iterable
+from contextlib import nullcontext
 from dataclasses import dataclass, replace
 from itertools import count
 
@@ -188,7 +189,9 @@ class LLMEngine:
         plan = step.plan
         if not plan.rows:
             return False
-        with self.followers.doing("launch", plan):
+        # A device's queue may be full, and then launching waits for the device. On a CPU it is the step itself.
+        waiting = self.followers.awaited() if self.runner.is_cuda else nullcontext()
+        with self.followers.doing("launch", plan), waiting:
             handle = self.runner.launch(plan)
         self._in_flight.append(_StepInFlight(step, handle))
         self.stats.num_steps += 1

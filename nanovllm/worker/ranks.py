@@ -105,8 +105,9 @@ class Followers:
             if wait:
                 self._await_acks()
         except BaseException as error:
-            # What else fails here after a rank was lost has its cause in that.
-            is_lost = isinstance(error, PeerLostError) or (isinstance(error, Exception) and bool(self._error))
+            # What the device reports after a rank was lost has its cause in that.
+            is_lost = isinstance(error, (PeerLostError, RankError))
+            is_lost |= isinstance(error, RuntimeError) and bool(self._error)
             self._fail(self._suspect(error) if is_lost else f"rank 0 failed in {command}: {error!r}")
             self.close()
             if is_lost:
@@ -148,7 +149,9 @@ class Followers:
         self._waits_since = time.monotonic()
         try:
             yield
-        except Exception as error:
+        except PeerLostError:
+            raise
+        except RuntimeError as error:
             with self._changed:  # what is seen of a lost rank first may be the device's error
                 if self._changed.wait_for(lambda: self._error, timeout=GRACE):
                     raise RankError(self._error) from error

@@ -131,13 +131,13 @@ def test_a_rank_that_is_stopped_is_named_after_the_timeout(
     one_shot_bytes: int, make: Callable[..., LLM], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(all_reduce, "ONE_SHOT_BYTES", one_shot_bytes)
-    llm = make(2, tensor_parallel_timeout=5)
+    llm = make(2, tensor_parallel_timeout=10)
     answers(llm)  # kernels of prompts are compiled, in which the ranks need not be equally fast
     (pid,) = rank_pids(llm)
     os.kill(pid, signal.SIGSTOP)
     started = time.monotonic()
-    with pytest.raises(RankError, match="rank 1 has not answered for 5 s"):
+    with pytest.raises(RankError, match="rank 1 has not answered for 10 s"):
         answers(llm)
-    assert 5 <= time.monotonic() - started < 15
+    assert 10 <= time.monotonic() - started < 20
     assert are_gone([pid])
     assert answers(make(1))  # the device is free
