@@ -90,6 +90,9 @@ class NcclGroup:
         with _on_loopback():
             unique = UniqueId.from_buffer_copy(unique_id)
             _check(_library().ncclCommInitRank(ctypes.byref(self._comm), size, unique, rank))
+        self._is_aborted = threading.Event()
+        # It waits from now on, for while the interpreter ends, which aborts too, Python 3.12 starts no thread.
+        threading.Thread(target=self._wait_to_abort, name="nanovllm-abort", daemon=True).start()
 
     def all_reduce(self, x: torch.Tensor, is_minimum: bool = False) -> None:
         """The sum over all ranks, or the least, over `x`; the same bits on every rank."""
@@ -106,9 +109,10 @@ class NcclGroup:
 
     def abort(self) -> None:
         """Have what waits for other ranks on the device return. May be called from any thread, and again."""
-        threading.Thread(target=self._abort, name="nanovllm-abort", daemon=True).start()
+        self._is_aborted.set()
 
-    def _abort(self) -> None:
+    def _wait_to_abort(self) -> None:
+        self._is_aborted.wait()
         # A call that does not return waits for the device itself, and needs the abort.
         has_lock = self._calls.acquire(timeout=CALL_SECONDS)
         comm, self._comm = self._comm, None
