@@ -38,7 +38,6 @@ PROMPTS = random_prompts([40, 1, 17, 70, 2, 16, 15], seed=4)
 GREEDY = SamplingParams(temperature=0.0, max_tokens=24)
 SEEDED = SamplingParams(temperature=0.8, top_p=0.9, seed=11, max_tokens=24)
 PARAMS = [GREEDY, SEEDED, GREEDY, SEEDED, GREEDY, GREEDY, SEEDED]
-METHODS = pytest.mark.parametrize("one_shot_bytes", [0, 1 << 18], ids=["nccl", "one-shot"])
 
 
 @pytest.fixture(scope="module", autouse=True)
@@ -67,8 +66,9 @@ def answers(llm: LLM) -> list[list[int]]:
     return [output.outputs[0].token_ids for output in llm.generate(PROMPTS, PARAMS, use_tqdm=False)]
 
 
-@METHODS
-@pytest.mark.parametrize("eager", [False, True], ids=["graphs", "eager"])
+@pytest.mark.parametrize(
+    ("one_shot_bytes", "eager"), [(0, False), (1 << 18, False), (1 << 18, True)], ids=["nccl", "one-shot", "eager"]
+)
 def test_float32_tokens_are_those_of_one_device_with_preemption_and_after_sleep(
     one_shot_bytes: int, eager: bool, make: Callable[..., LLM], path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -77,39 +77,39 @@ def test_float32_tokens_are_those_of_one_device_with_preemption_and_after_sleep(
     expected = answers(make(1, **options))
     llm = make(2, **options)
     assert (llm.engine.runner.graphs is None) == eager
-    assert (llm.engine.followers.tp.peers is not None) == bool(one_shot_bytes)
+    assert (llm.engine.followers.tp.peers is not None) == bool(one_shot_bytes), "the devices are not connected so"
     assert answers(llm) == expected
     assert llm.stats().num_preemptions
-    if eager:
-        llm.load_weights(load_file(path / "model.safetensors").items())
-    else:
+    if not eager:
         llm.sleep(level=2)
         llm.wake_up()
-        llm.load_weights(load_file(path / "model.safetensors").items())
+    llm.load_weights(load_file(path / "model.safetensors").items())
     assert answers(llm) == expected
 
 
-@METHODS
 def test_bfloat16_log_probabilities_are_those_of_one_device_within_its_rounding(
-    one_shot_bytes: int, make: Callable[..., LLM], monkeypatch: pytest.MonkeyPatch
+    make: Callable[..., LLM], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(all_reduce, "ONE_SHOT_BYTES", one_shot_bytes)
     prompts = random_prompts([200, 33, 64], seed=5)
-    exact, one, two = (
-        [torch.tensor(score.logprobs[1:]) for score in llm.score(prompts)]
-        for llm in (make(1), make(1, dtype="bfloat16"), make(2, dtype="bfloat16"))
-    )
-    for truth, ours, theirs in zip(exact, two, one, strict=True):
-        assert (ours - truth).abs().mean() < 1.5 * (theirs - truth).abs().mean() + 1e-3
-        assert (ours - truth).abs().max() < 2 * (theirs - truth).abs().max() + 1e-2
+
+    def score(size: int, dtype: str = "bfloat16") -> torch.Tensor:
+        with make(size, dtype=dtype) as llm:
+            return torch.tensor([value for score in llm.score(prompts) for value in score.logprobs[1:]])
+
+    exact = score(1, "float32")
+    rounded = (score(1) - exact).abs()
+    for one_shot_bytes in (0, 1 << 20):  # all prompts together are one message
+        monkeypatch.setattr(all_reduce, "ONE_SHOT_BYTES", one_shot_bytes)
+        error = (score(2) - exact).abs()
+        assert error.mean() < 1.5 * rounded.mean() and error.max() < 3 * rounded.max()
 
 
-@METHODS
+@pytest.mark.parametrize("one_shot_bytes", [0, 1 << 18], ids=["nccl", "one-shot"])
 def test_a_killed_rank_fails_its_engine_while_the_one_beside_it_goes_on(
     one_shot_bytes: int, make: Callable[..., LLM], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(all_reduce, "ONE_SHOT_BYTES", one_shot_bytes)
-    llm, other = make(2), make(2, gpu_memory_utilization=0.5)
+    llm, other = make(2), make(2)
     endless = SamplingParams(temperature=0.0, max_tokens=1500, ignore_eos=True)
     stream, beside = llm.stream([[1, 2]], endless), other.stream([[1, 2]], endless)
     for _ in range(5):
@@ -126,18 +126,17 @@ def test_a_killed_rank_fails_its_engine_while_the_one_beside_it_goes_on(
         next(beside)
 
 
-@METHODS
-def test_a_rank_that_is_stopped_is_named_after_the_timeout(
-    one_shot_bytes: int, make: Callable[..., LLM], monkeypatch: pytest.MonkeyPatch
+def test_a_rank_that_is_stopped_is_named_after_the_timeout_and_the_device_is_free_again(
+    make: Callable[..., LLM], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(all_reduce, "ONE_SHOT_BYTES", one_shot_bytes)
-    llm = make(2, tensor_parallel_timeout=10)
-    answers(llm)  # kernels of prompts are compiled, in which the ranks need not be equally fast
+    monkeypatch.setattr(all_reduce, "ONE_SHOT_BYTES", 1 << 18)
+    llm = make(2, tensor_parallel_timeout=6)
+    expected = answers(llm)  # kernels of prompts are compiled, in which the ranks need not be equally fast
     (pid,) = rank_pids(llm)
     os.kill(pid, signal.SIGSTOP)
     started = time.monotonic()
-    with pytest.raises(RankError, match="rank 1 has not answered for 10 s"):
+    with pytest.raises(RankError, match="rank 1 has not answered for 6 s"):
         answers(llm)
-    assert 10 <= time.monotonic() - started < 20
+    assert 6 <= time.monotonic() - started < 14
     assert are_gone([pid])
-    assert answers(make(1))  # the device is free
+    assert answers(make(1)) == expected
