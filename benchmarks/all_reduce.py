@@ -75,7 +75,8 @@ def collect(size: int, seconds: float) -> dict[str, Any]:
         theirs.close()
         while ours.poll(max(0.0, deadline - time.monotonic())):
             kind, value = ours.recv()
-            print(kind, value, flush=True)
+            if kind != "times":
+                print(kind, value, flush=True)
             if kind == "bandwidth":
                 report[kind] |= value
             else:
@@ -105,7 +106,7 @@ def measure(rank: int, size: int, folder: Path, link: Connection) -> None:
     def attempt(name: str, action: Callable[[], Any]) -> Any:
         try:
             return action()
-        except Exception as error:  # the others are to be measured all the same
+        except Exception as error:  # the rest is to be measured all the same
             link.send(("errors", f"rank {rank}, {name}: {error!r}"[:2000]))
 
     nccl = attempt("NCCL", partial(join_nccl, store, rank, size))
@@ -113,38 +114,49 @@ def measure(rank: int, size: int, folder: Path, link: Connection) -> None:
         bandwidth = attempt("bandwidth", partial(measure_bandwidth, nccl, rank, size))
         if rank == 0 and bandwidth:
             link.send(("bandwidth", bandwidth))
-    for hidden in HIDDEN_SIZES:
-        message = (max(ROWS) * hidden * DTYPE.itemsize, hidden, DTYPE)
-        peers = attempt(f"peers {hidden}", partial(connect_peers, nccl, rank, size, *message))
-        dist.barrier()
-        # A method that one rank fails in leaves the others waiting.
-        limit = threading.Timer(KERNEL_SECONDS, peers.give_up) if peers is not None else threading.Timer(0, int)
-        limit.daemon = True
-        limit.start()
+
+    def measure_all(hidden: int, methods: dict[str, Callable[[torch.Tensor], Run]]) -> None:
         for rows in ROWS:
-            for method, make in methods(nccl, peers).items():
+            for method, make in methods.items():
                 shape = (rows, hidden)
                 took = attempt(f"{method} {list(shape)}", partial(check_and_time, make, shape, rank, size))
                 if rank == 0 and took:
                     link.send(("times", {"method": method, "rows": rows, "hidden": hidden, **took}))
+
+    for hidden in HIDDEN_SIZES:
+        message = (max(ROWS) * hidden * DTYPE.itemsize, hidden, DTYPE)
+        peers = attempt(f"peers {hidden}", partial(connect_peers, nccl, rank, size, *message))
+        dist.barrier()
+        # What fails in one rank leaves the others waiting.
+        limit = threading.Timer(KERNEL_SECONDS, peers.give_up) if peers is not None else threading.Timer(0, int)
+        limit.daemon = True
+        limit.start()
+        measure_all(hidden, own_methods(nccl, peers))
         limit.cancel()
+    for hidden in HIDDEN_SIZES:  # last, for nothing would end their waiting
+        measure_all(hidden, torch_methods())
     link.close()
     os._exit(0)  # without tearing down what is left: communicators wait for graphs, and those for their collection
 
 
-def methods(nccl: Any, peers: PeerBuffers | None) -> dict[str, Callable[[torch.Tensor], Run]]:
+def own_methods(nccl: Any, peers: PeerBuffers | None) -> dict[str, Callable[[torch.Tensor], Run]]:
     """By name: from a message of the shape to what is run on each, which may make its buffers from it."""
     made: dict[str, Callable[[torch.Tensor], Run]] = {}
     if nccl is not None:
         made["NCCL"] = lambda x: partial(in_place, nccl.all_reduce)
         made["NCCL + norm"] = lambda x: with_norm(partial(in_place, nccl.all_reduce), x)
-    made["torch one-shot"] = lambda x: symmetric("one_shot_all_reduce", x)
-    made["torch two-shot"] = lambda x: symmetric("two_shot_all_reduce_", x)
     if peers is not None:
         made["ours"] = lambda x: partial(one_shot_all_reduce, peers=peers)
         made["ours + norm"] = lambda x: with_norm(partial(one_shot_all_reduce, peers=peers), x)
         made["ours, fused + norm"] = lambda x: fused_norm(peers, x)
     return made
+
+
+def torch_methods() -> dict[str, Callable[[torch.Tensor], Run]]:
+    return {
+        "torch one-shot": lambda x: symmetric("one_shot_all_reduce", x),
+        "torch two-shot": lambda x: symmetric("two_shot_all_reduce_", x),
+    }
 
 
 def in_place(all_reduce: Callable[[torch.Tensor], None], x: torch.Tensor) -> torch.Tensor:
