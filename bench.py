@@ -4,6 +4,7 @@
     python bench.py --streams 1,8,32                      latency of few streams, 128 tokens in and 512 out
     python bench.py --workload cpu-a --compare transformers    both engines, run by run in turn
     python bench.py --model DIR --engine vllm             a real checkpoint, another engine
+    python bench.py --shape qwen3-8b --tensor-parallel-size 2    two devices, against the roofline of both
 
 Without `--model` the weights are random, of the shape of `--shape`: speed does not depend on their values. Printed
 are the runs, the best of them against the roofline (see benchmarks/roofline.py) at ceilings measured in the same
@@ -144,6 +145,7 @@ def parse_args() -> argparse.Namespace:
     add("--max-num-seqs", type=int)
     add("--max-num-batched-tokens", type=int)
     add("--gpu-memory-utilization", type=float, default=0.9, help="of each engine")
+    add("--tensor-parallel-size", type=int, default=1, help="ranks over which the model is cut, a device each")
     args = parser.parse_args()
     if args.model and args.shape:
         parser.error("--model has a shape of its own: give one of --model and --shape")
@@ -160,6 +162,8 @@ def parse_args() -> argparse.Namespace:
         parser.error(f"--shrink {args.shrink} must be in [1, 64]")
     if (args.chart or args.from_json) and args.mode != "ablate":
         parser.error("--chart and --from-json are for --ablate")
+    if args.mode == "ablate" and args.tensor_parallel_size > 1:
+        parser.error("--ablate changes the code of one process, so it takes no --tensor-parallel-size")
     if args.chart:
         try:
             ablation.check_chart(args.chart)
@@ -201,6 +205,7 @@ def make_setting(args: argparse.Namespace) -> Setting:
         max_num_seqs=args.max_num_seqs,
         max_num_batched_tokens=args.max_num_batched_tokens,
         gpu_memory_utilization=args.gpu_memory_utilization,
+        tensor_parallel_size=args.tensor_parallel_size,
     )
     return Setting(
         options=options,

@@ -85,7 +85,9 @@ def run_engine(setting: Setting) -> tuple[dict[str, Any], int]:
 
 def time_kernels(setting: Setting, block_size: int) -> dict[str, dict[str, float]]:
     """By row: sequences and seconds of a launch, and the bytes it must read or the FLOPs it must compute."""
-    shape = AttentionShape(*attention_heads(setting.config), setting.dtype)
+    heads, kv_heads, head_dim = attention_heads(setting.config)
+    num_ranks = setting.options.tensor_parallel_size
+    shape = AttentionShape(heads // num_ranks, max(1, kv_heads // num_ranks), head_dim, setting.dtype)  # a rank's
     shrink, device = setting.shrink, setting.options.device
     mix = setting.draw("headline", PRESETS["headline"], all_seqs=True)
     contexts = {f"decode_{step}": decode_lengths(mix, step // shrink) for step in STEPS}

@@ -5,7 +5,7 @@ counting only the bytes it must move: the truth is at or above the figure, so no
 """
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import astuple, dataclass
 from functools import partial
 from time import perf_counter
 
@@ -28,6 +28,10 @@ class Ceilings:
     read_bytes_per_s: float
     copy_bytes_per_s: float
     matmul_flops_per_s: float
+
+    def times(self, num_devices: int) -> "Ceilings":
+        """Of so many devices together."""
+        return Ceilings(*(num_devices * rate for rate in astuple(self)))
 
 
 def measure_ceilings(device: str, dtype: torch.dtype, shrink: int = 1) -> Ceilings:

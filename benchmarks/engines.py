@@ -30,6 +30,7 @@ class EngineOptions:
     max_num_seqs: int | None = None
     max_num_batched_tokens: int | None = None
     gpu_memory_utilization: float = 0.9
+    tensor_parallel_size: int = 1
 
 
 @dataclass(slots=True, frozen=True)
@@ -103,6 +104,7 @@ def _vllm_options(options: EngineOptions) -> dict[str, Any]:
         "enforce_eager": options.enforce_eager,
         "enable_prefix_caching": options.enable_prefix_caching,
         "gpu_memory_utilization": options.gpu_memory_utilization,
+        "tensor_parallel_size": options.tensor_parallel_size,
         **{key: value for key, value in optional.items() if value is not None},
     }
 

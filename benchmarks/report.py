@@ -22,7 +22,7 @@ def ceilings_line(ceilings: Ceilings, dtype: str) -> str:
 def result_lines(result: Result) -> list[str]:
     bound = result.roofline
     runs = ", ".join(f"{seconds:.3f} s ({result.output_tokens / seconds:,.1f} tok/s)" for seconds in result.runs_s)
-    return [
+    lines = [
         f"{result.workload}, {result.engine}: {result.num_seqs:,} requests, "
         f"{result.input_tokens:,} input and {result.output_tokens:,} output tokens",
         f"  runs      {runs}",
@@ -32,6 +32,9 @@ def result_lines(result: Result) -> list[str]:
         f"({bound['total_s']:.3f} s: prefill {bound['prefill_s']:.3f}, decode {bound['decode_s']:.3f}; "
         f"reading weights {bound['weight_read_s']:.3f}, KV {bound['kv_read_s']:.3f})",
     ]
+    if result.plan_bytes_per_step:
+        lines.append(f"  ranks     rank 0 sends {result.plan_bytes_per_step:,.0f} bytes a step to each other")
+    return lines
 
 
 def comparison_line(comparison: dict[str, Any]) -> str:

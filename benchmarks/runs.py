@@ -25,6 +25,7 @@ class Result:
     ms_per_token: float = 0.0  # the whole run over the tokens of the longest request: its latency per token
     roofline: dict[str, Any] = field(default_factory=dict)
     percent_of_roofline: float = 0.0
+    plan_bytes_per_step: float = 0.0  # that rank 0 sends to each other rank: what a step's plan takes
 
 
 def run_alternating(engines: list[BenchmarkedEngine], workload: Workload, repeat: int, bound: Roofline) -> list[Result]:
@@ -43,15 +44,27 @@ def run_alternating(engines: list[BenchmarkedEngine], workload: Workload, repeat
         )
         for engine in engines
     ]
+    sent = [_plan_bytes(engine) for engine in engines]
     for _ in range(repeat):
         for engine, result in zip(engines, results, strict=True):
             result.runs_s.append(timed_run(engine, workload))
+    for engine, result, (bytes_before, steps_before) in zip(engines, results, sent, strict=True):
+        num_bytes, num_steps = _plan_bytes(engine)
+        result.plan_bytes_per_step = (num_bytes - bytes_before) / max(1, num_steps - steps_before)
     for result in results:
         result.best_s = min(result.runs_s)
         result.output_tok_s = result.output_tokens / result.best_s
         result.ms_per_token = 1e3 * result.best_s / result.longest_output
         result.percent_of_roofline = 100 * bound.total_s / result.best_s
     return results
+
+
+def _plan_bytes(engine: BenchmarkedEngine) -> tuple[float, int]:
+    """(bytes that rank 0 has sent to each other rank, steps) so far; zeros for other engines."""
+    if engine.name != "nanovllm":
+        return 0.0, 0
+    followers = engine.llm.engine.followers
+    return followers.bytes_sent / max(1, followers.size - 1), engine.llm.stats().num_steps
 
 
 def timed_run(engine: BenchmarkedEngine, workload: Workload) -> float:

@@ -59,6 +59,11 @@ class Setting:
         return ceilings
 
     def bound(self, workload: Workload, ceilings: Ceilings, max_num_seqs: int | None = None) -> Roofline:
-        """The workload's roofline; `max_num_seqs` in place of the options'."""
+        """The workload's roofline; `max_num_seqs` in place of the options'.
+
+        Several ranks on as many devices can read and compute that many times as much; talking is counted as free.
+        On a CPU they share what was measured.
+        """
         rows = max_num_seqs or self.options.max_num_seqs
-        return roofline(self.shape, workload.input_lens, workload.max_tokens, ceilings, rows)
+        num_devices = self.options.tensor_parallel_size if self.options.device == "cuda" else 1
+        return roofline(self.shape, workload.input_lens, workload.max_tokens, ceilings.times(num_devices), rows)

@@ -15,6 +15,8 @@ from torch.profiler import ProfilerActivity, profile
 from nanovllm import LLM, SamplingParams
 
 KINDS = {  # part of a kernel's name -> what it is, in the order of the search
+    "nccl": "all-reduce, gather",  # with what a rank waits there for the others
+    "_one_shot_kernel": "all-reduce, one-shot",
     "_decode_kernel": "attention",
     "_plan_kernel": "attention: plan",
     "rms_norm": "norms",
@@ -69,9 +71,11 @@ def main() -> None:
     parser.add_argument("--batches", default="1,8,32,128,256")
     parser.add_argument("--context", type=int, default=600)
     parser.add_argument("--steps", type=int, default=20)
+    parser.add_argument("--tensor-parallel-size", type=int, default=1, help="the profile is of rank 0")
     args = parser.parse_args()
     random.seed(0)
-    llm = LLM(args.model, load_format="dummy", skip_tokenizer_init=True, max_model_len=4096)
+    options = {"max_model_len": 4096, "tensor_parallel_size": args.tensor_parallel_size}
+    llm = LLM(args.model, load_format="dummy", skip_tokenizer_init=True, **options)
     for batch in map(int, args.batches.split(",")):
         totals = measure(llm, batch, args.context, args.steps)
         print(f"batch {batch}, context {args.context}")

@@ -70,7 +70,7 @@ GOALS: dict[str, dict[str, tuple[float | None, float | None]]] = {
 def goals_for(setting: Setting, machine: dict[str, Any]) -> dict[str, tuple[float | None, float | None]]:
     """The goals that a run in this setting on this machine (`describe_machine`'s) is to be judged by; {} for none."""
     same_model = setting.shape == model_shape(read_config(SHAPES / "qwen3-0.6b"), bytes_per_element=2)
-    if setting.shrink > 1 or not same_model:
+    if setting.shrink > 1 or setting.options.tensor_parallel_size > 1 or not same_model:
         return {}
     return next((goals for kind, goals in GOALS.items() if kind in machine.get("gpu", "").split()), {})
 

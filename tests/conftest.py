@@ -2,6 +2,8 @@
 
 import gc
 import os
+import tempfile
+import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -81,3 +83,28 @@ def make_llm() -> Iterator[Callable[..., Any]]:
     yield make
     for llm in made:
         llm.close()
+
+
+@pytest.fixture
+def nothing_is_left(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+    """No process, socket, file or shared memory of the ranks outlives a test that has closed its engines."""
+    from leftovers import open_sockets, rank_processes, shared_memory
+
+    folder = tmp_path / "temporary"
+    folder.mkdir()
+    monkeypatch.setattr(tempfile, "tempdir", str(folder))
+    sockets, shared = open_sockets(), shared_memory()
+    yield
+    assert not rank_processes()
+    assert not list(folder.glob("nanovllm-*"))
+    deadline = time.monotonic() + 5  # NCCL takes its own down once the last graph is gone
+    while not (open_sockets() <= sockets and shared_memory() <= shared) and time.monotonic() < deadline:
+        time.sleep(0.02)
+    assert open_sockets() <= sockets
+    assert shared_memory() <= shared
+
+
+@pytest.fixture
+def make_tp(nothing_is_left: None, make_llm: Callable[..., Any]) -> Callable[..., Any]:
+    """`make_llm`, whose engines are closed before the above looks."""
+    return make_llm

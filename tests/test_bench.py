@@ -18,6 +18,7 @@ from benchmarks.engines import EngineOptions, make_engine
 from benchmarks.machine import seconds_since_process_start
 from benchmarks.roofline import ModelShape, decode_load, model_shape, read_config, roofline
 from benchmarks.runs import Result, compare, measure_split, timed_run
+from benchmarks.setting import Setting
 from benchmarks.step_timing import StepRecorder
 from benchmarks.workloads import PRESETS, LengthMix, Workload, draw, few_streams, shrunk
 
@@ -250,6 +251,31 @@ def test_bench_reports_every_figure_in_its_last_line(tmp_path):
         assert split["decode"]["num_tokens"] == result["output_tokens"] - result["num_seqs"]
         assert 0 < split["decode"]["busy_s"] + split["prefill"]["busy_s"] <= split["wall_s"]
         assert 0 < split["device_idle_share"] < 1
+
+
+def test_bench_of_two_ranks_says_what_they_send_each_other(tmp_path):
+    args = ["--shape", "tiny", "--device", "cpu", "--streams", "1", "--tensor-parallel-size", "2", *SMALL_RUN]
+    done = run_script("bench.py", *args, cwd=tmp_path)
+    assert done.returncode == 0, done.stderr
+    report = json.loads(done.stdout.splitlines()[-1])
+    (result,) = report["results"]
+    assert report["options"]["tensor_parallel_size"] == 2
+    assert result["output_tokens"] > 0 and 100 < result["plan_bytes_per_step"] < 1000
+    assert f"rank 0 sends {result['plan_bytes_per_step']:,.0f} bytes a step" in done.stdout
+    refused = run_script("bench.py", "--ablate", "--tensor-parallel-size", "2", cwd=tmp_path)
+    assert refused.returncode != 0 and "--ablate" in refused.stderr
+
+
+def test_roofline_of_several_devices_is_that_of_one_with_their_rates():
+    options = EngineOptions(
+        model_dir=SHAPES / "qwen3-8b", load_format="dummy", device="cuda", dtype="auto", max_model_len=64
+    )
+    setting = Setting(options=options, config=read_config(SHAPES / "qwen3-8b"), temperature=0.6, seed=0, repeat=1)
+    four = replace(setting, options=replace(options, tensor_parallel_size=4))
+    on_a_cpu = replace(setting, options=replace(options, tensor_parallel_size=4, device="cpu"))
+    workload, ceilings = Workload("w", [[1, 2, 3]], [8], 0.6), Ceilings(1e9, 1e9, 1e12)
+    bounds = [each.bound(workload, ceilings).total_s for each in (setting, four, on_a_cpu)]
+    assert bounds[0] == bounds[2] == pytest.approx(4 * bounds[1])
 
 
 def test_bench_refuses_requests_longer_than_the_model(tmp_path):

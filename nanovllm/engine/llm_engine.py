@@ -9,6 +9,7 @@ import random
 import weakref
 from collections import deque
 from collections.abc import Iterable
+from contextlib import nullcontext
 from dataclasses import dataclass, replace
 from itertools import count
 
@@ -188,7 +189,9 @@ class LLMEngine:
         plan = step.plan
         if not plan.rows:
             return False
-        with self.followers.doing("launch", plan):
+        # A device's queue may be full, and then launching waits for the device. On a CPU it is the step itself.
+        waiting = self.followers.awaited() if self.runner.is_cuda else nullcontext()
+        with self.followers.doing("launch", plan), waiting:
             handle = self.runner.launch(plan)
         self._in_flight.append(_StepInFlight(step, handle))
         self.stats.num_steps += 1
@@ -199,10 +202,12 @@ class LLMEngine:
     def _read_tokens(self, step: _StepInFlight) -> list[Sequence]:
         """Wait for a step's tokens, and hand each to its sequence."""
         finished = []
+        with self.followers.awaited():
+            token_ids = step.handle.tokens()
         self._read_prompt_logprobs(step)
         samples = step.scheduled.samples
         logprobs = step.handle.logprobs() if step.scheduled.plan.logprobs else [None] * len(samples)
-        for seq, token_id, of_token in zip(samples, step.handle.tokens(), logprobs, strict=True):
+        for seq, token_id, of_token in zip(samples, token_ids, logprobs, strict=True):
             if seq.is_finished:
                 continue  # a surplus token
             if of_token is not None:

@@ -4,35 +4,55 @@ For arguments and errors see the methods of `LLM` with these names. The work is 
 held to be idle, and its prefix cache, which is of the old weights or gone, is forgotten.
 """
 
-from collections.abc import Iterable
+from collections.abc import Collection, Iterable, Iterator
 from typing import TYPE_CHECKING
 
 from nanovllm.engine.llm_engine import LLMEngine
+from nanovllm.errors import RankError
 
 if TYPE_CHECKING:
     import torch
 
 
 def load_weights(engine: LLMEngine, named_tensors: Iterable[tuple[str, "torch.Tensor"]]) -> None:
+    from nanovllm.layers.linear import PeerLostError
+    from nanovllm.models.loader import build_outline, checked_tensors
     from nanovllm.worker.sleep import load_weights
 
-    if engine.runner.sleep_level:
+    runner, followers = engine.runner, engine.followers
+    if runner.sleep_level:
         raise RuntimeError("load_weights() while the engine sleeps: call wake_up() first")
-    if engine.followers.size > 1:
-        raise NotImplementedError(f"load_weights() is not there yet for tensor_parallel_size={engine.followers.size}")
     _require_idle(engine, "load_weights()")
+    outline = build_outline(runner.hf_config, type(runner.model))
+    if isinstance(named_tensors, Collection):
+        for _ in checked_tensors(outline, named_tensors):
+            pass  # all, before anything is written
+
+    def shared() -> Iterator[tuple[str, "torch.Tensor"]]:
+        """Each tensor, once the other ranks have it too. None of them hears of one that is refused."""
+        for name, tensor in checked_tensors(outline, named_tensors):
+            yield name, followers.share(name, tensor, runner.device, runner.dtype)
+
+    refusal: Exception | None = None
     try:
-        load_weights(engine.runner, named_tensors)
+        with followers.doing("load_weights", wait=True):
+            try:
+                load_weights(runner, shared())
+            except (PeerLostError, RankError):
+                raise
+            except Exception as error:  # a tensor's, or its maker's: all ranks are as far as the one before it
+                refusal = error
+            followers.tell("no_more_tensors")
     finally:
         engine.block_manager.forget_content()
+    if refusal is not None:
+        raise refusal
 
 
 def sleep(engine: LLMEngine, level: int) -> None:
     from nanovllm.worker.sleep import require_level, sleep
 
     require_level(level)
-    if engine.followers.size > 1 and level == 2:
-        raise NotImplementedError("sleep(level=2) needs load_weights(), which is not there yet with several ranks")
     _require_idle(engine, "sleep()")
     with engine.followers.doing("sleep", level, wait=True):
         sleep(engine.runner, level)

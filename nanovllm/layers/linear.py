@@ -8,24 +8,29 @@ pairs the two (QKV then output projection, gate/up then down), so it costs one a
 Heads must come out even. Other features are padded with zeros on the last ranks, which adds nothing: silu(0) * 0 = 0.
 """
 
-from collections.abc import Callable
 from dataclasses import dataclass
-from datetime import timedelta
-from typing import Any
+from typing import Protocol
 
 import torch
-import torch.distributed as dist
 from torch import nn
 
+from nanovllm.kernels.all_reduce import PeerBuffers, one_shot_all_reduce
 from nanovllm.kernels.packed_linear import PackedWeight, pack_weight, packed_linear
 from nanovllm.kernels.silu_mul import silu_mul
 from nanovllm.kernels.skinny_linear import skinny_linear
 
-START_TIMEOUT = timedelta(minutes=30)
-
 
 class PeerLostError(RuntimeError):
     """Another rank did not answer: its process has ended, or the group's time ran out."""
+
+
+class Group(Protocol):
+    """What connects this rank with the others: NCCL's or gloo's, `worker/groups.py`. All raise PeerLostError."""
+
+    def all_reduce(self, x: torch.Tensor, is_minimum: bool = False) -> None: ...
+    def all_gather(self, out: torch.Tensor, part: torch.Tensor) -> None: ...
+    def broadcast(self, x: torch.Tensor) -> None: ...
+    def abort(self) -> None: ...
 
 
 @dataclass(slots=True, frozen=True)
@@ -34,7 +39,8 @@ class TensorParallel:
 
     rank: int = 0
     size: int = 1
-    group: Any = None  # a process group of torch.distributed; None where nobody is to be talked to
+    group: Group | None = None  # None where nobody is to be talked to
+    peers: PeerBuffers | None = None  # a faster way for small sums, on devices that reach each other's memory
 
     def split(self, total: int, what: str) -> int:
         """A rank's share of `total`. Raises ValueError if it does not come out even."""
@@ -47,12 +53,14 @@ class TensorParallel:
         return -(-total // self.size)
 
     def all_reduce(self, partial: torch.Tensor) -> torch.Tensor:
-        """The sum of every rank's `partial`, written over it; the same bits on every rank.
+        """The sum of every rank's `partial [tokens, n]`; the same bits on every rank. `partial` may be written over.
 
-        Raises PeerLostError, as do the next two.
+        Raises PeerLostError, as do the others here.
         """
+        if self.peers is not None and self.peers.fit(partial):
+            return one_shot_all_reduce(partial, self.peers)
         if self.group is not None:
-            _finish(lambda: self.group.allreduce([partial]))
+            self.group.all_reduce(partial)
         return partial
 
     def all_gather(self, part: torch.Tensor) -> torch.Tensor:
@@ -60,26 +68,29 @@ class TensorParallel:
         if self.group is None:
             return part
         parts = part.new_empty(self.size * part.shape[0], part.shape[1])
-        _finish(lambda: self.group._allgather_base(parts, part.contiguous()))
+        self.group.all_gather(parts, part.contiguous())
         return parts.view(self.size, *part.shape).transpose(0, 1).flatten(1)
+
+    def broadcast(self, tensor: torch.Tensor) -> torch.Tensor:
+        """Rank 0's `tensor`, contiguous, written over the others'. Its bytes travel as they are, whatever the dtype."""
+        if self.group is not None:
+            self.group.broadcast(tensor.view(-1).view(torch.uint8))
+        return tensor
+
+    def abort(self) -> None:
+        """Have all that waits for other ranks on the device go on, with whatever there is. From any thread."""
+        if self.peers is not None:
+            self.peers.give_up()
+        if self.group is not None:
+            self.group.abort()
 
     def minimum(self, value: int, device: str) -> int:
         """The least of every rank's `value`. Not for a step: it may wait as long as a rank takes to load the model."""
         if self.group is None:
             return value
-        options = dist.AllreduceOptions()
-        options.reduceOp, options.timeout = dist.ReduceOp.MIN, START_TIMEOUT
         least = torch.tensor([value], device=device)
-        _finish(lambda: self.group.allreduce([least], options))
+        self.group.all_reduce(least, is_minimum=True)
         return int(least)
-
-
-def _finish(start: Callable[[], Any]) -> None:
-    """Start a collective and wait for it: on CUDA the stream waits, not the host."""
-    try:
-        start().wait()
-    except RuntimeError as error:
-        raise PeerLostError(str(error)) from error
 
 
 class Linear(nn.Module):

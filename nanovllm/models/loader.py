@@ -87,27 +87,39 @@ def load_weights(model: nn.Module, path: Path) -> None:
         raise ValueError(f"tensors missing in {path}: {list_names(missing)}")
 
 
-def update_weights(model: nn.Module, outline: nn.Module, named_tensors: NamedTensors, loaded: set[str]) -> None:
-    """Write tensors, all of the checkpoint's or some, over the weights of a model that runs.
-
-    A list of them is checked as a whole before anything is written. Of what is made on the way, as by a generator,
-    those before the faulty one have been written. Weights packed for the CPU are unpacked for it, and packed again.
+def checked_tensors(outline: nn.Module, named_tensors: NamedTensors) -> NamedTensors:
+    """The same, each held to be one of the checkpoint's, but for those that say nothing new.
 
     Args:
-        outline: the same model without memory.
-        loaded: gets the names of the tensors that have been written.
+        outline: the whole model without memory, of one rank.
 
     Raises:
         TypeError: what comes is not a name and a tensor.
         ValueError: naming a tensor that is unexpected, there twice, or of the wrong shape.
     """
     places = tensor_places(outline)
-    if isinstance(named_tensors, Collection):
-        shapes = ((name, torch.empty(tensor.shape, device="meta")) for name, tensor in _pairs(named_tensors))
-        _fill(outline, places, shapes, set())
+    seen: set[str] = set()
+    for name, tensor in _pairs(named_tensors):
+        _fill(outline, places, [(name, torch.empty(tensor.shape, device="meta"))], seen)
+        if name in seen:
+            yield name, tensor
+
+
+def update_weights(model: nn.Module, outline: nn.Module, named_tensors: NamedTensors, loaded: set[str]) -> None:
+    """Write tensors, all of the checkpoint's or some, over the weights of a model that runs.
+
+    Of what comes those before the faulty one have been written. Weights packed for the CPU are unpacked for it, and
+    packed again.
+
+    Args:
+        outline: the same model without memory.
+        loaded: gets the names of the tensors that have been written.
+
+    Raises what `named_tensors` raises, and ValueError for a tensor that is not checked and of the wrong shape.
+    """
     packed = [module for module in model.modules() if isinstance(module, Linear) and module.packed is not None]
     try:
-        _fill(model, places, _pairs(named_tensors), loaded)
+        _fill(model, tensor_places(outline), named_tensors, loaded)
     except Exception as error:
         error.add_note(f"{len(loaded)} tensors had been loaded before: {list_names(loaded)}")
         raise

@@ -10,20 +10,15 @@ error from the closed connection. Ranks end with rank 0, however that ends: thei
 the kernel signals them besides (a child that somebody forked off rank 0 may hold the socket open).
 """
 
-import ctypes
-import logging
 import os
 import pickle
-import queue
 import shutil
-import signal
 import socket
 import struct
-import sys
 import tempfile
 import threading
-import traceback
-from collections.abc import Iterator
+import time
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from datetime import timedelta
 from multiprocessing import connection, get_context
@@ -32,22 +27,18 @@ from pathlib import Path
 from typing import Any
 
 import torch
-import torch.distributed as dist
 
 from nanovllm.config import Config
+from nanovllm.errors import RankError
+from nanovllm.kernels import all_reduce
 from nanovllm.layers.linear import PeerLostError, TensorParallel
 from nanovllm.models.loader import build_outline
-from nanovllm.worker.model_runner import ModelRunner
-from nanovllm.worker.resolve import resolve_device
-from nanovllm.worker.sleep import sleep, wake_up
+from nanovllm.worker.follower import follow
+from nanovllm.worker.groups import Meeting, join_group
+from nanovllm.worker.resolve import resolve_device, resolve_dtype
 
 GRACE = 2.0  # seconds in which the reason of a lost connection, seen by another rank, arrives here
-MAX_REPORT = 20_000  # characters: less than a socket's buffer, so that who reports never waits
-PR_SET_PDEATHSIG = 1
-
-
-class RankError(RuntimeError):
-    """Another rank has died, raised or stalled. All ranks have been ended: make a new LLM."""
+TICK = 0.5  # seconds between two looks at whether rank 0 has waited too long
 
 
 class Followers:
@@ -69,8 +60,8 @@ class Followers:
         if self.size == 1:
             return
         require_cut(config, hf_config, model_cls)
-        self._device = resolve_device(config.device)
-        self._timeout = timedelta(seconds=config.tensor_parallel_timeout)
+        self._timeout = config.tensor_parallel_timeout
+        self._waits_since: float | None = None  # rank 0, for its device
         self._changed = threading.Condition()  # guards what the watching thread changes:
         self._error = ""
         self._is_closed = False
@@ -90,7 +81,7 @@ class Followers:
         self._watcher.start()
         try:
             self._await_acks()
-            self._join()
+            self._join(resolve_device(config.device), hf_config.hidden_size, resolve_dtype(config.dtype, hf_config))
         except BaseException:
             self.close()
             raise
@@ -114,12 +105,59 @@ class Followers:
             if wait:
                 self._await_acks()
         except BaseException as error:
-            is_lost = isinstance(error, PeerLostError)
+            # What the device reports after a rank was lost has its cause in that.
+            is_lost = isinstance(error, (PeerLostError, RankError))
+            is_lost |= isinstance(error, RuntimeError) and bool(self._error)
             self._fail(self._suspect(error) if is_lost else f"rank 0 failed in {command}: {error!r}")
             self.close()
             if is_lost:
                 raise RankError(self._error) from error
             raise
+
+    def tell(self, command: str, *args: Any) -> None:
+        """Within `doing`: a part of what the followers are doing. Raises PeerLostError."""
+        if self._processes:
+            self._send(command, args, must_ack=False)
+
+    def share(self, name: str, tensor: torch.Tensor, device: str, dtype: torch.dtype) -> torch.Tensor:
+        """Within `doing("load_weights")`: give all ranks a tensor. It may be freed when this returns.
+
+        What a rank needs of memory for it is the whole tensor, one at a time.
+        """
+        if not self._processes:
+            return tensor
+        tensor = tensor.detach().to(device, dtype).contiguous()
+        self.tell("tensor", name, tuple(tensor.shape))
+        with self.awaited():
+            self.tp.broadcast(tensor)
+            if tensor.is_cuda:
+                torch.cuda.current_stream().synchronize()
+        return tensor
+
+    @contextmanager
+    def awaited(self) -> Iterator[None]:
+        """Within it rank 0 waits for its device, which waits for the other ranks: no longer than the timeout.
+
+        Nothing else notices a rank that stalls while a captured graph runs. When the time is up all ranks are ended and
+        the device let go, so that the wait returns.
+
+        Raises: RankError, in place of what a lost rank has made of the wait.
+        """
+        if not self._processes:
+            yield
+            return
+        self._waits_since = time.monotonic()
+        try:
+            yield
+        except PeerLostError:
+            raise
+        except RuntimeError as error:
+            with self._changed:  # what is seen of a lost rank first may be the device's error
+                if self._changed.wait_for(lambda: self._error, timeout=GRACE):
+                    raise RankError(self._error) from error
+            raise
+        finally:
+            self._waits_since = None
 
     def check(self) -> None:
         """Raises RankError if a rank has failed, or all were ended by `close`."""
@@ -151,14 +189,43 @@ class Followers:
             self._changed.wait_for(lambda: self._error or min(self._num_acks) >= self._num_expected)
         self.check()
 
-    def _join(self) -> None:
+    def _join(self, device: str, hidden_size: int, dtype: torch.dtype) -> None:
         """Connect the ranks. They meet at a file, which exists for as long as that takes."""
         folder = Path(tempfile.mkdtemp(prefix="nanovllm-"))  # of mode 0700
+        nccl_id = b""
         try:
-            with self.doing("join", folder, wait=True):
-                self.tp = join_group(folder, 0, self.size, self._timeout, self._device)
+            if device == "cuda":
+                from nanovllm.worker.nccl import make_unique_id
+
+                nccl_id = make_unique_id()
+            meeting = Meeting(folder, nccl_id, all_reduce.ONE_SHOT_BYTES, hidden_size, dtype)
+            with self.doing("join", meeting, wait=True):
+                # A rank that dies before NCCL knows it is waited for without end: in a thread, which is left behind.
+                self.tp = self._run_beside(lambda: join_group(meeting, 0, self.size, timedelta(seconds=self._timeout)))
         finally:
             shutil.rmtree(folder, ignore_errors=True)
+
+    def _run_beside(self, function: Callable[[], Any]) -> Any:
+        """What `function` returns or raises, unless a rank fails first: then a PeerLostError."""
+        outcome: list[tuple[Any, BaseException | None]] = []
+
+        def run() -> None:
+            try:
+                outcome.append((function(), None))
+            except BaseException as error:
+                outcome.append((None, error))
+            with self._changed:
+                self._changed.notify_all()
+
+        threading.Thread(target=run, name="nanovllm-join", daemon=True).start()
+        with self._changed:
+            self._changed.wait_for(lambda: outcome or self._error)
+        if not outcome:
+            raise PeerLostError("a rank has failed")
+        result, error = outcome[0]
+        if error is not None:
+            raise error
+        return result
 
     def _start_and_watch(self, their_ends: list[Connection]) -> None:
         """A thread of its own, for as long as there are ranks: Linux takes its end for that of their parent."""
@@ -174,7 +241,8 @@ class Followers:
             self._kill()
         while alive:
             sentinels = [self._processes[rank - 1].sentinel for rank in alive]
-            ready = connection.wait([*sentinels, *(self._links[rank - 1] for rank in listening)])
+            ready = connection.wait([*sentinels, *(self._links[rank - 1] for rank in listening)], TICK)
+            self._limit_wait()
             for rank in sorted(alive):
                 process = self._processes[rank - 1]
                 has_ended = process.sentinel in ready
@@ -186,6 +254,11 @@ class Followers:
                     self._note_end(rank, process, not alive)
         for link in self._links:
             link.close()
+
+    def _limit_wait(self) -> None:
+        since = self._waits_since
+        if since is not None and time.monotonic() - since > self._timeout:
+            self._fail(self._silence("its device waits for a collective"))
 
     def _listen(self, rank: int) -> bool:
         """Take what a rank reports. False: no more comes."""
@@ -214,16 +287,19 @@ class Followers:
                 hint = "; a script that makes an LLM must do so under `if __name__ == '__main__':`"
             self._fail(f"rank {rank} (process {process.pid}) {how}{hint}")
         elif was_last:
-            self._fail(f"rank 0 kept the others waiting for more than {self._timeout.total_seconds():g} s")
+            self._fail(f"rank 0 kept the others waiting for more than {self._timeout:g} s")
 
     def _suspect(self, lost: PeerLostError) -> str:
         """Why rank 0 has lost a connection: what the watching thread will soon know, or else a rank that is silent."""
         with self._changed:
             if self._changed.wait_for(lambda: self._error, timeout=GRACE):
                 return self._error
-            silent = [rank for rank in range(1, self.size) if rank not in self._reports]
+        return self._silence(str(lost))
+
+    def _silence(self, details: str) -> str:
+        silent = [rank for rank in range(1, self.size) if rank not in self._reports]
         who = f"rank {' or '.join(map(str, silent))}" if silent else "a rank"
-        return f"{who} has not answered for {self._timeout.total_seconds():g} s: {lost}"
+        return f"{who} has not answered for {self._timeout:g} s: {details}"
 
     def _fail(self, reason: str) -> None:
         """Remember the first reason, and end the others."""
@@ -238,97 +314,23 @@ class Followers:
         for process in self._processes:
             if process.pid is not None:
                 process.kill()
-        if self.tp.group is not None and self.tp.group.name() == "nccl":
-            self.tp.group.abort()  # frees a device that waits for them
+        self.tp.abort()  # frees a device that waits for them
 
 
 def require_cut(config: Config, hf_config: Any, model_cls: type) -> None:
     """Raises ValueError, saying why, if the model cannot be cut into so many parts or there are too few devices."""
     size = config.tensor_parallel_size
     build_outline(hf_config, model_cls, TensorParallel(0, size))
-    if resolve_device(config.device) == "cuda" and torch.cuda.device_count() < size:
-        raise ValueError(
-            f"tensor_parallel_size={size} must be at most the number of CUDA devices, {torch.cuda.device_count()}"
-        )
-
-
-def join_group(folder: Path, rank: int, size: int, timeout: timedelta, device: str) -> TensorParallel:
-    """This rank among all, connected when it returns. A group of its own, not torch.distributed's default one: engines
-    side by side, and a trainer in the same process, do not meet."""
-    store = dist.FileStore(str(folder / "store"), size)
-    store.set_timeout(timeout)
-    if device == "cuda":
-        group: Any = dist.ProcessGroupNCCL(store, rank, size, timeout)
-    else:
-        options = dist.ProcessGroupGloo._Options()
-        options._devices = [dist.ProcessGroupGloo.create_device(hostname="127.0.0.1", lazy_init=False)]
-        options._timeout = timeout
-        group = dist.ProcessGroupGloo(store, rank, size, options)
-    tp = TensorParallel(rank, size, group)
-    tp.minimum(0, device)  # NCCL connects with the first collective
-    return tp
-
-
-def follow(
-    rank: int,
-    parent: int,
-    link: Connection,
-    num_threads: int,
-    config: Config,
-    hf_config: Any,
-    model_cls: type,
-    path: Path,
-) -> None:
-    """A follower's whole life: do as it is told until it is killed."""
-    end_with_parent(parent)
-    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is rank 0's to answer
-    # The order of a CPU's sums depends on the number of threads, and all ranks must draw the same tokens.
-    torch.set_num_threads(num_threads)
-    logging.getLogger("nanovllm").setLevel(logging.ERROR)  # the rest rank 0 says too
-    inbox: queue.SimpleQueue[tuple[str, tuple, bool]] = queue.SimpleQueue()
-    threading.Thread(target=_receive, args=(link, inbox), daemon=True).start()
-    timeout = timedelta(seconds=config.tensor_parallel_timeout)
-    device = resolve_device(config.device)
-    tp, runner = TensorParallel(), None
-    try:
-        if device == "cuda":
-            torch.cuda.set_device(rank)
-        link.send(None)
-        while True:
-            command, args, must_ack = inbox.get()
-            match command:
-                case "launch":
-                    runner.launch(*args)
-                case "join":
-                    tp = join_group(*args, rank, config.tensor_parallel_size, timeout, device)
-                case "build":
-                    runner = ModelRunner(config, hf_config, model_cls, path, tp)
-                case "sleep":
-                    sleep(runner, *args)
-                case "wake_up":
-                    wake_up(runner)
-            if must_ack:
-                link.send(None)
-    except BaseException as error:
-        link.send((traceback.format_exc()[-MAX_REPORT:], isinstance(error, PeerLostError)))
-        os._exit(1)
-
-
-def end_with_parent(parent: int) -> None:
-    """Have the kernel kill this process when the thread that started it ends, or end now if that is too late."""
-    if sys.platform == "linux":
-        ctypes.CDLL(None).prctl(PR_SET_PDEATHSIG, signal.SIGKILL)
-    if os.getppid() != parent:
-        os._exit(1)
-
-
-def _receive(link: Connection, inbox: queue.SimpleQueue) -> None:
-    """Empty the pipe at once, so that rank 0 never waits for a step to end before it can send; and notice its end."""
-    try:
-        while True:
-            inbox.put(pickle.loads(link.recv_bytes()))
-    finally:
-        os._exit(1)
+    if resolve_device(config.device) == "cuda":
+        if torch.cuda.device_count() < size:
+            raise ValueError(
+                f"tensor_parallel_size={size} must be at most the number of CUDA devices, {torch.cuda.device_count()}"
+            )
+        if torch.cuda.current_device() != 0:  # a thread of the engine's own would begin with 0 anyway
+            raise ValueError(
+                f"tensor_parallel_size={size} takes the devices from 0 on, but device {torch.cuda.current_device()} is "
+                "current: choose devices with CUDA_VISIBLE_DEVICES"
+            )
 
 
 def _limit_sending(link: Connection, seconds: float) -> None:

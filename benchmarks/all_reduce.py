@@ -1,0 +1,279 @@
+"""Microseconds of an all-reduce, by message and by method: `python -m benchmarks.all_reduce`, on the GPUs of one host.
+
+Each rank is a process. A method is first held against the sum that a rank can work out alone, then timed as the engine
+runs it: in a captured graph, one call after the other, here of messages that are all zeros. `+ norm` is with the
+addition and RMSNorm that follow in the model. torch's own methods find their message in symmetric memory already, ours
+and NCCL's find it where a matrix product has left it.
+
+The last column is the message's bytes over the bandwidth of a copy to the next device: what no method can beat. What
+fails is left out, what hangs ends the run at `--seconds` with what there is until then. The last line is JSON.
+"""
+
+import argparse
+import json
+import os
+import shutil
+import tempfile
+import threading
+import time
+from collections.abc import Callable
+from datetime import timedelta
+from functools import partial
+from multiprocessing import get_context
+from multiprocessing.connection import Connection
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.distributed as dist
+
+from benchmarks.machine import describe_machine, describe_versions
+from benchmarks.report import table_lines
+from nanovllm.kernels.all_reduce import (
+    PeerBuffers,
+    one_shot_add_rms_norm,
+    one_shot_all_reduce,
+    one_shot_all_reduce_reference,
+)
+from nanovllm.kernels.rms_norm import add_rms_norm
+from nanovllm.worker.peer_memory import connect_peers
+
+ROWS = (1, 8, 32, 128, 256)
+HIDDEN_SIZES = (1024, 4096, 5120)
+DTYPE = torch.bfloat16
+EPS = 1e-6
+CALLS, REPLAYS, TRIALS = 20, 5, 5  # in a graph; of it in a trial; of which the median counts
+LARGE_BYTES = 256 << 20
+KERNEL_SECONDS = 20  # after which our kernels stop waiting for each other
+
+Run = Callable[[torch.Tensor], torch.Tensor]  # from a rank's partial sum to the result
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--ranks", type=int, default=torch.cuda.device_count())
+    parser.add_argument("--seconds", type=float, default=58, help="when whatever runs is ended")
+    args = parser.parse_args()
+    if not 2 <= args.ranks <= torch.cuda.device_count():
+        parser.error(f"--ranks {args.ranks} must be in [2, {torch.cuda.device_count()}], the number of CUDA devices")
+    report = collect(args.ranks, args.seconds)
+    print(*report_lines(report), sep="\n")
+    print(json.dumps(report | {"machine": describe_machine("cuda"), "versions": describe_versions()}))
+
+
+def collect(size: int, seconds: float) -> dict[str, Any]:
+    """What rank 0 reports until all ranks have ended, or the time is up."""
+    deadline = time.monotonic() + seconds
+    folder = Path(tempfile.mkdtemp(prefix="nanovllm-"))
+    context = get_context("spawn")
+    ours, theirs = context.Pipe(duplex=False)
+    processes = [context.Process(target=measure, args=(rank, size, folder, theirs)) for rank in range(size)]
+    report: dict[str, Any] = {"benchmark": "all-reduce", "ranks": size, "times": [], "errors": [], "bandwidth": {}}
+    try:
+        for process in processes:
+            process.start()
+        theirs.close()
+        while ours.poll(max(0.0, deadline - time.monotonic())):
+            kind, value = ours.recv()
+            if kind != "times":
+                print(kind, value, flush=True)
+            if kind == "bandwidth":
+                report[kind] |= value
+            else:
+                report[kind].append(value)
+    except EOFError:
+        pass  # all have ended
+    else:
+        report["errors"].append(f"ended after {seconds:g} s")
+    finally:
+        for process in processes:
+            process.kill()
+            process.join()
+        shutil.rmtree(folder, ignore_errors=True)
+    return report
+
+
+def measure(rank: int, size: int, folder: Path, link: Connection) -> None:
+    """One rank's process. Rank 0 sends what it has measured; each sends its errors."""
+    torch.cuda.set_device(rank)
+    store = dist.FileStore(str(folder / "store"), size)
+    store.set_timeout(timedelta(seconds=30))
+    device = torch.device("cuda", rank)
+    dist.init_process_group(
+        "nccl", store=dist.PrefixStore("torch", store), rank=rank, world_size=size, device_id=device
+    )
+
+    def attempt(name: str, action: Callable[[], Any]) -> Any:
+        try:
+            return action()
+        except Exception as error:  # the rest is to be measured all the same
+            link.send(("errors", f"rank {rank}, {name}: {error!r}"[:2000]))
+
+    nccl = attempt("NCCL", partial(join_nccl, store, rank, size))
+    if nccl is not None:
+        bandwidth = attempt("bandwidth", partial(measure_bandwidth, nccl, rank, size))
+        if rank == 0 and bandwidth:
+            link.send(("bandwidth", bandwidth))
+
+    def measure_all(hidden: int, methods: dict[str, Callable[[torch.Tensor], Run]]) -> None:
+        for rows in ROWS:
+            for method, make in methods.items():
+                shape = (rows, hidden)
+                took = attempt(f"{method} {list(shape)}", partial(check_and_time, make, shape, rank, size))
+                if rank == 0 and took:
+                    link.send(("times", {"method": method, "rows": rows, "hidden": hidden, **took}))
+
+    for hidden in HIDDEN_SIZES:
+        message = (max(ROWS) * hidden * DTYPE.itemsize, hidden, DTYPE)
+        peers = attempt(f"peers {hidden}", partial(connect_peers, nccl, rank, size, *message))
+        dist.barrier()
+        # What fails in one rank leaves the others waiting.
+        limit = threading.Timer(KERNEL_SECONDS, peers.give_up) if peers is not None else threading.Timer(0, int)
+        limit.daemon = True
+        limit.start()
+        measure_all(hidden, own_methods(nccl, peers))
+        limit.cancel()
+    for hidden in HIDDEN_SIZES:  # last, for nothing would end their waiting
+        measure_all(hidden, torch_methods())
+    link.close()
+    os._exit(0)  # without tearing down what is left: communicators wait for graphs, and those for their collection
+
+
+def own_methods(nccl: Any, peers: PeerBuffers | None) -> dict[str, Callable[[torch.Tensor], Run]]:
+    """By name: from a message of the shape to what is run on each, which may make its buffers from it."""
+    made: dict[str, Callable[[torch.Tensor], Run]] = {}
+    if nccl is not None:
+        made["NCCL"] = lambda x: partial(in_place, nccl.all_reduce)
+        made["NCCL + norm"] = lambda x: with_norm(partial(in_place, nccl.all_reduce), x)
+    if peers is not None:
+        made["ours"] = lambda x: partial(one_shot_all_reduce, peers=peers)
+        made["ours + norm"] = lambda x: with_norm(partial(one_shot_all_reduce, peers=peers), x)
+        made["ours, fused + norm"] = lambda x: fused_norm(peers, x)
+    return made
+
+
+def torch_methods() -> dict[str, Callable[[torch.Tensor], Run]]:
+    return {
+        "torch one-shot": lambda x: symmetric("one_shot_all_reduce", x),
+        "torch two-shot": lambda x: symmetric("two_shot_all_reduce_", x),
+    }
+
+
+def in_place(all_reduce: Callable[[torch.Tensor], None], x: torch.Tensor) -> torch.Tensor:
+    all_reduce(x)
+    return x
+
+
+def with_norm(run: Run, x: torch.Tensor) -> Run:
+    residual, weight = torch.zeros_like(x), torch.ones_like(x[0])
+    return lambda x: (add_rms_norm(run(x), residual, weight, EPS), residual)[1]
+
+
+def fused_norm(peers: PeerBuffers, x: torch.Tensor) -> Run:
+    residual, weight = torch.zeros_like(x), torch.ones_like(x[0])
+    return lambda x: one_shot_add_rms_norm(x, residual, weight, EPS, peers)[1]
+
+
+def symmetric(operation: str, x: torch.Tensor) -> Run:
+    """One of torch's, on a message that lies in symmetric memory."""
+    import torch.distributed._symmetric_memory as symm_mem
+
+    group = dist.group.WORLD.group_name
+    message = symm_mem.empty(*x.shape, dtype=x.dtype, device=x.device)
+    symm_mem.rendezvous(message, group)
+    message.copy_(x)  # so that it holds what is checked; later all are zeros
+    return lambda x: getattr(torch.ops.symm_mem, operation)(message, "sum", group)
+
+
+def check_and_time(
+    make: Callable[[torch.Tensor], Run], shape: tuple[int, int], rank: int, size: int
+) -> dict[str, float]:
+    """The greatest error of one call, in units of the greatest value's last bit, and microseconds of a call."""
+    partials = []
+    for other in range(size):
+        generator = torch.Generator(device="cuda").manual_seed(other)
+        partials.append(torch.randn(shape, generator=generator, device="cuda").to(DTYPE))
+    expected = one_shot_all_reduce_reference(partials).float()
+    run = make(partials[rank])
+    got = run(partials[rank].clone()).float()  # with a norm it is the residual, which began as zeros
+    ulp = torch.finfo(DTYPE).eps * float(expected.abs().max())
+    error = float((got - expected).abs().max()) / ulp
+    if not error <= 1:
+        raise RuntimeError(f"the sum is wrong by {error:.3g} units of the last bit")
+    return {"microseconds": time_in_graph(run, torch.zeros(shape, dtype=DTYPE, device="cuda")), "error_ulp": error}
+
+
+def time_in_graph(run: Run, x: torch.Tensor) -> float:
+    stream = torch.cuda.Stream()
+    stream.wait_stream(torch.cuda.current_stream())
+    with torch.cuda.stream(stream):
+        run(x)
+        stream.synchronize()
+        graph = torch.cuda.CUDAGraph()
+        graph.capture_begin(capture_error_mode="thread_local")
+        try:
+            for _ in range(CALLS):
+                run(x)
+        finally:
+            graph.capture_end()
+        trials = []
+        for _ in range(TRIALS):
+            graph.replay()  # brings the ranks into step
+            begin, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+            begin.record()
+            for _ in range(REPLAYS):
+                graph.replay()
+            end.record()
+            stream.synchronize()
+            trials.append(1e3 * begin.elapsed_time(end) / (REPLAYS * CALLS))
+    return sorted(trials)[TRIALS // 2]
+
+
+def join_nccl(store: dist.Store, rank: int, size: int) -> Any:
+    from nanovllm.worker.nccl import NcclGroup, make_unique_id
+
+    if rank == 0:
+        store.set("nccl-id", make_unique_id())
+    return NcclGroup(bytes(store.get("nccl-id")), rank, size)
+
+
+def measure_bandwidth(nccl: Any, rank: int, size: int) -> dict[str, float]:
+    """Bytes per second: what a link carries one way in a large all-reduce, and in a copy to the next device."""
+    x = torch.zeros(LARGE_BYTES, dtype=torch.uint8, device="cuda").view(DTYPE)
+    seconds = 1e-6 * time_in_graph(partial(in_place, nccl.all_reduce), x)
+    rates = {"all_reduce": 2 * (size - 1) / size * LARGE_BYTES / seconds}
+    dist.barrier()
+    if rank == 0:
+        there = torch.empty_like(x, device="cuda:1")
+        there.copy_(x)
+        begin, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+        begin.record()
+        for _ in range(10):
+            there.copy_(x, non_blocking=True)
+        end.record()
+        torch.cuda.synchronize()
+        rates["copy"] = 10 * LARGE_BYTES / (begin.elapsed_time(end) / 1e3)
+    dist.barrier()
+    return rates
+
+
+def report_lines(report: dict[str, Any]) -> list[str]:
+    """The times as a table, a column for each method."""
+    times = report["times"]
+    names = list(dict.fromkeys(entry["method"] for entry in times))
+    found = {(entry["rows"], entry["hidden"], entry["method"]): entry["microseconds"] for entry in times}
+    rate = report["bandwidth"].get("copy")
+    cells = []
+    for hidden in HIDDEN_SIZES:
+        for rows in ROWS:
+            num_bytes = rows * hidden * DTYPE.itemsize
+            took = [found.get((rows, hidden, name)) for name in names]
+            floor = f"{1e6 * num_bytes / rate:.2f}" if rate else "-"
+            cells.append([f"{rows} x {hidden}", f"{num_bytes:,}", *(f"{t:.2f}" if t else "-" for t in took), floor])
+    lines = table_lines(["message", "bytes", *names, "bytes / link"], cells)
+    lines += [f"{name}: {rate / 1e9:,.1f} GB/s" for name, rate in report["bandwidth"].items()]
+    return [*lines, *report["errors"]]
+
+
+if __name__ == "__main__":
+    main()

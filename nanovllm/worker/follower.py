@@ -1,0 +1,106 @@
+"""A rank other than 0: a process that does as it is told over its socket, until it is killed.
+
+It reports when a command is done, where rank 0 waits for that, and the traceback when one fails, after which it ends.
+"""
+
+import ctypes
+import logging
+import os
+import pickle
+import queue
+import signal
+import sys
+import threading
+import traceback
+from collections.abc import Iterator
+from datetime import timedelta
+from multiprocessing.connection import Connection
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from nanovllm.config import Config
+from nanovllm.layers.linear import PeerLostError, TensorParallel
+from nanovllm.worker.groups import join_group
+from nanovllm.worker.model_runner import ModelRunner
+from nanovllm.worker.resolve import resolve_device
+from nanovllm.worker.sleep import load_weights, sleep, wake_up
+
+MAX_REPORT = 20_000  # characters: less than a socket's buffer, so that who reports never waits
+PR_SET_PDEATHSIG = 1
+
+Inbox = queue.SimpleQueue[tuple[str, tuple, bool]]  # command, arguments, whether it must be reported as done
+
+
+def follow(
+    rank: int,
+    parent: int,
+    link: Connection,
+    num_threads: int,
+    config: Config,
+    hf_config: Any,
+    model_cls: type,
+    path: Path,
+) -> None:
+    """A follower's whole life."""
+    end_with_parent(parent)
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is rank 0's to answer
+    # The order of a CPU's sums depends on the number of threads, and all ranks must draw the same tokens.
+    torch.set_num_threads(num_threads)
+    logging.getLogger("nanovllm").setLevel(logging.ERROR)  # the rest rank 0 says too
+    inbox: Inbox = queue.SimpleQueue()
+    threading.Thread(target=_receive, args=(link, inbox), daemon=True).start()
+    timeout = timedelta(seconds=config.tensor_parallel_timeout)
+    tp, runner = TensorParallel(), None
+    try:
+        if resolve_device(config.device) == "cuda":
+            torch.cuda.set_device(rank)
+        link.send(None)
+        while True:
+            command, args, must_ack = inbox.get()
+            match command:
+                case "launch":
+                    runner.launch(*args)
+                case "join":
+                    tp = join_group(*args, rank, config.tensor_parallel_size, timeout)
+                case "build":
+                    runner = ModelRunner(config, hf_config, model_cls, path, tp)
+                case "load_weights":
+                    load_weights(runner, _tensors(inbox, runner))
+                case "sleep":
+                    sleep(runner, *args)
+                case "wake_up":
+                    wake_up(runner)
+            if must_ack:
+                link.send(None)
+    except BaseException as error:
+        link.send((traceback.format_exc()[-MAX_REPORT:], isinstance(error, PeerLostError)))
+        os._exit(1)
+
+
+def _tensors(inbox: Inbox, runner: ModelRunner) -> Iterator[tuple[str, torch.Tensor]]:
+    """The weights that rank 0 announces and then broadcasts, one in memory at a time, until it says that was all."""
+    while True:
+        command, args, _ = inbox.get()
+        if command == "no_more_tensors":
+            return
+        name, shape = args
+        yield name, runner.tp.broadcast(torch.empty(shape, dtype=runner.dtype, device=runner.device))
+
+
+def end_with_parent(parent: int) -> None:
+    """Have the kernel kill this process when the thread that started it ends, or end now if that is too late."""
+    if sys.platform == "linux":
+        ctypes.CDLL(None).prctl(PR_SET_PDEATHSIG, signal.SIGKILL)
+    if os.getppid() != parent:
+        os._exit(1)
+
+
+def _receive(link: Connection, inbox: Inbox) -> None:
+    """Empty the pipe at once, so that rank 0 never waits for a step to end before it can send; and notice its end."""
+    try:
+        while True:
+            inbox.put(pickle.loads(link.recv_bytes()))
+    finally:
+        os._exit(1)
