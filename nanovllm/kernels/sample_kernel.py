@@ -32,6 +32,7 @@ if TYPE_CHECKING:
 SCAN_TILE, CHOOSE_TILE = 2048, 8192  # logits at a time
 TARGET_PROGRAMS = 1024  # of the scan: 8 on each of an H100's 132 SMs
 GROUPS = 128  # of a split, whose maxima it leaves
+MAX_GROUPS = 4096  # of a row, of those
 MAX_CANDIDATES = 1024  # a row's collected tokens
 
 
@@ -93,7 +94,7 @@ def sample_triton(
         out,
         TILE=min(CHOOSE_TILE, whole),
         TILE_SPLITS=triton.next_power_of_2(max_splits),
-        TILE_GROUPS=triton.next_power_of_2(max_splits * groups),
+        TILE_GROUPS=min(MAX_GROUPS, triton.next_power_of_2(max_splits * groups)),
         MAX_CANDIDATES=MAX_CANDIDATES,
         # Bits of a float32 in which no two logits of this dtype differ.
         LOW_BITS={torch.bfloat16: 16, torch.float16: 13}.get(logits.dtype, 0),
@@ -238,13 +239,13 @@ def _choose_kernel(
         # A floor under the threshold from the maxima of groups. For top_p alone how many tokens are needed is a guess.
         wanted = tl.where(has_top_k, top_k, tl.where(has_min_p, 0x3FFFFFFF, 128))
         floor = threshold
-        if 2 * wanted <= num_splits * GROUPS:
-            group = tl.arange(0, TILE_GROUPS)
-            group_max = tl.load(
-                scratch_ptr + (3 * num_programs + entry * num_splits * GROUPS) + group,
-                mask=group < num_splits * GROUPS,
-                other=float("-inf"),
-            )
+        if 2 * wanted <= tl.minimum(num_splits * GROUPS, TILE_GROUPS):
+            maxima_ptr = scratch_ptr + (3 * num_programs + entry * num_splits * GROUPS)
+            group_max = tl.full([TILE_GROUPS], float("-inf"), tl.float32)
+            for base in range(0, num_splits * GROUPS, TILE_GROUPS):  # groups past the tile join one in it
+                group = base + tl.arange(0, TILE_GROUPS)
+                inside_group = group < num_splits * GROUPS
+                group_max = tl.maximum(group_max, tl.load(maxima_ptr + group, mask=inside_group, other=float("-inf")))
             floor = tl.maximum(floor, kth_largest(order(group_max) >> LOW_BITS, wanted, LOWEST))
 
         # Collect what reaches the floor.
