@@ -23,7 +23,15 @@ from nanovllm.kernels.gumbel_noise import (
     noise_bits_kernel,
     noise_keys_kernel,
 )
-from nanovllm.kernels.sample_threshold import bisect, kth_largest, load_logits, load_tokens, order, reaching
+from nanovllm.kernels.sample_threshold import (
+    bisect,
+    kth_largest,
+    least_logit,
+    load_logits,
+    load_tokens,
+    order,
+    reaching,
+)
 from nanovllm.kernels.triton_shim import tl, triton
 
 if TYPE_CHECKING:
@@ -252,9 +260,10 @@ def _choose_kernel(
         collected_ptr = scratch_ptr + (3 + GROUPS) * num_programs + entry * (2 * MAX_CANDIDATES)
         lane = tl.arange(0, TILE)
         num_tokens = tl.full([], 0, tl.int32)
+        floor_logit = least_logit(floor, LOW_BITS)
         for start in range(0, vocab_size, TILE):
             x = load_logits(logits_ptr, start + lane, vocab_size, stop_ids_ptr, stop_ids_strides[1], num_stop_ids)
-            reaches = (order(x) >> LOW_BITS >= floor).to(tl.int32)
+            reaches = (x >= floor_logit).to(tl.int32)
             place = num_tokens + tl.cumsum(reaches, axis=0) - 1
             fits = (reaches > 0) & (place < MAX_CANDIDATES)
             tl.store(collected_ptr + place, x, mask=fits)
@@ -298,12 +307,13 @@ def _choose_kernel(
                 True, LOW_BITS, MAX_CANDIDATES, TILE,
             )  # fmt: skip
 
+        threshold_logit = least_logit(threshold, LOW_BITS)
         best = tl.full([TILE], float("-inf"), tl.float32)
         best_index = tl.full([TILE], 0x7FFFFFFF, tl.int32)
         for start in range(0, num_tokens, TILE):
             x, index = load_tokens(start + lane, source, num_tokens, is_collected, MAX_CANDIDATES)
             score = x * inverse_temperature + gumbel_kernel(noise_bits_kernel(index, key_0, key_1))
-            score = tl.where(order(x) >> LOW_BITS >= threshold, score, float("-inf"))
+            score = tl.where(x >= threshold_logit, score, float("-inf"))
             is_better = score > best
             best_index = tl.where(is_better, index, best_index)
             best = tl.where(is_better, score, best)

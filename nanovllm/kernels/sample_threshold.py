@@ -47,8 +47,8 @@ def _middle(low, high):
 
 
 @triton.jit
-def _value(key, LOW_BITS: tl.constexpr):
-    """The least logit of the key."""
+def least_logit(key, LOW_BITS: tl.constexpr):
+    """Of those whose `order`, shortened, is the key: whatever is as large reaches the key, and nothing else."""
     bits = tl.where(key < 0, -key, key) << LOW_BITS
     value = bits.to(tl.float32, bitcast=True)
     return tl.where(key < 0, -value, value)
@@ -57,7 +57,7 @@ def _value(key, LOW_BITS: tl.constexpr):
 @triton.jit
 def _middle_by_value(low, high, LOW_BITS: tl.constexpr):
     """Halves the logits between, where half of the integers would be next to nothing: logits below 0.01."""
-    middle = order(0.5 * _value(low, LOW_BITS) + 0.5 * _value(high, LOW_BITS)) >> LOW_BITS
+    middle = order(0.5 * least_logit(low, LOW_BITS) + 0.5 * least_logit(high, LOW_BITS)) >> LOW_BITS
     return tl.minimum(tl.maximum(middle, low + 1), high - 1)
 
 
@@ -81,10 +81,11 @@ def reaching(
 ):  # fmt: skip
     """How many tokens reach the threshold, and their mass, in which the likeliest token weighs 1."""
     logits_ptr, vocab_size, stop_ids_ptr, stop_ids_stride, num_stop_ids, collected_ptr, top, to_exponent = source
+    limit = least_logit(threshold, LOW_BITS)
     if is_collected:
         place = tl.arange(0, MAX_CANDIDATES)
         x = tl.load(collected_ptr + place, mask=place < num_tokens, other=float("-inf"))
-        reaches = order(x) >> LOW_BITS >= threshold
+        reaches = x >= limit
         num_reaching = tl.sum(reaches.to(tl.int32), axis=0)
         total = tl.sum(tl.where(reaches, tl.exp2((x - top) * to_exponent), 0.0), axis=0)
     else:
@@ -93,7 +94,7 @@ def reaching(
         mass = tl.zeros([TILE], tl.float32)
         for start in range(0, vocab_size, TILE):
             x = load_logits(logits_ptr, start + lane, vocab_size, stop_ids_ptr, stop_ids_stride, num_stop_ids)
-            reaches = order(x) >> LOW_BITS >= threshold
+            reaches = x >= limit
             count += reaches.to(tl.int32)
             mass += tl.where(reaches, tl.exp2((x - top) * to_exponent), 0.0)
         num_reaching, total = tl.sum(count, axis=0), tl.sum(mass, axis=0)
