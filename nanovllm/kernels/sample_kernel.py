@@ -280,10 +280,11 @@ def _choose_kernel(
         total = tl.sum(tl.where(masses > 0, masses * tl.exp2((scores - top) * to_exponent), 0.0), axis=0)
         count, mass = reaching(floor, source, num_tokens, is_collected, LOW_BITS, MAX_CANDIDATES, TILE)
         highest = (order(top) >> LOW_BITS) + 1
+        none = tl.full([], 0.0, tl.float32)  # what reaches it
         if has_top_k:
             if count > top_k:
                 threshold = bisect(
-                    floor, highest, count, top_k, 0.0, source, num_tokens, is_collected,
+                    floor, highest, count, mass, none, top_k, 0.0, source, num_tokens, is_collected,
                     False, LOW_BITS, MAX_CANDIDATES, TILE,
                 )  # fmt: skip
             else:
@@ -293,17 +294,19 @@ def _choose_kernel(
             total = mass
         if has_top_p:
             low = tl.maximum(threshold, floor)
+            mass_low, mass_high = tl.minimum(mass, total), none
             if mass < total * top_p:  # the guess was too low
                 is_collected = is_collected & False
                 num_tokens = vocab_size
                 low = threshold
                 highest = floor
                 count = vocab_size
+                mass_low, mass_high = total, mass
             # Even if all tokens were below this, they would not have half of what top_p may leave out.
             least = tl.log2(0.5 * (1.0 - top_p) * total / vocab_size) / to_exponent
             low = tl.minimum(tl.maximum(low, order(top + least) >> LOW_BITS), highest - 1)
             threshold = bisect(
-                low, highest, count, 0, total * top_p, source, num_tokens, is_collected,
+                low, highest, count, mass_low, mass_high, 0, total * top_p, source, num_tokens, is_collected,
                 True, LOW_BITS, MAX_CANDIDATES, TILE,
             )  # fmt: skip
 

@@ -2,12 +2,13 @@
 
 A threshold is an integer of the same order as float32 logits, shortened to the bits that the logits' dtype has, so a
 bisection ends, and ends exactly: after at most 16 or 32 passes over the tokens in question, some more for masses, which
-as a rule take 10. For `sample_kernel.py`.
+as a rule take 6. For `sample_kernel.py`.
 """
 
 from nanovllm.kernels.triton_shim import tl, triton
 
-PASSES_BY_VALUE = tl.constexpr(12)  # of a bisection, before it goes by integers, which ends it in any case
+# A bisection for a mass is guided by the masses, then halves logits, and then integers, which ends it in any case.
+PASSES_BY_MASS, PASSES_BY_VALUE = tl.constexpr(8), tl.constexpr(20)
 
 
 @triton.jit
@@ -48,16 +49,23 @@ def _middle(low, high):
 
 @triton.jit
 def least_logit(key, LOW_BITS: tl.constexpr):
-    """Of those whose `order`, shortened, is the key: whatever is as large reaches the key, and nothing else."""
+    """The least logit whose `order`, shortened, is the key: what is as large reaches the key, and nothing else does."""
     bits = tl.where(key < 0, -key, key) << LOW_BITS
     value = bits.to(tl.float32, bitcast=True)
     return tl.where(key < 0, -value, value)
 
 
 @triton.jit
-def _middle_by_value(low, high, LOW_BITS: tl.constexpr):
-    """Halves the logits between, where half of the integers would be next to nothing: logits below 0.01."""
-    middle = order(0.5 * least_logit(low, LOW_BITS) + 0.5 * least_logit(high, LOW_BITS)) >> LOW_BITS
+def _middle_by_value(low, high, mass_low, mass_high, wanted_mass, widest, LOW_BITS: tl.constexpr):
+    """Where the mass would be as wanted if it fell evenly with the logit; then a little nearer to the middle, so that
+    both ends come closer (the ITP method: Oliveira & Takahashi, 2020, ACM TOMS 47(1)). `widest` 0: the very middle."""
+    first, last = least_logit(low, LOW_BITS), least_logit(high, LOW_BITS)
+    half = 0.5 * first + 0.5 * last
+    width = last - first
+    even = first + width * ((mass_low - wanted_mass) / tl.maximum(mass_low - mass_high, 1e-30))
+    inward = tl.minimum(0.2 * width * (width / widest), tl.abs(half - even))
+    even += tl.where(half > even, inward, -inward)
+    middle = order(tl.where(widest > 0, even, half)) >> LOW_BITS
     return tl.minimum(tl.maximum(middle, low + 1), high - 1)
 
 
@@ -103,16 +111,21 @@ def reaching(
 
 @triton.jit
 def bisect(
-    low, high, count_low, wanted_count, wanted_mass, source, num_tokens, is_collected,
+    low, high, count_low, mass_low, mass_high, wanted_count, wanted_mass, source, num_tokens, is_collected,
     BY_MASS: tl.constexpr, LOW_BITS: tl.constexpr, MAX_CANDIDATES: tl.constexpr, TILE: tl.constexpr,
 ):  # fmt: skip
-    """The highest threshold that still as many tokens, or as much mass, reach as wanted. `low` is reached by enough."""
+    """The highest threshold that still as many tokens, or as much mass, reach as wanted. `low` is reached by enough.
+
+    The count and the masses that are given need be right only roughly, the count not too small.
+    """
     count_high = tl.full([], 0, tl.int32)
     num_passes = tl.full([], 0, tl.int32)
+    widest = least_logit(high, LOW_BITS) - least_logit(low, LOW_BITS)
     while (high > low + 1) & (count_low > count_high + 1):
         middle = _middle(low, high)
         if BY_MASS and num_passes < PASSES_BY_VALUE:
-            middle = _middle_by_value(low, high, LOW_BITS)
+            scale = tl.where(num_passes < PASSES_BY_MASS, widest, 0.0)
+            middle = _middle_by_value(low, high, mass_low, mass_high, wanted_mass, scale, LOW_BITS)
         num_passes += 1
         count, mass = reaching(middle, source, num_tokens, is_collected, LOW_BITS, MAX_CANDIDATES, TILE)
         if BY_MASS:
@@ -120,9 +133,11 @@ def bisect(
         else:
             is_enough = count >= wanted_count
         low = tl.where(is_enough, middle, low)
-        count_low = tl.where(is_enough, count, count_low)
         high = tl.where(is_enough, high, middle)
+        count_low = tl.where(is_enough, count, count_low)
         count_high = tl.where(is_enough, count_high, count)
+        mass_low = tl.where(is_enough, mass, mass_low)
+        mass_high = tl.where(is_enough, mass_high, mass)
         if not BY_MASS:
             high = tl.where(count_low == wanted_count, low + 1, high)
     return low
