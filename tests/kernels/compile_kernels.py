@@ -1,0 +1,112 @@
+"""Compiles the kernels for a Hopper GPU, where there is none: launchers are called as ever, and launch nothing.
+
+The interpreter, in which the other tests run on a CPU, takes what the compiler refuses: a variable whose type changes
+in a loop, say. A program of its own, for Triton has to be imported as a compiler. Prints the kernels' names.
+"""
+
+from typing import Any
+
+import torch
+from triton.backends.compiler import GPUTarget
+from triton.runtime import driver
+from triton.runtime.jit import JITFunction
+
+from nanovllm.kernels import early_launch
+from nanovllm.kernels.all_reduce import PeerBuffers, make_inboxes, one_shot_add_rms_norm, one_shot_all_reduce
+from nanovllm.kernels.decode_plan import DecodePlan, plan_decode_triton
+from nanovllm.kernels.paged_decode_kernel import paged_decode_triton
+from nanovllm.kernels.paged_prefill import paged_prefill_triton
+from nanovllm.kernels.prepare_inputs import StepInputs, prepare_inputs_triton
+from nanovllm.kernels.qk_norm_rope_store import qk_norm_rope_store_triton
+from nanovllm.kernels.rms_norm import add_rms_norm_triton, rms_norm_triton
+from nanovllm.kernels.sample import SamplingTensors
+from nanovllm.kernels.sample_kernel import sample_triton
+from nanovllm.kernels.silu_mul import silu_mul_triton
+from nanovllm.kernels.skinny_linear import skinny_linear_triton
+
+HOPPER = GPUTarget("cuda", 90, 32)
+SEQS, VOCAB = 3, 1000
+
+
+class AbsentDevice:
+    def get_current_device(self) -> int:
+        return 0
+
+    def get_current_stream(self, device: int) -> int:
+        return 0
+
+    def get_current_target(self) -> GPUTarget:
+        return HOPPER
+
+
+def compile_instead_of_launching() -> set[str]:
+    """From here on. The names of what has been compiled appear in the set."""
+    compiled: set[str] = set()
+    run = JITFunction.run
+
+    def compile_only(self: JITFunction, *args: Any, warmup: bool, **options: Any) -> Any:
+        compiled.add(self.fn.__name__)
+        return run(self, *args, warmup=True, **options)
+
+    driver.set_active(AbsentDevice())
+    JITFunction.run = compile_only
+    early_launch._options = lambda device: {"EARLY": True, "launch_pdl": True}
+    return compiled
+
+
+def zeros(*shape: int, dtype: torch.dtype = torch.bfloat16) -> torch.Tensor:
+    return torch.zeros(shape, dtype=dtype)
+
+
+def ints(*shape: int) -> torch.Tensor:
+    return zeros(*shape, dtype=torch.int32)
+
+
+def call_linear_kernels() -> None:
+    x, weight = zeros(SEQS, 1024), zeros(1024)
+    rms_norm_triton(x, weight, 1e-6)
+    add_rms_norm_triton(x, x.clone(), weight, 1e-6)
+    silu_mul_triton(zeros(SEQS, 2048))
+    for rows in (1, 3, 20, 40, 100):
+        skinny_linear_triton(zeros(rows, 1024), zeros(1024, 1024), bias=weight)
+        skinny_linear_triton(zeros(rows, 1024), zeros(6144, 1024), gated=True)
+    addresses, stop = zeros(3, dtype=torch.int64), ints(1)
+    peers = PeerBuffers(
+        0, 2, 8, 1024, x.dtype, make_inboxes(2, 8, 1024, x.dtype, lambda s, t: torch.empty(s, dtype=t)), addresses,
+        ints(8), stop,
+    )  # fmt: skip
+    one_shot_all_reduce(x, peers)
+    one_shot_add_rms_norm(x, x.clone(), weight, 1e-6, peers)
+
+
+def call_attention_kernels(head_dim: int, block_size: int, dtype: torch.dtype, has_norm: bool) -> None:
+    heads, kv_heads, lens = 16, 8, ints(SEQS) + 1
+    k_cache, v_cache = zeros(2, 4, kv_heads, block_size, head_dim, dtype=dtype).unbind(0)
+    table, rows, starts = ints(4, 4), ints(SEQS), torch.arange(SEQS + 1, dtype=torch.int32)
+    qkv, cos_sin = zeros(SEQS, (heads + 2 * kv_heads) * head_dim, dtype=dtype), zeros(9, head_dim, dtype=torch.float32)
+    weight = zeros(head_dim, dtype=dtype) if has_norm else None
+    norms, cache = (weight, weight, 1e-6), (k_cache, v_cache)
+    slots = zeros(SEQS, dtype=torch.int64)
+    q = qk_norm_rope_store_triton(qkv, *norms, ints(SEQS), cos_sin, slots, *cache, heads)
+    paged_prefill_triton(q, *cache, table, rows, starts, lens, 0.1, torch.empty_like(q))
+    plan = DecodePlan.allocate(SEQS, heads, kv_heads, head_dim, "cpu", target_pieces=8, min_piece=128)
+    plan_decode_triton(lens, kv_heads, plan)
+    paged_decode_triton(qkv, *norms, cos_sin, *cache, table, rows, lens, plan, 0.1, torch.empty_like(q))
+    inputs = StepInputs(ints(SEQS), ints(SEQS), slots, lens)
+    prepare_inputs_triton(rows, starts, ints(4, 9), ints(4), table, block_size, inputs)
+
+
+def call_sampler(dtype: torch.dtype) -> None:
+    by_row, numbers = zeros(4, dtype=torch.float32), ints(4)
+    params = SamplingTensors(by_row, numbers, by_row, by_row, numbers, numbers, numbers, ints(4, 64))
+    sample_triton(zeros(SEQS, VOCAB, dtype=dtype), ints(SEQS), ints(SEQS), params, ints(4, 9), ints(SEQS))
+
+
+if __name__ == "__main__":
+    names = compile_instead_of_launching()
+    call_linear_kernels()
+    call_attention_kernels(128, 256, torch.bfloat16, has_norm=True)
+    call_attention_kernels(80, 48, torch.float32, has_norm=False)
+    call_sampler(torch.bfloat16)
+    call_sampler(torch.float32)
+    print(*sorted(names))
