@@ -280,7 +280,7 @@ def _choose_kernel(
         total = tl.sum(tl.where(masses > 0, masses * tl.exp2((scores - top) * to_exponent), 0.0), axis=0)
         count, mass = reaching(floor, source, num_tokens, is_collected, LOW_BITS, MAX_CANDIDATES, TILE)
         highest = (order(top) >> LOW_BITS) + 1
-        none = tl.full([], 0.0, tl.float32)  # what reaches it
+        none = 0.0  # what reaches it
         if has_top_k:
             if count > top_k:
                 threshold = bisect(
