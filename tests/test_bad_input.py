@@ -109,7 +109,7 @@ def test_prompts_and_sampling_params_of_the_wrong_type_are_named(llm: LLM) -> No
         llm.generate([PROMPT, PROMPT], [GREEDY, None], use_tqdm=False)
 
 
-@pytest.mark.parametrize("ids", [5, None, 2.5, True, b"ab", ["its own", 5], [["0"]], object()], ids=repr)
+@pytest.mark.parametrize("ids", [5, None, 2.5, True, b"ab", ["its own", 5], [["0"]], object], ids=repr)
 def test_ids_that_abort_does_not_take_are_named_and_nothing_is_aborted(llm: LLM, ids: Any) -> None:
     outputs = llm.stream(PROMPT, GREEDY)
     request_id = next(outputs).request_id
