@@ -14,7 +14,7 @@ from typing import Protocol
 import torch
 from torch import nn
 
-from nanovllm.kernels.all_reduce import PeerBuffers, one_shot_all_reduce
+from nanovllm.kernels.all_reduce import PeerBuffers, one_shot_add_rms_norm, one_shot_all_reduce
 from nanovllm.kernels.packed_linear import PackedWeight, pack_weight, packed_linear
 from nanovllm.kernels.silu_mul import silu_mul
 from nanovllm.kernels.skinny_linear import skinny_linear
@@ -22,6 +22,15 @@ from nanovllm.kernels.skinny_linear import skinny_linear
 
 class PeerLostError(RuntimeError):
     """Another rank did not answer: its process has ended, or the group's time ran out."""
+
+
+class AddNorm(Protocol):
+    """`layers/layernorm.py`'s."""
+
+    weight: torch.Tensor
+    eps: float
+
+    def __call__(self, x: torch.Tensor, residual: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]: ...
 
 
 class Group(Protocol):
@@ -201,10 +210,16 @@ class RowParallelLinear(Linear):
         self.tp = tp
         self.total = in_features
 
-    def forward(self, x: torch.Tensor) -> torch.Tensor:
-        """`x [tokens, this rank's in_features]` -> `[tokens, out_features]`, whole on every rank."""
+    def forward(self, x: torch.Tensor, residual: torch.Tensor, norm: AddNorm) -> tuple[torch.Tensor, torch.Tensor]:
+        """`x [tokens, this rank's in_features]` -> (`norm` of the sum, residual + output), whole on every rank.
+
+        What is summed, `[tokens, out_features]`, is added to `residual` and normed in the same kernel, if it is small.
+        """
         # Only one rank adds the bias, or the sum would hold it once per rank.
-        return self.tp.all_reduce(self.matmul(x, self.bias if self.tp.rank == 0 else None))
+        partial = self.matmul(x, self.bias if self.tp.rank == 0 else None)
+        if self.tp.peers is not None and self.tp.peers.fit(partial):
+            return one_shot_add_rms_norm(partial, residual, norm.weight, norm.eps, self.tp.peers)
+        return norm(self.tp.all_reduce(partial), residual)
 
     def load_shard(self, param: nn.Parameter, loaded: torch.Tensor, shard: str | int | None) -> None:
         if param is self.bias:

@@ -42,6 +42,10 @@ def test_columns_of_all_ranks_are_the_whole_output(size: int) -> None:
     torch.testing.assert_close(torch.cat(parts, dim=1), F.linear(x, weight, bias))
 
 
+def no_norm(x: torch.Tensor, residual: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    return x, residual
+
+
 @pytest.mark.parametrize("size", SIZES)
 def test_partial_sums_of_all_rows_are_the_whole_output_and_hold_the_bias_once(size: int) -> None:
     x, weight, bias = random(5, HIDDEN), random(16, HIDDEN, seed=1), random(16, seed=2)
@@ -51,7 +55,7 @@ def test_partial_sums_of_all_rows_are_the_whole_output_and_hold_the_bias_once(si
         load(layer, {None: weight})
         load(layer, {None: bias}, "bias")
         share = HIDDEN // size
-        total += layer(x[:, rank * share : (rank + 1) * share])
+        total += layer(x[:, rank * share : (rank + 1) * share], torch.zeros(5, 16), no_norm)[0]
     torch.testing.assert_close(total, F.linear(x, weight, bias), rtol=1e-5, atol=1e-5)
 
 
@@ -143,7 +147,7 @@ def test_features_that_do_not_come_out_even_are_padded_with_what_adds_nothing(si
         gate_up, out = MergedColumnParallelLinear(HIDDEN, [10, 10], tp), RowParallelLinear(10, 8, tp)
         load(gate_up, {0: gate, 1: up})
         load(out, {None: down})
-        total += out(gate_up.silu_mul(x))
+        total += out(gate_up.silu_mul(x), torch.zeros(5, 8), no_norm)[0]
     expected = F.linear(F.silu(F.linear(x, gate)) * F.linear(x, up), down)
     torch.testing.assert_close(total, expected, rtol=1e-5, atol=1e-4)
 
