@@ -25,7 +25,7 @@ class PeerLostError(RuntimeError):
 
 
 class AddNorm(Protocol):
-    """`layers/layernorm.py`'s."""
+    """`layers/layernorm.py`'s: adds to the residual in place, and norms the sum."""
 
     weight: torch.Tensor
     eps: float
@@ -211,9 +211,9 @@ class RowParallelLinear(Linear):
         self.total = in_features
 
     def forward(self, x: torch.Tensor, residual: torch.Tensor, norm: AddNorm) -> tuple[torch.Tensor, torch.Tensor]:
-        """`x [tokens, this rank's in_features]` -> (`norm` of the sum, residual + output), whole on every rank.
+        """`x [tokens, this rank's in_features]` -> (normed, residual + output), `[tokens, out_features]`, on all ranks.
 
-        What is summed, `[tokens, out_features]`, is added to `residual` and normed in the same kernel, if it is small.
+        `norm` is the one that follows in the model: a small sum is added to `residual` and normed in the same kernel.
         """
         # Only one rank adds the bias, or the sum would hold it once per rank.
         partial = self.matmul(x, self.bias if self.tp.rank == 0 else None)

@@ -52,7 +52,7 @@ class Qwen3DecoderLayer(nn.Module):
     def forward(
         self, x: torch.Tensor, residual: torch.Tensor, cos_sin: torch.Tensor, meta: AttentionMetadata, norm: RMSNorm
     ) -> tuple[torch.Tensor, torch.Tensor]:
-        """`x` has been normed; what is returned as well, by `norm`, the next layer's or the last."""
+        """`x`, normed, and `residual` -> the same of the next layer: `norm` is its first, or the model's last."""
         x, residual = self.self_attn(x, residual, cos_sin, meta, self.post_attention_layernorm)
         return self.mlp(x, residual, norm)
 
@@ -64,14 +64,10 @@ class Qwen3Model(nn.Module):
         self.layers = nn.ModuleList(Qwen3DecoderLayer(config, tp) for _ in range(config.num_hidden_layers))
         self.norm = RMSNorm(config.hidden_size, config.rms_norm_eps)
 
-    @property
-    def norms_after(self) -> list[RMSNorm]:
-        """Of each layer, the norm that comes after: it is fused with the last sum in the layer."""
-        return [*(layer.input_layernorm for layer in self.layers[1:]), self.norm]
-
     def forward(self, input_ids: torch.Tensor, cos_sin: torch.Tensor, meta: AttentionMetadata) -> torch.Tensor:
         x, residual = self.layers[0].input_layernorm(self.embed_tokens(input_ids))
-        for layer, norm in zip(self.layers, self.norms_after, strict=True):
+        norms_after = [*(layer.input_layernorm for layer in self.layers[1:]), self.norm]
+        for layer, norm in zip(self.layers, norms_after, strict=True):
             x, residual = layer(x, residual, cos_sin, meta, norm)
         return x
 

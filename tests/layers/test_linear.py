@@ -5,7 +5,9 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
+from nanovllm.kernels.all_reduce import PeerBuffers, make_inboxes
 from nanovllm.layers.embed_head import ParallelLMHead, VocabParallelEmbedding
+from nanovllm.layers.layernorm import RMSNorm
 from nanovllm.layers.linear import (
     ColumnParallelLinear,
     MergedColumnParallelLinear,
@@ -177,3 +179,24 @@ def test_packing_changes_the_layout_and_not_the_layer(dtype: torch.dtype) -> Non
     layer.pack()
     tolerance = {torch.float32: 1e-5, torch.bfloat16: 2e-2}[dtype]
     torch.testing.assert_close(layer(x), plain, rtol=tolerance, atol=tolerance)
+
+
+def test_a_sum_over_peers_memory_is_added_and_normed_as_any_other() -> None:
+    device = "cuda" if torch.cuda.is_available() else "cpu"
+    inboxes = make_inboxes(1, 8, 16, torch.float32, lambda shape, dtype: torch.empty(shape, dtype=dtype, device=device))
+    stop = torch.zeros(1, dtype=torch.int32)
+    stop = stop.pin_memory() if device == "cuda" else stop
+    addresses = torch.tensor([inboxes.data_ptr(), stop.data_ptr()], device=device)
+    turns = torch.zeros(3, dtype=torch.int32, device=device)
+    peers = PeerBuffers(0, 1, 8, 16, torch.float32, inboxes, addresses, turns, stop)
+    norm = RMSNorm(16, 1e-6).to(device)
+    norm.weight.data.copy_(random(16, seed=3))
+
+    def normed_and_sum(peers: PeerBuffers | None, rows: int) -> tuple[torch.Tensor, torch.Tensor]:
+        layer = RowParallelLinear(HIDDEN, 16, TensorParallel(0, 1, None, peers)).to(device)
+        load(layer, {None: random(16, HIDDEN, seed=1)})
+        return layer(random(rows, HIDDEN).to(device), random(rows, 16, seed=2).to(device), norm)
+
+    for rows in (5, 9):  # the second is too large for the inboxes
+        torch.testing.assert_close(normed_and_sum(peers, rows), normed_and_sum(None, rows), rtol=1e-6, atol=1e-6)
+    assert turns.tolist() == [1, 1, 1], "not the first sum, or not only that, went over the inboxes"
