@@ -54,7 +54,7 @@ EPS = 1e-6
 CALLS, REPLAYS = 50, 20  # in a graph; of it, each of which is timed
 SLEEP_CYCLES = 20_000_000  # 10 ms, in which the host queues all replays
 LARGE_BYTES, LARGE_COPIES = 256 << 20, 10
-KERNEL_SECONDS = 10  # after which our kernels stop waiting for each other
+KERNEL_SECONDS = 20  # after which our kernels stop waiting for each other
 
 Run = Callable[[torch.Tensor], torch.Tensor]  # from a rank's partial sum to the result
 
@@ -71,13 +71,20 @@ def main() -> None:
     print(json.dumps(report | {"machine": describe_machine("cuda"), "versions": describe_versions()}))
 
 
-def collect(size: int, seconds: float) -> dict[str, Any]:
-    """What rank 0 reports until all ranks have ended, or the time is up."""
+def collect(
+    size: int,
+    seconds: float,
+    rows: tuple[int, ...] = ROWS,
+    hidden_sizes: tuple[int, ...] = HIDDEN_SIZES,
+    with_torch: bool = True,
+) -> dict[str, Any]:
+    """What rank 0 reports of messages `[rows, hidden_size]` until all ranks have ended, or the time is up."""
     deadline = time.monotonic() + seconds
     folder = Path(tempfile.mkdtemp(prefix="nanovllm-"))
     context = get_context("spawn")
     ours, theirs = context.Pipe(duplex=False)
-    processes = [context.Process(target=measure, args=(rank, size, folder, theirs)) for rank in range(size)]
+    messages = (rows, hidden_sizes, with_torch)
+    processes = [context.Process(target=measure, args=(rank, size, folder, theirs, *messages)) for rank in range(size)]
     report: dict[str, Any] = {"benchmark": "all-reduce", "ranks": size, "times": [], "errors": [], "bandwidth": {}}
     try:
         for process in processes:
@@ -103,7 +110,15 @@ def collect(size: int, seconds: float) -> dict[str, Any]:
     return report
 
 
-def measure(rank: int, size: int, folder: Path, link: Connection) -> None:
+def measure(
+    rank: int,
+    size: int,
+    folder: Path,
+    link: Connection,
+    all_rows: tuple[int, ...],
+    hidden_sizes: tuple[int, ...],
+    with_torch: bool,
+) -> None:
     """One rank's process. Rank 0 sends what it has measured; each sends its errors."""
     torch.cuda.set_device(rank)
     store = dist.FileStore(str(folder / "store"), size)
@@ -127,7 +142,7 @@ def measure(rank: int, size: int, folder: Path, link: Connection) -> None:
             link.send(("bandwidth", {name: rate}))
 
     def measure_all(hidden: int, methods: dict[str, Callable[[torch.Tensor], Run]], peers: Any = None) -> None:
-        for rows in ROWS:
+        for rows in all_rows:
             for method, make in methods.items():
                 shape = (rows, hidden)
                 with limited(peers):
@@ -137,8 +152,8 @@ def measure(rank: int, size: int, folder: Path, link: Connection) -> None:
 
     if nccl is not None:
         measure_rate("all_reduce", partial(large_all_reduce, nccl, size))
-    for hidden in HIDDEN_SIZES:
-        message = (max(ROWS) * hidden * DTYPE.itemsize, hidden, DTYPE)
+    for hidden in hidden_sizes:
+        message = (message_bytes(max(all_rows), hidden), hidden, DTYPE)
         peers = attempt(f"peers {hidden}", partial(connect_peers, nccl, rank, size, *message))
         dist.barrier()
         measure_all(hidden, own_methods(nccl, peers), peers)
@@ -146,7 +161,7 @@ def measure(rank: int, size: int, folder: Path, link: Connection) -> None:
         measure_rate("copy engine", copy_by_engine)
         measure_rate("storing kernel", copy_by_kernel)
     dist.barrier()
-    for hidden in HIDDEN_SIZES:  # last, for nothing would end their waiting
+    for hidden in hidden_sizes if with_torch else ():  # last, for nothing would end their waiting
         measure_all(hidden, torch_methods())
     link.close()
     os._exit(0)  # without tearing down what is left: communicators wait for graphs, and those for their collection
@@ -307,17 +322,26 @@ def report_lines(report: dict[str, Any]) -> list[str]:
     times = report["times"]
     names = list(dict.fromkeys(entry["method"] for entry in times))
     found = {(entry["rows"], entry["hidden"], entry["method"]): entry for entry in times}
-    rate = max((rate for name, rate in report["bandwidth"].items() if name != "all_reduce"), default=None)
+    rate = link_rate(report)
     cells = []
     for hidden in HIDDEN_SIZES:
         for rows in ROWS:
-            num_bytes = rows * hidden * DTYPE.itemsize
+            num_bytes = message_bytes(rows, hidden)
             took = [found.get((rows, hidden, name)) for name in names]
             floor = f"{1e6 * num_bytes / rate:.2f}" if rate else "-"
             cells.append([f"{rows} x {hidden}", f"{num_bytes:,}", *map(cell, took), floor])
     lines = table_lines(["message", "bytes", *names, "bytes / link"], cells)
     lines += [f"{name}: {rate / 1e9:,.1f} GB/s" for name, rate in report["bandwidth"].items()]
     return [*lines, *report["errors"]]
+
+
+def message_bytes(rows: int, hidden: int) -> int:
+    return rows * hidden * DTYPE.itemsize
+
+
+def link_rate(report: dict[str, Any]) -> float | None:
+    """Bytes per second that the link to the next device carries one way, of what was measured."""
+    return max((rate for name, rate in report["bandwidth"].items() if name != "all_reduce"), default=None)
 
 
 def cell(took: dict[str, Any] | None) -> str:

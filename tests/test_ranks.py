@@ -175,7 +175,7 @@ if __name__ == "__main__":
 """
 
 
-@pytest.mark.parametrize("end", ["SIGKILL", "SIGINT"])
+@pytest.mark.parametrize("end", ["SIGKILL", "SIGTERM", "SIGINT"])
 def test_no_rank_outlives_rank_0(end: str, checkpoint: Callable[..., Path], tmp_path: Path) -> None:
     script = tmp_path / "script.py"
     script.write_text(SCRIPT)

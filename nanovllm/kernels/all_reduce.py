@@ -32,7 +32,7 @@ from nanovllm.kernels.triton_shim import tl, triton
 ONE_SHOT_BYTES = 2_621_440
 
 PROGRAMS = 128  # fewer than there are processors: all of them run at once, so that none waits for one that cannot
-POLLS = tl.constexpr(32)  # between two looks at the host's word, which is a trip over the bus; some 20 µs
+POLLS = tl.constexpr(32)  # between two looks at the host's word, a trip over the bus: some 20 µs of the smallest rows
 WORDS = {2: torch.int16, 4: torch.int32}  # by the size of an element
 
 NewEmpty = Callable[[tuple[int, ...], torch.dtype], torch.Tensor]
