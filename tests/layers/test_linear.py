@@ -75,8 +75,13 @@ def test_merged_columns_keep_each_ranks_gate_beside_its_up(size: int) -> None:
     torch.testing.assert_close(torch.cat(ups, dim=1), F.linear(x, up))
 
 
-@pytest.mark.parametrize(("num_heads", "num_kv_heads", "size"), [(4, 2, 1), (4, 2, 2), (8, 4, 4), (8, 2, 4), (4, 1, 4)])
-def test_query_heads_are_cut_and_kv_heads_cut_or_replicated(num_heads: int, num_kv_heads: int, size: int) -> None:
+@pytest.mark.parametrize(
+    ("num_heads", "num_kv_heads", "size", "kept"),
+    [(4, 2, 1, 2), (4, 2, 2, 1), (8, 4, 4, 1), (8, 2, 4, 1), (4, 1, 4, 1), (6, 2, 3, 2), (12, 4, 6, 2), (24, 4, 3, 4)],
+)
+def test_query_heads_are_cut_and_kv_heads_cut_or_replicated(
+    num_heads: int, num_kv_heads: int, size: int, kept: int
+) -> None:
     head_dim = 6
     x = random(5, HIDDEN)
     tensors = {
@@ -91,11 +96,11 @@ def test_query_heads_are_cut_and_kv_heads_cut_or_replicated(num_heads: int, num_
         q, k, v = out.split([layer.num_heads, layer.num_kv_heads, layer.num_kv_heads], dim=1)
         first = rank * num_heads // size
         torch.testing.assert_close(q, whole["q"][:, first : first + num_heads // size])
+        assert layer.num_kv_heads == kept
         # The kv heads that this rank's query heads attend with
-        group = num_heads // num_kv_heads
-        kv = slice(first // group, (first + num_heads // size - 1) // group + 1)
-        torch.testing.assert_close(k, whole["k"][:, kv])
-        torch.testing.assert_close(v, whole["v"][:, kv])
+        kv = [(first + head) // (num_heads // num_kv_heads) for head in range(layer.num_heads)]
+        torch.testing.assert_close(k.repeat_interleave(layer.num_heads // kept, dim=1), whole["k"][:, kv])
+        torch.testing.assert_close(v.repeat_interleave(layer.num_heads // kept, dim=1), whole["v"][:, kv])
 
 
 @pytest.mark.parametrize("size", SIZES)
@@ -157,8 +162,8 @@ def test_features_that_do_not_come_out_even_are_padded_with_what_adds_nothing(si
 def test_heads_that_cannot_be_cut_evenly_are_refused() -> None:
     with pytest.raises(ValueError, match="num_attention_heads=6 cannot be cut"):
         QKVParallelLinear(8, 4, 6, 2, TensorParallel(0, 4))
-    with pytest.raises(ValueError, match="num_key_value_heads=3 must divide tensor_parallel_size=4"):
-        QKVParallelLinear(8, 4, 12, 3, TensorParallel(0, 4))
+    with pytest.raises(ValueError, match="num_attention_heads=4 must be a multiple of num_key_value_heads=3"):
+        QKVParallelLinear(8, 4, 4, 3, TensorParallel(0, 4))
 
 
 def test_tensor_of_another_shape_is_refused_with_both_shapes() -> None:
