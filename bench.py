@@ -9,10 +9,11 @@
 Without `--model` the weights are random, of the shape of `--shape`: speed does not depend on their values. Printed
 are the runs, the best of them against the roofline (see benchmarks/roofline.py) at ceilings measured in the same
 process, where the time of a separate, instrumented run went (benchmarks/step_timing.py), and all of it as one line of
-JSON, the last. Three more modes print a table before it:
+JSON, the last. Four more modes print a table before it:
 
     python bench.py --all                                 every goal of benchmarks/targets.py, measured and judged
     python bench.py --scaling                             more requests, more rows, and a quarter of the cache they need
+    python bench.py --ranks 1,2 --shape qwen3-8b          what several devices gain, and what their sums cost
     python bench.py --ablate [--chart FILE.png]           the headline with one optimization off at a time
     python bench.py --ablate --from-json FILE --chart FILE.png     the chart of an earlier run's output
 
@@ -26,7 +27,7 @@ from dataclasses import asdict, fields, replace
 from pathlib import Path
 from typing import Any
 
-from benchmarks import ablation, all_rows, scaling
+from benchmarks import ablation, all_rows, ranks, scaling
 from benchmarks.engines import ENGINES, EngineOptions, make_engine
 from benchmarks.machine import describe_machine, describe_versions, seconds_since_process_start
 from benchmarks.report import comparison_line, result_lines, split_lines, startup_line
@@ -50,7 +51,10 @@ def main() -> None:
         print(*ablation.ablation_lines(report["ablation"]), sep="\n")
     else:
         setting = make_setting(args)
-        report = MODES[args.mode](setting) if args.mode else measure(setting, args)
+        if args.ranks:
+            report = ranks.run(setting, args.ranks)
+        else:
+            report = MODES[args.mode](setting) if args.mode else measure(setting, args)
         report = describe(setting) | report
         print(json.dumps(report))
     if args.chart:
@@ -122,12 +126,13 @@ def parse_args() -> argparse.Namespace:
     modes = parser.add_mutually_exclusive_group()
     for mode in MODES:
         modes.add_argument(f"--{mode}", dest="mode", action="store_const", const=mode, help="see above")
+    modes.add_argument("--ranks", type=numbers, metavar="N,N", help="see above: numbers of ranks, as in 1,2,4")
     add("--shrink", type=int, default=1, help="of these modes: divide every number of requests and tokens by so much")
     add("--chart", type=Path, help="of --ablate: a PNG to draw, with matplotlib")
     add("--from-json", type=Path, help="of --ablate: what an earlier run printed, in place of measuring")
     workload = parser.add_argument_group("workload, where no mode has its own")
     own = [workload.add_argument("--workload", choices=sorted(PRESETS), help="headline if nothing is said")]
-    own.append(workload.add_argument("--streams", help="latency mode: numbers of streams, as in 1,8,32"))
+    own.append(workload.add_argument("--streams", type=numbers, help="latency mode: numbers of streams, as in 1,8,32"))
     for name in (f.name for f in fields(LengthMix) if f.type is int):
         option = "--" + name.replace("_", "-")
         own.append(workload.add_argument(option, type=int, help="in place of the workload's own"))
@@ -151,19 +156,22 @@ def parse_args() -> argparse.Namespace:
         parser.error("--model has a shape of its own: give one of --model and --shape")
     if args.repeat < 1:
         parser.error(f"--repeat {args.repeat} must be at least 1")
-    if args.mode:
+    mode = "ranks" if args.ranks else args.mode
+    if mode:
         given = [a.option_strings[0] for a in own if getattr(args, a.dest) is not None]
         given += ["--compare"] * bool(args.compare) + ["--engine"] * (args.engine != "nanovllm")
         if given:
-            parser.error(f"--{args.mode} has workloads and an engine of its own: it takes no {', '.join(given)}")
+            parser.error(f"--{mode} has workloads and an engine of its own: it takes no {', '.join(given)}")
     elif args.shrink != 1:
-        parser.error("--shrink is for --all, --scaling and --ablate")
+        parser.error("--shrink is for --all, --scaling, --ranks and --ablate")
     if not 1 <= args.shrink <= 64:
         parser.error(f"--shrink {args.shrink} must be in [1, 64]")
     if (args.chart or args.from_json) and args.mode != "ablate":
         parser.error("--chart and --from-json are for --ablate")
     if args.mode == "ablate" and args.tensor_parallel_size > 1:
         parser.error("--ablate changes the code of one process, so it takes no --tensor-parallel-size")
+    if args.ranks and args.tensor_parallel_size > 1:
+        parser.error("--ranks says how many ranks there are, so it takes no --tensor-parallel-size")
     if args.chart:
         try:
             ablation.check_chart(args.chart)
@@ -176,11 +184,18 @@ def parse_args() -> argparse.Namespace:
     return args
 
 
+def numbers(text: str) -> list[int]:
+    """Positive numbers separated by commas."""
+    found = [int(number) for number in text.split(",")]
+    if min(found) < 1:
+        raise ValueError(f"{text!r}: every number must be at least 1")
+    return found
+
+
 def workload_mixes(args: argparse.Namespace) -> dict[str, LengthMix]:
     """The chosen preset with the lengths given in place of its own, or one mix for each number of streams."""
     if args.streams:
-        counts = [int(n) for n in args.streams.split(",")]
-        mixes = {f"{n} stream{'s' * (n > 1)}": few_streams(n) for n in counts}
+        mixes = {f"{n} stream{'s' * (n > 1)}": few_streams(n) for n in args.streams}
     else:
         name = args.workload or "headline"
         mixes = {name: PRESETS[name]}

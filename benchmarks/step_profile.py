@@ -15,8 +15,10 @@ from torch.profiler import ProfilerActivity, profile
 from nanovllm import LLM, SamplingParams
 
 KINDS = {  # part of a kernel's name -> what it is, in the order of the search
-    "nccl": "all-reduce, gather",  # with what a rank waits there for the others
+    # With what a rank waits there for the others, and the second also for the kernel before it, as it starts early.
+    "AllReduce": "all-reduce, NCCL",
     "_one_shot_kernel": "all-reduce, one-shot",
+    "nccl": "gather",
     "_decode_kernel": "attention",
     "_plan_kernel": "attention: plan",
     "rms_norm": "norms",

@@ -88,7 +88,7 @@ def make_llm() -> Iterator[Callable[..., Any]]:
 @pytest.fixture
 def nothing_is_left(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
     """No process, socket, file or shared memory of the ranks outlives a test that has closed its engines."""
-    from leftovers import open_sockets, rank_processes, shared_memory
+    from leftovers import addresses_of, open_sockets, rank_processes, shared_memory
 
     folder = tmp_path / "temporary"
     folder.mkdir()
@@ -100,7 +100,7 @@ def nothing_is_left(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator
     deadline = time.monotonic() + 5  # NCCL takes its own down once the last graph is gone
     while not (open_sockets() <= sockets and shared_memory() <= shared) and time.monotonic() < deadline:
         time.sleep(0.02)
-    assert open_sockets() <= sockets
+    assert not addresses_of(open_sockets() - sockets)
     assert shared_memory() <= shared
 
 

@@ -44,6 +44,13 @@ def open_sockets() -> set[str]:
     return {link for link in links if link.startswith("socket:")}
 
 
+def addresses_of(sockets: set[str]) -> list[str]:
+    """What they are, for who must find out whose: "socket:[1234] 0100007F:6D7C 00000000:0000 0A" (0A: it listens)."""
+    lines = [line.split() for table in ("tcp", "tcp6") for line in Path(f"/proc/self/net/{table}").open()]
+    known = {f"socket:[{line[9]}]": " ".join(line[1:4]) for line in lines}
+    return [f"{name} {known.get(name, 'not of TCP')}" for name in sorted(sockets)]
+
+
 def shared_memory() -> set[str]:
     """Segments of NCCL and PyTorch; other programs have theirs beside them."""
     return {path.name for path in Path("/dev/shm").glob("*") if path.name.startswith(("nccl", "torch", "cuda"))}

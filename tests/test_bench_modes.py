@@ -1,4 +1,4 @@
-"""The benchmark's three modes: every row is measured and judged, and what is switched off is really off."""
+"""The benchmark's modes: every row is measured and judged, and what is switched off is really off."""
 
 import importlib.util
 import json
@@ -17,6 +17,7 @@ from benchmarks.ablation import VARIANTS, check_chart, draw_chart, read_report
 from benchmarks.attention_timing import AttentionShape, Pool, decode_lengths
 from benchmarks.engines import EngineOptions, make_engine
 from benchmarks.plain_kernels import plain_kernels, plain_qk_norm_rope_store, plain_sample, plain_silu_mul, replaced
+from benchmarks.ranks import rank_lines, sum_lines
 from benchmarks.roofline import read_config
 from benchmarks.sampling_cost import CASES, PLAIN
 from benchmarks.scaling import RUNS, peak_blocks
@@ -75,6 +76,39 @@ def test_scaling_preempts_in_the_small_cache_and_compares_with_the_first_run(tmp
     }
 
 
+def test_ranks_are_compared_by_rate_latency_and_what_is_sent(tmp_path):
+    report = run_mode("--ranks", "1,2", cwd=tmp_path)
+    one, two = report["ranks"]
+    assert [run["ranks"] for run in (one, two)] == [1, 2]
+    assert (
+        "\n".join(rank_lines([one | {"stream_ms": {int(n): ms for n, ms in one["stream_ms"].items()}}]))
+        in (
+            report["printed"]  # before the second was measured
+        )
+    )
+    for run in (one, two):
+        results = {result["workload"]: result for result in run["results"]}
+        assert run["headline_tok_s"] == results["headline"]["output_tok_s"] > 0
+        assert run["stream_ms"]["32"] == results["32 streams"]["ms_per_token"] > 0
+        assert run["sums"] is None  # of a GPU
+    assert one["plan_bytes_per_step"] == 0 and 100 < two["plan_bytes_per_step"] < 1000
+
+
+def test_efficiency_is_of_as_many_engines_of_the_first_number_of_ranks():
+    run = {"headline_tok_s": 100.0, "stream_ms": {1: 1.0, 8: 2.0, 32: 3.0}, "plan_bytes_per_step": 0.0}
+    lines = rank_lines([run | {"ranks": 2}, run | {"ranks": 4, "headline_tok_s": 150.0}])
+    assert "100.0 %" in lines[2] and "75.0 %" in lines[3]
+
+
+def test_sums_are_shown_beside_what_their_bytes_take_on_the_link():
+    took = {"rows": 8, "hidden": 1000, "microseconds": 3.0}
+    times = [{"method": "ours, fused + norm", **took}, {"method": "NCCL", **took, "microseconds": 9.0}]
+    rates = {"all_reduce": 9e9, "copy engine": 1e9, "storing kernel": 2e9}
+    lines = sum_lines({"times": times, "errors": [], "bandwidth": rates})
+    assert len(lines) == 3 and lines[2].split() == ["8", "x", "1000", "16,000", "6.00", "16.00"]
+    assert "rank 1" in sum_lines({"times": [], "errors": ["rank 1, NCCL: lost"], "bandwidth": {}})[0]
+
+
 def test_ablation_runs_every_variant_and_its_output_can_be_read_again(tmp_path):
     report = run_mode("--ablate", cwd=tmp_path)
     present = [v.name for v in VARIANTS if importlib.util.find_spec(v.module)]
@@ -131,6 +165,10 @@ def test_report_of_no_ablation_is_refused(tmp_path, content):
         ("--shrink 2", "--shrink"),
         ("--all --shrink 65", "--shrink 65"),
         ("--all --chart x.png", "--ablate"),
+        ("--ranks 1,2 --streams 1", "--ranks has workloads and an engine of its own: it takes no --streams"),
+        ("--ranks 1,2 --tensor-parallel-size 2", "--tensor-parallel-size"),
+        ("--ranks 0", "--ranks"),
+        ("--scaling --ranks 1", "not allowed with"),
     ],
 )
 def test_options_that_a_mode_does_not_take_are_refused(monkeypatch, capsys, args, error):

@@ -28,7 +28,9 @@ def answers(llm: LLM) -> list[list[int]]:
     return [output.outputs[0].token_ids for output in llm.generate(PROMPTS, PARAMS, use_tqdm=False)]
 
 
-@pytest.mark.parametrize(("shape", "size"), [("mha-tied-bias", 2), ("gqa3-bias-linear", 3), ("plain", 4)])
+@pytest.mark.parametrize(
+    ("shape", "size"), [("mha-tied-bias", 2), ("gqa3-bias-linear", 3), ("plain", 4), ("gqa3-dim48", 3)]
+)
 def test_tokens_are_those_of_one_rank(
     shape: str, size: int, checkpoint: Callable[..., Path], make_tp: Callable[..., LLM]
 ) -> None:

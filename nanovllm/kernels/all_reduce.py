@@ -3,7 +3,7 @@
 A decode step's message is some KB, whose time is that of the way there and not of its bytes. So each rank stores its
 partial sum straight into an *inbox* in every other rank's memory, one for each sender, waits until its own inboxes are
 full, and adds them up itself: one trip over NVLink where a ring takes 2 · (ranks - 1). Each rank sends
-(ranks - 1) · bytes, which is why large messages are left to NCCL.
+(ranks - 1) · bytes, where a ring sends 2 · (ranks - 1) / ranks · bytes: large messages are left to NCCL.
 
 There is no flag beside the data, hence no fence between the two: an empty word of an inbox holds -0.0, which no
 sender sends (it becomes +0.0), and the reader polls until no word is empty (as "LL" of NCCL and the "Lamport" kernels
@@ -26,11 +26,13 @@ import torch
 from nanovllm.kernels.early_launch import early_launch, wait_for_previous
 from nanovllm.kernels.triton_shim import tl, triton
 
-# Messages up to so many bytes are summed this way, on all devices of a group or on none; 0: never.
-ONE_SHOT_BYTES = 0
+# Messages of which a rank sends up to so many bytes, a copy to each other, are summed this way, on all devices of a
+# group or on none; 0: never. It is the largest that was measured, 256 x 5120 in bfloat16 between two H200s: there this
+# took 12 µs and NCCL 28, and at all smaller sizes it was the fastest too (docs/tensor_parallelism.md).
+ONE_SHOT_BYTES = 2_621_440
 
 PROGRAMS = 128  # fewer than there are processors: all of them run at once, so that none waits for one that cannot
-POLLS = tl.constexpr(512)  # between two looks at the host's word, which is a trip over the bus
+POLLS = tl.constexpr(32)  # between two looks at the host's word, a trip over the bus: some 20 µs of the smallest rows
 WORDS = {2: torch.int16, 4: torch.int32}  # by the size of an element
 
 NewEmpty = Callable[[tuple[int, ...], torch.dtype], torch.Tensor]
@@ -103,6 +105,8 @@ def _launch(
     peers: PeerBuffers,
     has_norm: bool,
 ) -> None:
+    if not x.shape[0]:
+        return  # such a call would wait for nobody, so that a peer might be a turn too far ahead
     tile = triton.next_power_of_2(peers.columns)
     _one_shot_kernel[(len(peers.turns),)](
         x,
@@ -170,7 +174,9 @@ def _one_shot_kernel(
         for peer in tl.static_range(SIZE):
             theirs = tl.load(addresses_ptr + peer).to(tl.pointer_type(word))
             theirs = tl.multiple_of(theirs, 16)  # or it would be stored element by element
-            tl.store(theirs + inbox + column, words, mask=inside)
+            # ".wt" makes it a strong store at system scope (STG.STRONG.SYS), as NCCL's are: of a plain one PTX's memory
+            # model does not say that anybody sees it before the kernel has ended, which waits for the answer.
+            tl.store(theirs + inbox + column, words, mask=inside, cache_modifier=".wt")
 
     sender = tl.arange(0, RANKS)[:, None]
     is_sent = (sender < SIZE) & inside[None, :]

@@ -9,12 +9,13 @@ Heads must come out even. Other features are padded with zeros on the last ranks
 """
 
 from dataclasses import dataclass
+from math import gcd
 from typing import Protocol
 
 import torch
 from torch import nn
 
-from nanovllm.kernels.all_reduce import PeerBuffers, one_shot_all_reduce
+from nanovllm.kernels.all_reduce import PeerBuffers, one_shot_add_rms_norm, one_shot_all_reduce
 from nanovllm.kernels.packed_linear import PackedWeight, pack_weight, packed_linear
 from nanovllm.kernels.silu_mul import silu_mul
 from nanovllm.kernels.skinny_linear import skinny_linear
@@ -22,6 +23,15 @@ from nanovllm.kernels.skinny_linear import skinny_linear
 
 class PeerLostError(RuntimeError):
     """Another rank did not answer: its process has ended, or the group's time ran out."""
+
+
+class AddNorm(Protocol):
+    """`layers/layernorm.py`'s: adds to the residual in place, and norms the sum."""
+
+    weight: torch.Tensor
+    eps: float
+
+    def __call__(self, x: torch.Tensor, residual: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]: ...
 
 
 class Group(Protocol):
@@ -154,7 +164,8 @@ class MergedColumnParallelLinear(ColumnParallelLinear):
 class QKVParallelLinear(ColumnParallelLinear):
     """The query, key and value projections as one matrix, cut by heads. Shards are "q", "k" and "v".
 
-    When ranks outnumber the key/value heads, each head is kept by `size / num_kv_heads` neighbouring ranks.
+    A rank keeps the key/value heads of its query heads; neighbouring ranks may keep the same one. On all ranks a kept
+    head serves equally many query heads: where N cuts groups of them unevenly, a rank keeps a head more than once.
     """
 
     def __init__(
@@ -168,15 +179,16 @@ class QKVParallelLinear(ColumnParallelLinear):
     ) -> None:
         nn.Module.__init__(self)
         self.tp = tp
-        self.num_heads = tp.split(num_heads, "num_attention_heads")
-        if num_kv_heads >= tp.size:
-            self.num_kv_heads, self.kv_replicas = tp.split(num_kv_heads, "num_key_value_heads"), 1
-        elif tp.size % num_kv_heads == 0:
-            self.num_kv_heads, self.kv_replicas = 1, tp.size // num_kv_heads
-        else:
+        if num_heads % num_kv_heads:
             raise ValueError(
-                f"num_key_value_heads={num_kv_heads} must divide tensor_parallel_size={tp.size} or be divided by it"
+                f"num_attention_heads={num_heads} must be a multiple of num_key_value_heads={num_kv_heads}"
             )
+        self.num_heads = tp.split(num_heads, "num_attention_heads")
+        group = num_heads // num_kv_heads
+        served = gcd(group, self.num_heads)  # query heads by each key/value head that is kept
+        first = tp.rank * self.num_heads
+        self.kv_heads = [head // group for head in range(first, first + self.num_heads, served)]
+        self.num_kv_heads, self.total_kv_heads = len(self.kv_heads), num_kv_heads
         self.shard_sizes = {
             "q": self.num_heads * head_dim,
             "k": self.num_kv_heads * head_dim,
@@ -188,9 +200,11 @@ class QKVParallelLinear(ColumnParallelLinear):
         order = list(self.shard_sizes)
         start = sum(self.shard_sizes[s] for s in order[: order.index(shard)])
         own = param.narrow(0, start, self.shard_sizes[shard])
-        replicas = 1 if shard == "q" else self.kv_replicas
-        total = self.shard_sizes[shard] * self.tp.size // replicas
-        copy_share(own, loaded, 0, total, self.tp.rank // replicas)
+        if shard == "q":
+            copy_share(own, loaded, 0, self.shard_sizes["q"] * self.tp.size, self.tp.rank)
+            return
+        for part, head in zip(own.chunk(self.num_kv_heads), self.kv_heads, strict=True):
+            copy_share(part, loaded, 0, self.total_kv_heads * len(part), head)
 
 
 class RowParallelLinear(Linear):
@@ -201,10 +215,16 @@ class RowParallelLinear(Linear):
         self.tp = tp
         self.total = in_features
 
-    def forward(self, x: torch.Tensor) -> torch.Tensor:
-        """`x [tokens, this rank's in_features]` -> `[tokens, out_features]`, whole on every rank."""
+    def forward(self, x: torch.Tensor, residual: torch.Tensor, norm: AddNorm) -> tuple[torch.Tensor, torch.Tensor]:
+        """`x [tokens, this rank's in_features]` -> (normed, residual + output), `[tokens, out_features]`, on all ranks.
+
+        `norm` is the one that follows in the model: a small sum is added to `residual` and normed in the same kernel.
+        """
         # Only one rank adds the bias, or the sum would hold it once per rank.
-        return self.tp.all_reduce(self.matmul(x, self.bias if self.tp.rank == 0 else None))
+        partial = self.matmul(x, self.bias if self.tp.rank == 0 else None)
+        if self.tp.peers is not None and self.tp.peers.fit(partial):
+            return one_shot_add_rms_norm(partial, residual, norm.weight, norm.eps, self.tp.peers)
+        return norm(self.tp.all_reduce(partial), residual)
 
     def load_shard(self, param: nn.Parameter, loaded: torch.Tensor, shard: str | int | None) -> None:
         if param is self.bias:

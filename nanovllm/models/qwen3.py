@@ -22,8 +22,11 @@ class Qwen3Attention(nn.Module):
         self.k_norm = RMSNorm(head_dim, config.rms_norm_eps)
         self.attn = Attention(self.qkv_proj.num_heads, self.qkv_proj.num_kv_heads, head_dim)
 
-    def forward(self, x: torch.Tensor, cos_sin: torch.Tensor, meta: AttentionMetadata) -> torch.Tensor:
-        return self.o_proj(self.attn(self.qkv_proj(x), cos_sin, meta, self.q_norm, self.k_norm))
+    def forward(
+        self, x: torch.Tensor, residual: torch.Tensor, cos_sin: torch.Tensor, meta: AttentionMetadata, norm: RMSNorm
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        heads = self.attn(self.qkv_proj(x), cos_sin, meta, self.q_norm, self.k_norm)
+        return self.o_proj(heads, residual, norm)
 
 
 class Qwen3MLP(nn.Module):
@@ -34,8 +37,8 @@ class Qwen3MLP(nn.Module):
         self.gate_up_proj = MergedColumnParallelLinear(config.hidden_size, [config.intermediate_size] * 2, tp)
         self.down_proj = RowParallelLinear(config.intermediate_size, config.hidden_size, tp)
 
-    def forward(self, x: torch.Tensor) -> torch.Tensor:
-        return self.down_proj(self.gate_up_proj.silu_mul(x))
+    def forward(self, x: torch.Tensor, residual: torch.Tensor, norm: RMSNorm) -> tuple[torch.Tensor, torch.Tensor]:
+        return self.down_proj(self.gate_up_proj.silu_mul(x), residual, norm)
 
 
 class Qwen3DecoderLayer(nn.Module):
@@ -47,12 +50,11 @@ class Qwen3DecoderLayer(nn.Module):
         self.mlp = Qwen3MLP(config, tp)
 
     def forward(
-        self, x: torch.Tensor, residual: torch.Tensor | None, cos_sin: torch.Tensor, meta: AttentionMetadata
+        self, x: torch.Tensor, residual: torch.Tensor, cos_sin: torch.Tensor, meta: AttentionMetadata, norm: RMSNorm
     ) -> tuple[torch.Tensor, torch.Tensor]:
-        x, residual = self.input_layernorm(x, residual)
-        x = self.self_attn(x, cos_sin, meta)
-        x, residual = self.post_attention_layernorm(x, residual)
-        return self.mlp(x), residual
+        """`x`, normed, and `residual` -> the same of the next layer: `norm` is its first, or the model's last."""
+        x, residual = self.self_attn(x, residual, cos_sin, meta, self.post_attention_layernorm)
+        return self.mlp(x, residual, norm)
 
 
 class Qwen3Model(nn.Module):
@@ -63,10 +65,11 @@ class Qwen3Model(nn.Module):
         self.norm = RMSNorm(config.hidden_size, config.rms_norm_eps)
 
     def forward(self, input_ids: torch.Tensor, cos_sin: torch.Tensor, meta: AttentionMetadata) -> torch.Tensor:
-        x, residual = self.embed_tokens(input_ids), None
-        for layer in self.layers:
-            x, residual = layer(x, residual, cos_sin, meta)
-        return self.norm(x, residual)[0]
+        x, residual = self.layers[0].input_layernorm(self.embed_tokens(input_ids))
+        norms_after = [*(layer.input_layernorm for layer in self.layers[1:]), self.norm]
+        for layer, norm in zip(self.layers, norms_after, strict=True):
+            x, residual = layer(x, residual, cos_sin, meta, norm)
+        return x
 
 
 class Qwen3ForCausalLM(nn.Module):

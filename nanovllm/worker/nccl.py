@@ -24,6 +24,14 @@ from nanovllm.layers.linear import PeerLostError
 DTYPES = {torch.uint8: 1, torch.int64: 4, torch.float16: 6, torch.float32: 7, torch.bfloat16: 9}
 SUM, MIN = 0, 3
 CALL_SECONDS = 2.0  # more than any call takes that only queues
+# Unless the user says otherwise. NCCL asks once a process, when it makes its first communicator.
+ENVIRONMENT = {
+    "NCCL_SOCKET_IFNAME": "lo",  # the ranks find each other over the loopback interface
+    # Its monitor ("RAS", of 2.24 and later) would listen on port 28028, talk to other jobs', and stay until the
+    # process ends (`rasTerminate` in NCCL's ras.cc): the ranks are watched already.
+    "NCCL_RAS_ENABLE": "0",
+    "NCCL_NVLS_ENABLE": "0",  # NVLink multicast
+}
 
 
 class UniqueId(ctypes.Structure):
@@ -58,22 +66,21 @@ def _check(result: int) -> None:
 
 
 @contextmanager
-def _on_loopback() -> Iterator[None]:
-    """Connect the ranks over the loopback interface, unless the user has named another: NCCL asks once a process."""
-    if "NCCL_SOCKET_IFNAME" in os.environ:
-        yield
-        return
-    os.environ["NCCL_SOCKET_IFNAME"] = "lo"
+def _environment() -> Iterator[None]:
+    """In the ranks alike, for they inherit what the user has set."""
+    added = {name: value for name, value in ENVIRONMENT.items() if name not in os.environ}
+    os.environ.update(added)
     try:
         yield
     finally:
-        del os.environ["NCCL_SOCKET_IFNAME"]
+        for name in added:
+            del os.environ[name]
 
 
 def make_unique_id() -> bytes:
     """For all ranks of a communicator; the process that makes it, rank 0's, is the one they find each other at."""
     unique_id = UniqueId()
-    with _on_loopback():
+    with _environment():
         _check(_library().ncclGetUniqueId(ctypes.byref(unique_id)))
     return bytes(unique_id)
 
@@ -87,7 +94,7 @@ class NcclGroup:
     def __init__(self, unique_id: bytes, rank: int, size: int) -> None:
         self._comm: ctypes.c_void_p | None = ctypes.c_void_p()
         self._calls = threading.Lock()  # NCCL frees what it aborts, so no call may be under way
-        with _on_loopback():
+        with _environment():
             unique = UniqueId.from_buffer_copy(unique_id)
             _check(_library().ncclCommInitRank(ctypes.byref(self._comm), size, unique, rank))
         self._is_aborted = threading.Event()

@@ -5,7 +5,9 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
+from nanovllm.kernels.all_reduce import PeerBuffers, make_inboxes
 from nanovllm.layers.embed_head import ParallelLMHead, VocabParallelEmbedding
+from nanovllm.layers.layernorm import RMSNorm
 from nanovllm.layers.linear import (
     ColumnParallelLinear,
     MergedColumnParallelLinear,
@@ -42,6 +44,10 @@ def test_columns_of_all_ranks_are_the_whole_output(size: int) -> None:
     torch.testing.assert_close(torch.cat(parts, dim=1), F.linear(x, weight, bias))
 
 
+def no_norm(x: torch.Tensor, residual: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    return x, residual
+
+
 @pytest.mark.parametrize("size", SIZES)
 def test_partial_sums_of_all_rows_are_the_whole_output_and_hold_the_bias_once(size: int) -> None:
     x, weight, bias = random(5, HIDDEN), random(16, HIDDEN, seed=1), random(16, seed=2)
@@ -51,7 +57,7 @@ def test_partial_sums_of_all_rows_are_the_whole_output_and_hold_the_bias_once(si
         load(layer, {None: weight})
         load(layer, {None: bias}, "bias")
         share = HIDDEN // size
-        total += layer(x[:, rank * share : (rank + 1) * share])
+        total += layer(x[:, rank * share : (rank + 1) * share], torch.zeros(5, 16), no_norm)[0]
     torch.testing.assert_close(total, F.linear(x, weight, bias), rtol=1e-5, atol=1e-5)
 
 
@@ -69,8 +75,13 @@ def test_merged_columns_keep_each_ranks_gate_beside_its_up(size: int) -> None:
     torch.testing.assert_close(torch.cat(ups, dim=1), F.linear(x, up))
 
 
-@pytest.mark.parametrize(("num_heads", "num_kv_heads", "size"), [(4, 2, 1), (4, 2, 2), (8, 4, 4), (8, 2, 4), (4, 1, 4)])
-def test_query_heads_are_cut_and_kv_heads_cut_or_replicated(num_heads: int, num_kv_heads: int, size: int) -> None:
+@pytest.mark.parametrize(
+    ("num_heads", "num_kv_heads", "size", "kept"),
+    [(4, 2, 1, 2), (4, 2, 2, 1), (8, 4, 4, 1), (8, 2, 4, 1), (4, 1, 4, 1), (6, 2, 3, 2), (12, 4, 6, 2), (24, 4, 3, 4)],
+)
+def test_query_heads_are_cut_and_kv_heads_cut_or_replicated(
+    num_heads: int, num_kv_heads: int, size: int, kept: int
+) -> None:
     head_dim = 6
     x = random(5, HIDDEN)
     tensors = {
@@ -85,11 +96,11 @@ def test_query_heads_are_cut_and_kv_heads_cut_or_replicated(num_heads: int, num_
         q, k, v = out.split([layer.num_heads, layer.num_kv_heads, layer.num_kv_heads], dim=1)
         first = rank * num_heads // size
         torch.testing.assert_close(q, whole["q"][:, first : first + num_heads // size])
+        assert layer.num_kv_heads == kept
         # The kv heads that this rank's query heads attend with
-        group = num_heads // num_kv_heads
-        kv = slice(first // group, (first + num_heads // size - 1) // group + 1)
-        torch.testing.assert_close(k, whole["k"][:, kv])
-        torch.testing.assert_close(v, whole["v"][:, kv])
+        kv = [(first + head) // (num_heads // num_kv_heads) for head in range(layer.num_heads)]
+        torch.testing.assert_close(k.repeat_interleave(layer.num_heads // kept, dim=1), whole["k"][:, kv])
+        torch.testing.assert_close(v.repeat_interleave(layer.num_heads // kept, dim=1), whole["v"][:, kv])
 
 
 @pytest.mark.parametrize("size", SIZES)
@@ -143,7 +154,7 @@ def test_features_that_do_not_come_out_even_are_padded_with_what_adds_nothing(si
         gate_up, out = MergedColumnParallelLinear(HIDDEN, [10, 10], tp), RowParallelLinear(10, 8, tp)
         load(gate_up, {0: gate, 1: up})
         load(out, {None: down})
-        total += out(gate_up.silu_mul(x))
+        total += out(gate_up.silu_mul(x), torch.zeros(5, 8), no_norm)[0]
     expected = F.linear(F.silu(F.linear(x, gate)) * F.linear(x, up), down)
     torch.testing.assert_close(total, expected, rtol=1e-5, atol=1e-4)
 
@@ -151,8 +162,8 @@ def test_features_that_do_not_come_out_even_are_padded_with_what_adds_nothing(si
 def test_heads_that_cannot_be_cut_evenly_are_refused() -> None:
     with pytest.raises(ValueError, match="num_attention_heads=6 cannot be cut"):
         QKVParallelLinear(8, 4, 6, 2, TensorParallel(0, 4))
-    with pytest.raises(ValueError, match="num_key_value_heads=3 must divide tensor_parallel_size=4"):
-        QKVParallelLinear(8, 4, 12, 3, TensorParallel(0, 4))
+    with pytest.raises(ValueError, match="num_attention_heads=4 must be a multiple of num_key_value_heads=3"):
+        QKVParallelLinear(8, 4, 4, 3, TensorParallel(0, 4))
 
 
 def test_tensor_of_another_shape_is_refused_with_both_shapes() -> None:
@@ -173,3 +184,24 @@ def test_packing_changes_the_layout_and_not_the_layer(dtype: torch.dtype) -> Non
     layer.pack()
     tolerance = {torch.float32: 1e-5, torch.bfloat16: 2e-2}[dtype]
     torch.testing.assert_close(layer(x), plain, rtol=tolerance, atol=tolerance)
+
+
+def test_a_sum_over_peers_memory_is_added_and_normed_as_any_other() -> None:
+    device = "cuda" if torch.cuda.is_available() else "cpu"
+    inboxes = make_inboxes(1, 8, 16, torch.float32, lambda shape, dtype: torch.empty(shape, dtype=dtype, device=device))
+    stop = torch.zeros(1, dtype=torch.int32)
+    stop = stop.pin_memory() if device == "cuda" else stop
+    addresses = torch.tensor([inboxes.data_ptr(), stop.data_ptr()], device=device)
+    turns = torch.zeros(3, dtype=torch.int32, device=device)
+    peers = PeerBuffers(0, 1, 8, 16, torch.float32, inboxes, addresses, turns, stop)
+    norm = RMSNorm(16, 1e-6).to(device)
+    norm.weight.data.copy_(random(16, seed=3))
+
+    def normed_and_sum(peers: PeerBuffers | None, rows: int) -> tuple[torch.Tensor, torch.Tensor]:
+        layer = RowParallelLinear(HIDDEN, 16, TensorParallel(0, 1, None, peers)).to(device)
+        load(layer, {None: random(16, HIDDEN, seed=1)})
+        return layer(random(rows, HIDDEN).to(device), random(rows, 16, seed=2).to(device), norm)
+
+    for rows in (5, 9):  # the second is too large for the inboxes
+        torch.testing.assert_close(normed_and_sum(peers, rows), normed_and_sum(None, rows), rtol=1e-6, atol=1e-6)
+    assert turns.tolist() == [1, 1, 1], "not the first sum, or not only that, went over the inboxes"

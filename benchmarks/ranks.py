@@ -1,0 +1,100 @@
+"""`bench.py --ranks 1,2,4`: what it gains to cut the model over so many ranks, and what a layer's two sums cost.
+
+For each number of ranks an engine runs the headline and few streams; its efficiency is its rate on the headline over
+that of as many engines of the first number. Then, on CUDA and with the engine gone, benchmarks/all_reduce.py times the
+sums that the engine's decode steps are made of, with the norm in them, and what the link carries. A table is printed
+after each number of ranks, of what there is until then.
+"""
+
+from dataclasses import asdict, replace
+from typing import Any
+
+import torch
+
+from benchmarks import all_reduce
+from benchmarks.ceilings import Ceilings
+from benchmarks.engines import make_engine
+from benchmarks.report import result_lines, table_lines
+from benchmarks.runs import run_alternating, warm_up
+from benchmarks.setting import Setting
+from benchmarks.workloads import PRESETS, few_streams
+
+STREAMS = (1, 8, 32)
+ROWS = (*STREAMS, PRESETS["headline"].num_seqs)  # of a decode step's messages
+SUMS_PER_LAYER = 2
+SUM_METHOD = "ours, fused + norm"  # as the model does it
+SUMS_SECONDS = 60  # of measuring them, most of which the processes take to start
+
+
+def run(setting: Setting, sizes: list[int]) -> dict[str, Any]:
+    """Measure and print every number of ranks; returned for the JSON.
+
+    Raises ValueError, before anything is measured, if there are too few devices.
+    """
+    if setting.options.device == "cuda" and max(sizes) > torch.cuda.device_count():
+        raise ValueError(
+            f"--ranks {max(sizes)} must be at most the number of CUDA devices, {torch.cuda.device_count()}"
+        )
+    ceilings = setting.measure_ceilings()
+    runs: list[dict[str, Any]] = []
+    for size in sizes:
+        options = replace(setting.options, tensor_parallel_size=size)
+        runs.append({"ranks": size, "sums": None, **run_engine(replace(setting, options=options), ceilings)})
+        print(*rank_lines(runs), sep="\n", flush=True)
+        if size > 1 and options.device == "cuda":
+            hidden_sizes = (setting.config["hidden_size"],)
+            runs[-1]["sums"] = all_reduce.collect(size, SUMS_SECONDS, ROWS, hidden_sizes, with_torch=False)
+            print(*sum_lines(runs[-1]["sums"]), sep="\n", flush=True)
+    return {"ceilings": asdict(ceilings), "ranks": runs}
+
+
+def run_engine(setting: Setting, ceilings: Ceilings) -> dict[str, Any]:
+    """One engine on all workloads: the headline's rate, milliseconds a token by number of streams, and the runs."""
+    headline = setting.draw("headline", PRESETS["headline"])
+    streams = [setting.draw(f"{n} stream{'s' * (n > 1)}", few_streams(n), all_seqs=True) for n in STREAMS]
+    engine = make_engine("nanovllm", setting.options)
+    warm_up(engine, headline, num_tokens=16)
+    results = []
+    for workload in (*streams, headline):
+        results += run_alternating([engine], workload, setting.repeat, setting.bound(workload, ceilings))
+        print(*result_lines(results[-1]), sep="\n", flush=True)
+    engine.close()
+    return {
+        "headline_tok_s": results[-1].output_tok_s,
+        "stream_ms": {n: result.ms_per_token for n, result in zip(STREAMS, results, strict=False)},
+        "plan_bytes_per_step": results[-1].plan_bytes_per_step,
+        "results": [asdict(result) for result in results],
+    }
+
+
+def rank_lines(runs: list[dict[str, Any]]) -> list[str]:
+    """A line for each number of ranks."""
+    base = runs[0]["headline_tok_s"] / runs[0]["ranks"]
+    latencies = [f"{n} stream{'s' * (n > 1)}, ms" for n in STREAMS]
+    header = ["ranks", "headline tok/s", "efficiency", *latencies, "bytes to a rank a step"]
+    cells = [
+        [
+            str(run["ranks"]),
+            f"{run['headline_tok_s']:,.1f}",
+            f"{100 * run['headline_tok_s'] / run['ranks'] / base:.1f} %",
+            *(f"{run['stream_ms'][n]:.3f}" for n in STREAMS),
+            f"{run['plan_bytes_per_step']:,.0f}",
+        ]
+        for run in runs
+    ]
+    return table_lines(header, cells)
+
+
+def sum_lines(sums: dict[str, Any]) -> list[str]:
+    """Microseconds that a layer's sums take with their norms, and that their bytes need on the link."""
+    rate = all_reduce.link_rate(sums)
+    cells = []
+    for entry in sums["times"]:
+        if entry["method"] == SUM_METHOD:
+            num_bytes = all_reduce.message_bytes(entry["rows"], entry["hidden"])
+            floor = f"{1e6 * SUMS_PER_LAYER * num_bytes / rate:.2f}" if rate else "-"
+            took = f"{SUMS_PER_LAYER * entry['microseconds']:.2f}"
+            cells.append([f"{entry['rows']} x {entry['hidden']}", f"{num_bytes:,}", took, floor])
+    if not cells:
+        return [f"no sums were measured: {'; '.join(sums['errors'])}"]
+    return table_lines(["sum", "bytes", f"us a layer ({SUMS_PER_LAYER} sums)", "bytes / link"], cells)
