@@ -14,6 +14,7 @@ from triton.runtime.jit import JITFunction
 from nanovllm.kernels import early_launch
 from nanovllm.kernels.all_reduce import PeerBuffers, make_inboxes, one_shot_add_rms_norm, one_shot_all_reduce
 from nanovllm.kernels.decode_plan import DecodePlan, plan_decode_triton
+from nanovllm.kernels.logprobs import summarize_triton
 from nanovllm.kernels.paged_decode_kernel import paged_decode_triton
 from nanovllm.kernels.paged_prefill import paged_prefill_triton
 from nanovllm.kernels.prepare_inputs import StepInputs, prepare_inputs_triton
@@ -99,6 +100,7 @@ def call_attention_kernels(head_dim: int, block_size: int, dtype: torch.dtype, h
 def call_sampler(dtype: torch.dtype) -> None:
     by_row, numbers = zeros(4, dtype=torch.float32), ints(4)
     params = SamplingTensors(by_row, numbers, by_row, by_row, numbers, numbers, numbers, ints(4, 64))
+    summarize_triton(zeros(SEQS, VOCAB, dtype=dtype), ints(SEQS))
     sample_triton(zeros(SEQS, VOCAB, dtype=dtype), ints(SEQS), ints(SEQS), params, ints(4, 9), ints(SEQS))
 
 

@@ -5,7 +5,7 @@ import math
 import pytest
 import torch
 
-from nanovllm.kernels.logprobs import token_logprobs, unpack
+from nanovllm.kernels.logprobs import summarize_reference, summarize_triton, token_logprobs, unpack
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
@@ -43,3 +43,22 @@ def test_logits_of_any_size_do_not_overflow(device: str) -> None:
 def test_no_entries(device: str) -> None:
     empty = torch.zeros(0, dtype=torch.int32, device=device)
     assert unpack(token_logprobs(torch.zeros(0, 50, device=device), empty, 3).cpu()) == []
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("vocab_size", [3, 311, 20_000])
+def test_kernel_equals_its_reference(vocab_size: int, dtype: torch.dtype, device: str) -> None:
+    generator = torch.Generator().manual_seed(vocab_size)
+    wide = (torch.randn(5, vocab_size + 3, generator=generator) * 5).to(dtype)
+    wide[1] += 100  # far from 0
+    wide[2, 1:] = -math.inf  # one token is left
+    wide[3] = 1.0
+    logits, chosen = wide[:, :vocab_size].to(device), torch.tensor([2, 1, 0, 1, vocab_size - 1], device=device)
+    for found, expected in zip(summarize_triton(logits, chosen), summarize_reference(logits, chosen), strict=True):
+        torch.testing.assert_close(found, expected, rtol=2e-6, atol=2e-6)
+
+
+def test_logits_that_are_nan_stay_so(device: str) -> None:
+    logits = torch.full((1, 300), float("nan"), device=device)
+    for largest, log_mass, _ in (summarize_triton(logits, torch.tensor([1], device=device)),):
+        assert not (largest + log_mass).isfinite().any()
