@@ -233,9 +233,13 @@ def test_one_captured_graph_serves_every_length_mix(device: str) -> None:
     graph = torch.cuda.CUDAGraph()
     with torch.cuda.graph(graph):
         step()
+    newest_keys, newest_values = qkv.unflatten(1, (-1, 128))[:, -4:].cpu().split(2, dim=1)
     keys, values = case.keys, case.values
     for lengths in ([9 * PIECE, 3 * PIECE, 5, 0], [1, 2 * PIECE, 1, 0], [6 * PIECE + 1, 1, 4, 0]):
         case.seq_lens.copy_(torch.tensor(lengths, dtype=torch.int32))
+        for i, length in enumerate(lengths):
+            if length > 0:  # a shorter sequence's newest token takes an older one's place
+                keys[i][length - 1], values[i][length - 1] = newest_keys[i], newest_values[i]
         case.keys = [dense[:length] for dense, length in zip(keys, lengths, strict=True)]
         case.values = [dense[:length] for dense, length in zip(values, lengths, strict=True)]
         out.fill_(float("nan"))
