@@ -27,9 +27,9 @@ from nanovllm.kernels.early_launch import early_launch, wait_for_previous
 from nanovllm.kernels.triton_shim import tl, triton
 
 # Messages of which a rank sends up to so many bytes, a copy to each other, are summed this way, on all devices of a
-# group or on none; 0: never. It is the largest that was measured, 256 x 5120 in bfloat16 between two H200s: there this
-# took 12 µs and NCCL 28, and at all smaller sizes it was the fastest too (docs/tensor_parallelism.md).
-ONE_SHOT_BYTES = 2_621_440
+# group or on none; 0: never. Up to 2,621,440, 256 x 5120 in bfloat16 between two H200s, it was the fastest, 12 µs where
+# NCCL took 28. It stays off until some stalls of that benchmark are explained (docs/tensor_parallelism.md).
+ONE_SHOT_BYTES = 0
 
 PROGRAMS = 128  # fewer than there are processors: all of them run at once, so that none waits for one that cannot
 POLLS = tl.constexpr(32)  # between two looks at the host's word, a trip over the bus: some 20 µs of the smallest rows
