@@ -24,6 +24,7 @@ from nanovllm.kernels.paged_kv import (
     kv_offsets,
     next_power_of_2,
     shared_memory_bytes,
+    soften,
     tile_blocks,
 )
 from nanovllm.kernels.triton_shim import tl, triton
@@ -234,13 +235,9 @@ def _decode_kernel(
         k = tl.load(k_ptr + offsets, mask=kv_mask, other=0.0)
         scores = tl.dot(q, tl.trans(k), input_precision="ieee")
         scores = tl.where(valid[None, :], scores, float("-inf"))
-        new_top = tl.maximum(top, tl.max(scores, 1) * scale_log2)
-        weights = tl.exp2(scores * scale_log2 - new_top[:, None])
-        decay = tl.exp2(top - new_top)
-        mass = mass * decay + tl.sum(weights, 1)
+        weights, decay, top, mass = soften(scores, top, mass, scale_log2)
         v = tl.load(v_ptr + offsets, mask=kv_mask, other=0.0)
         acc = tl.dot(weights.to(v.dtype), v, acc * decay[:, None], input_precision="ieee")
-        top = new_top
     acc = acc / tl.where(mass > 0, mass, 1.0)[:, None]  # a padding entry has no mass and gets zeros
 
     out_head_ptr = out_ptr + seq.to(tl.int64) * stride_out_seq + kv_head * GROUP * stride_out_head

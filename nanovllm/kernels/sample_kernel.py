@@ -21,13 +21,12 @@ from nanovllm.kernels.gumbel_noise import (
     MIN_TEMPERATURE,
     gumbel_kernel,
     noise_bits_kernel,
-    noise_keys_kernel,
 )
+from nanovllm.kernels.sample_row import asked, count_stop_ids, load_logits
 from nanovllm.kernels.sample_threshold import (
     bisect,
     kth_largest,
     least_logit,
-    load_logits,
     load_tokens,
     order,
     reaching,
@@ -140,12 +139,12 @@ def _scan_kernel(
     row = tl.load(rows_ptr + entry).to(tl.int64)
     if row < 0:
         return
-    temperature, is_greedy, is_truncated, top_k, top_p, min_p, key_0, key_1 = _asked(
+    temperature, is_greedy, is_truncated, top_k, top_p, min_p, key_0, key_1 = asked(
         row, tl.load(seq_lens_ptr + entry), per_row, per_row_strides, vocab_size, MIN_TEMPERATURE, MAX_TEMPERATURE
     )
     inverse_temperature = tl.math.div_rn(1.0, tl.maximum(temperature, MIN_TEMPERATURE))
     stop_ids_ptr += row * stop_ids_strides[0]
-    num_stop_ids = _count_stop_ids(
+    num_stop_ids = count_stop_ids(
         row, tl.load(seq_lens_ptr + entry), per_row, per_row_strides, stop_ids_ptr, stop_ids_strides[1],
         NUM_STOP_IDS, TILE_STOP_IDS,
     )  # fmt: skip
@@ -217,7 +216,7 @@ def _choose_kernel(
         tl.store(out_ptr + entry, 0)
         return
     position = tl.load(seq_lens_ptr + entry)
-    temperature, is_greedy, is_truncated, top_k, top_p, min_p, key_0, key_1 = _asked(
+    temperature, is_greedy, is_truncated, top_k, top_p, min_p, key_0, key_1 = asked(
         row, position, per_row, per_row_strides, vocab_size, MIN_TEMPERATURE, MAX_TEMPERATURE
     )
     inverse_temperature = tl.math.div_rn(1.0, tl.maximum(temperature, MIN_TEMPERATURE))
@@ -232,7 +231,7 @@ def _choose_kernel(
         to_exponent = inverse_temperature * 1.4426950408889634
         logits_ptr += entry * logits_stride
         stop_ids_ptr += row * stop_ids_strides[0]
-        num_stop_ids = _count_stop_ids(
+        num_stop_ids = count_stop_ids(
             row, position, per_row, per_row_strides, stop_ids_ptr, stop_ids_strides[1], NUM_STOP_IDS, TILE_STOP_IDS
         )
         has_top_k = (top_k > 0) & (top_k < vocab_size)
@@ -327,34 +326,3 @@ def _choose_kernel(
     token = tl.where(token == 0x7FFFFFFF, 0, token)  # all NaN or -inf
     tl.store(out_ptr + entry, token)
     tl.store(token_ids_ptr + row * token_ids_strides[0] + position.to(tl.int64) * token_ids_strides[1], token)
-
-
-@triton.jit
-def _asked(
-    row, position, per_row, per_row_strides, vocab_size, MIN_TEMPERATURE: tl.constexpr, MAX_TEMPERATURE: tl.constexpr
-):
-    """A row's parameters, and the keys of its noise at this position."""
-    temperature = tl.load(per_row[0] + row * per_row_strides[0])
-    top_k = tl.load(per_row[1] + row * per_row_strides[1])
-    top_p = tl.load(per_row[2] + row * per_row_strides[2])
-    min_p = tl.load(per_row[3] + row * per_row_strides[3])
-    seed_lo = tl.load(per_row[4] + row * per_row_strides[4])
-    seed_hi = tl.load(per_row[5] + row * per_row_strides[5])
-    key_0, key_1 = noise_keys_kernel(seed_lo, seed_hi, position)
-    is_greedy = temperature < MIN_TEMPERATURE
-    asks_truncation = ((top_k > 0) & (top_k < vocab_size)) | (top_p < 1.0) | (min_p > 0.0)
-    is_truncated = asks_truncation & (temperature >= MIN_TEMPERATURE)
-    temperature = tl.minimum(temperature, MAX_TEMPERATURE)
-    return temperature, is_greedy, is_truncated, top_k, top_p, min_p, key_0, key_1
-
-
-@triton.jit
-def _count_stop_ids(
-    row, position, per_row, per_row_strides, stop_ids_ptr, stop_ids_stride,
-    NUM_STOP_IDS: tl.constexpr, TILE_STOP_IDS: tl.constexpr,
-):  # fmt: skip
-    """How many of the row's stop ids are masked at this position: none once it has its minimal length."""
-    min_len = tl.load(per_row[6] + row * per_row_strides[6])
-    place = tl.arange(0, TILE_STOP_IDS)
-    stop_ids = tl.load(stop_ids_ptr + place * stop_ids_stride, mask=place < NUM_STOP_IDS, other=-1)
-    return tl.where(position < min_len, tl.max(tl.where(stop_ids >= 0, place + 1, 0), axis=0), 0)

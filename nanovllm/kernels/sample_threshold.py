@@ -5,20 +5,11 @@ bisection ends, and ends exactly: after at most 16 or 32 passes over the tokens 
 as a rule take 6. For `sample_kernel.py`.
 """
 
+from nanovllm.kernels.sample_row import load_logits
 from nanovllm.kernels.triton_shim import tl, triton
 
 # A bisection for a mass is guided by the masses, then halves logits, and then integers, which ends it in any case.
 PASSES_BY_MASS, PASSES_BY_VALUE = tl.constexpr(8), tl.constexpr(20)
-
-
-@triton.jit
-def load_logits(logits_ptr, index, vocab_size, stop_ids_ptr, stop_ids_stride, num_stop_ids):
-    """float32 logits; -inf for NaN, for masked stop ids, and past the vocabulary."""
-    x = tl.load(logits_ptr + index, mask=index < vocab_size, other=float("-inf")).to(tl.float32)
-    x = tl.where(x == x, x, float("-inf"))
-    for i in range(num_stop_ids):
-        x = tl.where(index == tl.load(stop_ids_ptr + i * stop_ids_stride), float("-inf"), x)
-    return x
 
 
 @triton.jit
