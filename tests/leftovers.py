@@ -1,10 +1,30 @@
-"""What the ranks of an engine must not leave behind, by the kernel's books and not by ours."""
+"""Ranks that are killed, and what they must not leave behind, by the kernel's books and not by ours."""
 
 import os
+import signal
 import time
+from collections.abc import Iterator
 from pathlib import Path
 
-from nanovllm import LLM
+import pytest
+
+from nanovllm import LLM, RankError, RequestOutput, SamplingParams
+
+
+def kill_the_rank_of(llm: LLM, other: LLM, max_tokens: int) -> Iterator[RequestOutput]:
+    """Kill rank 1 of `llm` while it and `other` each follow a stream, see how its own ends, and return the other's."""
+    endless = SamplingParams(temperature=0.0, max_tokens=max_tokens, ignore_eos=True)
+    stream, beside = llm.stream([[1, 2]], endless), other.stream([[1, 2]], endless)
+    for _ in range(5):
+        assert next(stream).outputs[0].token_ids == next(beside).outputs[0].token_ids
+    (pid,) = rank_pids(llm)
+    os.kill(pid, signal.SIGKILL)
+    started = time.monotonic()
+    with pytest.raises(RankError, match=rf"rank 1 \(process {pid}\) was killed by signal 9\n.*make a new LLM"):
+        for _ in stream:
+            pass
+    assert time.monotonic() - started < 5
+    return beside
 
 
 def rank_pids(llm: LLM) -> list[int]:

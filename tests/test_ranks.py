@@ -14,7 +14,7 @@ from types import SimpleNamespace
 from typing import Any
 
 import pytest
-from leftovers import are_gone, is_running, rank_pids, rank_processes
+from leftovers import are_gone, is_running, kill_the_rank_of, rank_pids, rank_processes
 
 from nanovllm import LLM, RankError, SamplingParams
 
@@ -32,17 +32,7 @@ def test_a_killed_rank_fails_its_engine_and_not_the_one_beside_it(
     checkpoint: Callable[..., Path], make_tp: Callable[..., LLM]
 ) -> None:
     llm, other = (make_tp(checkpoint("plain"), tensor_parallel_size=2) for _ in range(2))
-    endless = SamplingParams(temperature=0.0, max_tokens=250, ignore_eos=True)
-    stream, beside = llm.stream([[1, 2]], endless), other.stream([[1, 2]], endless)
-    for _ in range(5):
-        assert next(stream).outputs[0].token_ids == next(beside).outputs[0].token_ids
-    (pid,) = rank_pids(llm)
-    os.kill(pid, signal.SIGKILL)
-    started = time.monotonic()
-    with pytest.raises(RankError, match=rf"rank 1 \(process {pid}\) was killed by signal 9\n.*make a new LLM"):
-        for _ in stream:
-            pass
-    assert time.monotonic() - started < 5
+    beside = kill_the_rank_of(llm, other, max_tokens=250)
     for _ in range(2):
         with pytest.raises(RankError, match="rank 1"):
             answers(llm)

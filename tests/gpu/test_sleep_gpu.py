@@ -3,7 +3,7 @@ addresses that captured graphs know."""
 
 import gc
 import json
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -26,15 +26,6 @@ GREEDY = SamplingParams(temperature=0.0, max_tokens=20)
 SHORT_WIDE = {**TINY, **WIDE, "max_position_embeddings": 4096}  # 0.7 GB in bfloat16
 
 Tensors = dict[str, torch.Tensor]
-
-
-@pytest.fixture(scope="module", autouse=True)
-def exact_float32() -> Iterator[None]:
-    """float32 matrix products of both sides in float32, not in TF32."""
-    before = torch.backends.cuda.matmul.allow_tf32
-    torch.backends.cuda.matmul.allow_tf32 = False
-    yield
-    torch.backends.cuda.matmul.allow_tf32 = before
 
 
 @pytest.fixture(scope="module")

@@ -7,14 +7,14 @@ no two logits are that close: in float32.
 import os
 import signal
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 from checkpoints import random_prompts, save_checkpoint
-from leftovers import are_gone, rank_pids, rank_processes
+from leftovers import are_gone, kill_the_rank_of, rank_pids, rank_processes
 from safetensors.torch import load_file
 
 from nanovllm import LLM, RankError, SamplingParams
@@ -38,15 +38,6 @@ PROMPTS = random_prompts([40, 1, 17, 70, 2, 16, 15], seed=4)
 GREEDY = SamplingParams(temperature=0.0, max_tokens=24)
 SEEDED = SamplingParams(temperature=0.8, top_p=0.9, seed=11, max_tokens=24)
 PARAMS = [GREEDY, SEEDED, GREEDY, SEEDED, GREEDY, GREEDY, SEEDED]
-
-
-@pytest.fixture(scope="module", autouse=True)
-def exact_float32() -> Iterator[None]:
-    """float32 matrix products in float32 and not in TF32, which is also the followers' default."""
-    before = torch.backends.cuda.matmul.allow_tf32
-    torch.backends.cuda.matmul.allow_tf32 = False
-    yield
-    torch.backends.cuda.matmul.allow_tf32 = before
 
 
 @pytest.fixture(scope="module")
@@ -110,17 +101,7 @@ def test_a_killed_rank_fails_its_engine_while_the_one_beside_it_goes_on(
 ) -> None:
     monkeypatch.setattr(all_reduce, "ONE_SHOT_BYTES", one_shot_bytes)
     llm, other = make(2), make(2)
-    endless = SamplingParams(temperature=0.0, max_tokens=1500, ignore_eos=True)
-    stream, beside = llm.stream([[1, 2]], endless), other.stream([[1, 2]], endless)
-    for _ in range(5):
-        assert next(stream).outputs[0].token_ids == next(beside).outputs[0].token_ids
-    (pid,) = rank_pids(llm)
-    os.kill(pid, signal.SIGKILL)
-    started = time.monotonic()
-    with pytest.raises(RankError, match=rf"rank 1 \(process {pid}\) was killed by signal 9"):
-        for _ in stream:
-            pass
-    assert time.monotonic() - started < 5
+    beside = kill_the_rank_of(llm, other, max_tokens=1500)
     assert rank_processes() == set(rank_pids(other))
     for _ in range(5):
         next(beside)
