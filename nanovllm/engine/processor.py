@@ -120,7 +120,7 @@ class Processor:
                 token_ids = self.tokenizer.encode(text)
             except (TypeError, UnicodeError) as error:  # a lone surrogate, which no encoding has
                 raise ValueError(f"{name}={shorten(text)} cannot be tokenized: {error}") from error
-        if not isinstance(token_ids, list) or not all(type(i) is int for i in token_ids):
+        if not isinstance(token_ids, list) or not set(map(type, token_ids)) <= {int}:
             raise TypeError(f"{name}={shorten(prompt)} must be a string or a list of token ids")
         return text, list(token_ids)
 

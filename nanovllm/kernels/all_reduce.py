@@ -27,12 +27,14 @@ from nanovllm.kernels.early_launch import early_launch, wait_for_previous
 from nanovllm.kernels.triton_shim import tl, triton
 
 # Messages of which a rank sends up to so many bytes, a copy to each other, are summed this way, on all devices of a
-# group or on none; 0: never. Up to 2,621,440, 256 x 5120 in bfloat16 between two H200s, it was the fastest, 12 µs where
-# NCCL took 28. It stays off until some stalls of that benchmark are explained (docs/tensor_parallelism.md).
-ONE_SHOT_BYTES = 0
+# group or on none; 0: never. Up to here, 256 x 5120 in bfloat16 between two H200s, it is the fastest of all
+# (docs/tensor_parallelism.md).
+ONE_SHOT_BYTES = 2_621_440
 
 PROGRAMS = 128  # fewer than there are processors: all of them run at once, so that none waits for one that cannot
-POLLS = tl.constexpr(32)  # between two looks at the host's word, a trip over the bus: some 20 µs of the smallest rows
+# Between two looks at the host's word: some 10 ms. Looks are made one after the other on all of a device, a microsecond
+# for each warp that waits, so they must be far rarer than the waits of ranks that are merely not in step.
+POLLS = tl.constexpr(16384)
 WORDS = {2: torch.int16, 4: torch.int32}  # by the size of an element
 
 NewEmpty = Callable[[tuple[int, ...], torch.dtype], torch.Tensor]

@@ -86,8 +86,9 @@ def paged_prefill(
     q, out `[T, heads, head_dim]` (last dimension contiguous); k_cache, v_cache `[num_blocks, kv_heads, block_size,
     head_dim]` of q's dtype; block_table `[R, max_blocks] int32`; rows, seq_lens `[S] int32`; query_start `[S+1] int32`:
     sequence i's query tokens are `query_start[i] .. query_start[i+1]-1` of q and out, the last of them at position
-    `seq_lens[i]-1`. The first entry may be above 0; other tokens of `out` are not written. num_tokens: an upper bound
-    of `query_start[-1] - query_start[0]` for the launch grid, default T. Nothing past a sequence's length is read.
+    `seq_lens[i]-1`. The first entry may be above 0. Other tokens of `out`, and those of padding (row -1), are not
+    written. num_tokens: an upper bound of `query_start[-1] - query_start[0]` for the launch grid, default T. Nothing
+    past a sequence's length is read.
     """
     if q.is_cuda:
         paged_prefill_triton(q, k_cache, v_cache, block_table, rows, query_start, seq_lens, scale, out, num_tokens)
@@ -110,6 +111,8 @@ def paged_prefill_reference(
     num_heads, num_kv_heads = q.shape[1], k_cache.shape[1]
     starts = query_start.tolist()
     for i, (row, length) in enumerate(zip(rows.tolist(), seq_lens.tolist(), strict=True)):
+        if row < 0:
+            continue
         queries = q[starts[i] : starts[i + 1]].float().transpose(0, 1)  # [heads, query tokens, head_dim]
         grouped = queries.unflatten(0, (num_kv_heads, num_heads // num_kv_heads))
         keys = gather_kv(k_cache, block_table[row], length).float().unsqueeze(1)
@@ -264,7 +267,8 @@ def _prefill_kernel(
     query_begin = tl.load(query_start_ptr + seq)
     num_queries = tl.load(query_start_ptr + seq + 1) - query_begin
     first_query = (index - (query_begin - origin) // BLOCK_Q - seq) * BLOCK_Q
-    if first_query >= num_queries:
+    row = tl.load(rows_ptr + seq).to(tl.int64)
+    if (first_query >= num_queries) | (row < 0):
         return
 
     head = tl.program_id(0) * PACK
@@ -281,7 +285,7 @@ def _prefill_kernel(
 
     context = tl.load(seq_lens_ptr + seq) - num_queries
     positions = context + queries
-    table_ptr += tl.load(rows_ptr + seq).to(tl.int64) * stride_row
+    table_ptr += row * stride_row
     end = context + tl.minimum(first_query + BLOCK_Q, num_queries)
     diagonal = (context + first_query + 1) // TILE * TILE  # up to here every query sees every key
 

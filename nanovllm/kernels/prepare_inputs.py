@@ -76,10 +76,10 @@ def prepare_inputs_reference(
 
     num_tokens = int(query_start[-1])
     token = torch.arange(num_tokens, device=rows.device, dtype=torch.int32)
-    if num_tokens != len(rows):  # with prefill chunks, from one entry a sequence to one a token
+    if num_tokens != len(rows) or not query_len.all():  # with chunks: from one entry a sequence to one a token
         sequence = torch.repeat_interleave(query_len, output_size=num_tokens)
-        token -= query_start[sequence]
         start, row, live = start[sequence], row[sequence], live[sequence]
+        token = (token - query_start[sequence]) * live
     else:
         token -= query_start[:-1]
     positions = torch.add(start, token, out=out.positions[:num_tokens])

@@ -36,7 +36,8 @@ from nanovllm.kernels.triton_shim import tl, triton
 if TYPE_CHECKING:
     from nanovllm.kernels.sample import SamplingTensors
 
-SCAN_TILE, CHOOSE_TILE = 2048, 8192  # logits at a time
+SCAN_TILE, CHOOSE_TILE = 2048, 4096  # logits at a time
+CHOOSE_OPTIONS = {"num_warps": 8, "maxnreg": 128}  # two programs on a multiprocessor: one waits where the other works
 TARGET_PROGRAMS = 1024  # of the scan: 8 on each of an H100's 132 SMs
 GROUPS = 128  # of a split, whose maxima it leaves
 MAX_GROUPS = 4096  # of a row, of those
@@ -105,7 +106,7 @@ def sample_triton(
         MAX_CANDIDATES=MAX_CANDIDATES,
         # Bits of a float32 in which no two logits of this dtype differ.
         LOW_BITS={torch.bfloat16: 16, torch.float16: 13}.get(logits.dtype, 0),
-        num_warps=16,
+        **CHOOSE_OPTIONS,
         **constants,
     )
 

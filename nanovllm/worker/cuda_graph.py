@@ -1,17 +1,79 @@
-"""A decode step as one launch: everything from reading the rows to writing the sampled tokens back, recorded once.
+"""A step as one launch: everything from reading the rows to writing the sampled tokens back, recorded once.
 
 A step of a small model is a few hundred kernels of a few microseconds each; launched one by one they leave the
-device waiting for the host. A graph's shapes are fixed, so there is one for each of a few batch sizes, and a batch
-is padded to the next: padding entries (row -1) read and write no sequence's memory. Without graphs batches are padded
-all the same, since libraries choose a matrix product's kernel, and with it the rounding, by its shape: so a sequence
-gets the same tokens either way.
+device waiting for the host. A graph's shapes are fixed, so there is one for each of a few of them, and a step is padded
+to the next: padding entries (row -1) read and write no sequence's memory. Without graphs steps are padded all the same,
+since libraries choose a matrix product's kernel, and with it the rounding, by its shape: so a sequence gets the same
+tokens either way. A step with many prompts keeps the device busy for longer than the host takes to launch it, and has
+no graph.
 """
 
 import bisect
 from collections.abc import Callable
+from dataclasses import dataclass, field
 from functools import lru_cache
 
 import torch
+
+from nanovllm.worker.step_plan import StepPlan
+
+MAX_CHUNKS = 16  # entries for chunks in a graph, one of them for padding
+CHUNK_TOKENS = (256, 512, 768, 1024, 1536, 2048, 3072, 4096)  # padded by less than a third, or by less than 256
+MIXED_DECODES = (16, 64, 128, 256)  # decodes beside chunks, whose padding costs little there
+
+
+@dataclass(slots=True, frozen=True)
+class StepShape:
+    """For what a step is launched: entries of one token, then chunks and their tokens, all with padding."""
+
+    num_decodes: int
+    num_chunks: int = 0
+    num_chunk_tokens: int = 0
+
+    @property
+    def num_seqs(self) -> int:
+        return self.num_decodes + self.num_chunks
+
+    @property
+    def num_tokens(self) -> int:
+        return self.num_decodes + self.num_chunk_tokens
+
+
+@dataclass(slots=True, frozen=True)
+class StepShapes:
+    """The shapes to which steps are padded; one with chunks that fits none of them keeps its own.
+
+    Attributes:
+        decodes: sizes of a step without chunks. mixed_decodes: of the decodes in one with chunks.
+        chunk_tokens: sizes of the chunks together.
+    """
+
+    decodes: list[int]
+    mixed_decodes: list[int] = field(default_factory=list)
+    chunk_tokens: list[int] = field(default_factory=list)
+
+    @classmethod
+    def for_graphs(cls, num_rows: int, max_num_batched_tokens: int) -> "StepShapes":
+        mixed = {min(size, num_rows) for size in (*MIXED_DECODES, *range(512, num_rows, 256), num_rows)}
+        return cls(
+            batch_sizes(num_rows), sorted(mixed), [size for size in CHUNK_TOKENS if size <= max_num_batched_tokens]
+        )
+
+    def with_chunks(self) -> list[StepShape]:
+        """The smallest first."""
+        return [StepShape(n, MAX_CHUNKS, tokens) for tokens in self.chunk_tokens for n in self.mixed_decodes]
+
+    def fit(self, plan: StepPlan, is_exact: bool = False) -> StepShape:
+        """The shape for a plan; `is_exact`: chunks are not to be padded."""
+        num_chunks, num_chunk_tokens = len(plan.rows) - plan.num_decodes, plan.num_tokens - plan.num_decodes
+        if not num_chunks:
+            return StepShape(_at_least(plan.num_decodes, self.decodes))
+        is_small = num_chunks < MAX_CHUNKS and num_chunk_tokens <= max(self.chunk_tokens, default=0)
+        # A prompt that is cut short must not sample, and in a padded step all do.
+        if is_exact or not is_small or plan.num_samples < len(plan.rows):
+            return StepShape(plan.num_decodes, num_chunks, num_chunk_tokens)
+        num_decodes = _at_least(plan.num_decodes, self.mixed_decodes)
+        return StepShape(num_decodes, MAX_CHUNKS, _at_least(num_chunk_tokens, self.chunk_tokens))
 
 
 def batch_sizes(largest: int) -> list[int]:
@@ -20,9 +82,8 @@ def batch_sizes(largest: int) -> list[int]:
     return sorted(size for size in sizes if size <= largest)
 
 
-def padded_size(num_seqs: int, sizes: list[int]) -> int:
-    """The smallest of `sizes` that holds so many sequences."""
-    return sizes[bisect.bisect_left(sizes, num_seqs)]
+def _at_least(number: int, sizes: list[int]) -> int:
+    return sizes[bisect.bisect_left(sizes, number)]
 
 
 @lru_cache
@@ -31,29 +92,32 @@ def _capture_stream() -> torch.cuda.Stream:
     return torch.cuda.Stream()
 
 
-class DecodeGraphs:
-    """Graphs of `run(size)`, one for each batch size, in one memory pool: they never run side by side."""
+class StepGraphs:
+    """Graphs of `run(shape)`, one for each shape, in one memory pool: they never run side by side."""
 
     def __init__(self) -> None:
-        self._graphs: dict[int, torch.cuda.CUDAGraph] = {}
+        self._graphs: dict[StepShape, torch.cuda.CUDAGraph] = {}
 
-    def capture(self, run: Callable[[int], None], sizes: list[int]) -> None:
-        """Record `run` at each size, the largest first: the smaller ones fit in its memory."""
+    def __contains__(self, shape: StepShape) -> bool:
+        return shape in self._graphs
+
+    def capture(self, run: Callable[[StepShape], None], shapes: list[StepShape]) -> None:
+        """Record `run` at each shape, the largest first, which are the last: the smaller ones fit in its memory."""
         pool = torch.cuda.graph_pool_handle()
         stream = _capture_stream()
         stream.wait_stream(torch.cuda.current_stream())
         with torch.cuda.stream(stream):
-            for size in reversed(sizes):
-                run(size)  # kernels are compiled and libraries make their handles outside the capture
+            for shape in reversed(shapes):
+                run(shape)  # kernels are compiled and libraries make their handles outside the capture
                 stream.synchronize()
                 graph = torch.cuda.CUDAGraph()
                 graph.capture_begin(pool=pool, capture_error_mode="thread_local")
                 try:
-                    run(size)
+                    run(shape)
                 finally:
                     graph.capture_end()
-                self._graphs[size] = graph
+                self._graphs[shape] = graph
         torch.cuda.current_stream().wait_stream(stream)
 
-    def replay(self, size: int) -> None:
-        self._graphs[size].replay()
+    def replay(self, shape: StepShape) -> None:
+        self._graphs[shape].replay()

@@ -9,6 +9,7 @@ import torch
 
 from nanovllm.kernels.sample import SamplingTensors
 from nanovllm.sampling_params import MAX_STOP_IDS
+from nanovllm.worker.cuda_graph import MAX_CHUNKS, StepShape
 from nanovllm.worker.step_plan import NewRow, StepPlan
 
 # Columns of a row's scalars. Floats are stored as their 32 bits.
@@ -23,7 +24,7 @@ class InputBatch:
         token_ids `[rows, max_model_len + 1]`: prompt, then sampled tokens as the device writes them.
         block_table `[rows, max_blocks]`, num_computed `[rows]`: tokens whose keys and values are in the cache.
         params: the sampler's view of the rows' scalars.
-        live_rows `[rows]`, query_start `[rows + 1]`: this step's batch.
+        live_rows `[entries]`, query_start `[entries + 1]`: this step's batch, padding (row -1) included.
     """
 
     def __init__(self, num_rows: int, max_model_len: int, max_blocks: int, device: str, num_slots: int) -> None:
@@ -49,30 +50,42 @@ class InputBatch:
             min_len=scalars[:, MIN_LEN],
             stop_ids=scalars[:, STOP_IDS:],
         )
-        self.live = torch.zeros(2 * num_rows + 1, dtype=torch.int32, device=device)
-        self.live_rows, self.query_start = self.live[:num_rows], self.live[num_rows:]
-        self._sent_batch: tuple[list[int], list[int], int] | None = None
+        self.num_entries = num_rows + MAX_CHUNKS
+        self.live = torch.zeros(2 * self.num_entries + 1, dtype=torch.int32, device=device)
+        self.live_rows, self.query_start = self.live[: self.num_entries], self.live[self.num_entries :]
+        self._sent_batch: tuple[list[int], list[int], StepShape] | None = None
+        self.forget()
         # A slot's pinned buffers are written again only when the step that last used them has ended.
-        self._live_staging = [_pinned(2 * num_rows + 1, device) for _ in range(num_slots)]
+        self._live_staging = [_pinned(2 * self.num_entries + 1, device) for _ in range(num_slots)]
         self._delta_staging = [_pinned(1 << 12, device) for _ in range(num_slots)]
 
-    def apply(self, plan: StepPlan, slot: int, num_padded: int) -> None:
-        """Send the plan's changes and its batch, padded to `num_padded` sequences. Does not wait for the device."""
-        batch = (plan.rows, plan.query_lens, num_padded)
+    def forget(self) -> None:
+        """Make the batch one of padding, of no tokens."""
+        self._sent_batch = None
+        self.live_rows.fill_(-1)
+        self.query_start.fill_(0)
+
+    def apply(self, plan: StepPlan, slot: int, shape: StepShape) -> None:
+        """Send the plan's changes and its batch, padded to `shape`. Does not wait for the device."""
+        batch = (plan.rows, plan.query_lens, shape)
         if batch != self._sent_batch:  # while nobody comes or goes, the device has it already
             self._sent_batch = None  # until it is certain what the device has
-            self._send_batch(plan, slot, num_padded)
+            self._send_batch(plan, slot, shape)
             self._sent_batch = batch
         self._send_changes(plan, slot)
 
-    def _send_batch(self, plan: StepPlan, slot: int, num_padded: int) -> None:
+    def _send_batch(self, plan: StepPlan, slot: int, shape: StepShape) -> None:
+        """Padding comes after the decodes, one token each, and after the chunks: its last entry has what is left."""
         live = self._live_staging[slot].numpy()
-        num_seqs = len(plan.rows)
-        live[:num_seqs] = plan.rows
-        live[num_seqs:num_padded] = -1
-        query_lens = plan.query_lens + [1] * (num_padded - num_seqs)
-        live[self.num_rows] = 0
-        np.cumsum(query_lens, out=live[self.num_rows + 1 : self.num_rows + 1 + num_padded])
+        rows, lens = live[: shape.num_seqs], np.zeros(shape.num_seqs, dtype=np.int32)
+        num_decodes, num_chunks = plan.num_decodes, len(plan.rows) - plan.num_decodes
+        chunks = slice(shape.num_decodes, shape.num_decodes + num_chunks)
+        rows.fill(-1)
+        rows[:num_decodes], rows[chunks] = plan.rows[:num_decodes], plan.rows[num_decodes:]
+        lens[: shape.num_decodes], lens[chunks] = 1, plan.query_lens[num_decodes:]
+        lens[-1] += shape.num_tokens - lens.sum()
+        live[self.num_entries] = 0
+        np.cumsum(lens, out=live[self.num_entries + 1 : self.num_entries + 1 + shape.num_seqs])
         self.live.copy_(self._live_staging[slot], non_blocking=True)
 
     def _send_changes(self, plan: StepPlan, slot: int) -> None:

@@ -21,7 +21,7 @@ from nanovllm.layers.attention import Attention, AttentionMetadata
 from nanovllm.layers.linear import TensorParallel
 from nanovllm.layers.rotary_embedding import build_cos_sin, rope_parameters
 from nanovllm.models.loader import build_model
-from nanovllm.worker.cuda_graph import DecodeGraphs, batch_sizes, padded_size
+from nanovllm.worker.cuda_graph import MAX_CHUNKS, StepGraphs, StepShape, StepShapes
 from nanovllm.worker.input_batch import InputBatch
 from nanovllm.worker.logit_extras import LogitExtras, LogprobsOnTheWay, ask_for_the_most
 from nanovllm.worker.memory import DeviceMemory, cache_bytes_left, cache_bytes_per_block, zeros_on_demand
@@ -87,13 +87,16 @@ class ModelRunner:
         self.block_size = config.kvcache_block_size or (256 if self.is_cuda else 64)
         self.max_model_len = resolve_max_model_len(config, hf_config)
         self.num_rows = min(config.max_num_seqs, config.max_num_batched_tokens)
-        self.decode_sizes = batch_sizes(self.num_rows) if self.is_cuda else list(range(1, self.num_rows + 1))
+        if self.is_cuda:
+            self.shapes = StepShapes.for_graphs(self.num_rows, config.max_num_batched_tokens)
+        else:
+            self.shapes = StepShapes(list(range(1, self.num_rows + 1)))
         before = DeviceMemory.now() if self.is_cuda else None
         self.model: Any = build_model(config, hf_config, model_cls, path, self.dtype, self.device, tp)
         self.attention_layers = [m for m in self.model.modules() if isinstance(m, Attention)]
         self._build_rope(hf_config)
-        self.graphs: DecodeGraphs | None = None
-        self.recorded_hidden: dict[int, torch.Tensor] = {}  # of each graph: a few MB in all
+        self.graphs: StepGraphs | None = None
+        self.recorded_hidden: dict[StepShape, torch.Tensor] = {}  # of each graph of decodes: a few MB in all
         self.num_blocks = self._fit_cache(before)
         self.not_ready = ""
         self.sleep_level = 0
@@ -105,9 +108,9 @@ class ModelRunner:
         """Make the cache, the rows and the buffers, and capture the graphs."""
         self._allocate(self.num_blocks)
         if self.is_cuda and not self.config.enforce_eager:
-            self.batch.live_rows.fill_(-1)
-            self.graphs = DecodeGraphs()
-            self.graphs.capture(self._record_decodes, self.decode_sizes)
+            self.graphs = StepGraphs()
+            decodes = [StepShape(size) for size in self.shapes.decodes]
+            self.graphs.capture(self._record, decodes + self.shapes.with_chunks())
 
     def stop(self) -> None:
         """Drop what `start` made. Until it is called again nothing can be launched."""
@@ -130,39 +133,33 @@ class ModelRunner:
             self.done[slot].synchronize()  # no wait, unless a failed step was dropped: its buffers may be in use yet
         else:
             self._clear_fresh_tails(plan)
-        num_seqs = len(plan.rows)
-        logits = None
-        if plan.num_decodes == num_seqs:
-            size = padded_size(num_seqs, self.decode_sizes)
-            self.batch.apply(plan, slot, size)
-            if self.graphs:
-                self.graphs.replay(size)
-                hidden = self.recorded_hidden[size]
-            else:
-                hidden, logits = self._run_decodes(size)
-        else:
-            self.batch.apply(plan, slot, num_seqs)
-            hidden, logits = self._run(num_seqs, plan.num_tokens, plan.num_decodes, plan.num_samples)
-        return self._fetch(plan.num_samples, slot, self._run_extras(plan, hidden, logits))
-
-    def _run_extras(self, plan: StepPlan, hidden: torch.Tensor, logits: torch.Tensor | None) -> LogprobsOnTheWay | None:
-        """What the step's rows ask beyond the plain part, if anything."""
         self.extras.take(plan.new_rows)
-        if not self.extras.are_asked(plan):
-            return None
+        has_extras = self.extras.are_asked(plan)
+        shape = self.shapes.fit(plan, is_exact=has_extras)  # extras go by the plan's own order
+        self.batch.apply(plan, slot, shape)
+        if self.graphs and shape in self.graphs:
+            self.graphs.replay(shape)
+            hidden, logits = self.recorded_hidden.get(shape), None
+        else:
+            is_exact = len(plan.rows) == shape.num_seqs
+            hidden, logits = self._run(shape, plan.num_samples if is_exact else shape.num_seqs)
+        extras = self._run_extras(plan, hidden, logits) if has_extras else None
+        return self._fetch(plan, shape, slot, extras)
+
+    def _run_extras(self, plan: StepPlan, hidden: torch.Tensor, logits: torch.Tensor | None) -> LogprobsOnTheWay:
+        """What the step's rows ask beyond the plain part."""
         if logits is None and plan.num_samples:  # a graph does not keep its own, which would take GBs
             logits = self.model.compute_logits(hidden)  # of the same shape, hence the same numbers
         return self.extras.run(plan, hidden, logits, self.inputs.seq_lens, self.sampled)
 
-    def _run(
-        self, num_seqs: int, num_tokens: int, num_decodes: int, num_samples: int
-    ) -> tuple[torch.Tensor, torch.Tensor | None]:
+    def _run(self, shape: StepShape, num_samples: int) -> tuple[torch.Tensor, torch.Tensor | None]:
         """From the rows to the sampled tokens, written back into the rows. Queued on the device, not waited for.
 
         Returns:
             hidden: `[num_tokens, hidden_size]`; logits: `[num_samples, vocab]`, None if there are none.
         """
         batch, inputs = self.batch, self.inputs
+        num_seqs, num_tokens, num_decodes = shape.num_seqs, shape.num_tokens, shape.num_decodes
         rows, query_start = batch.live_rows[:num_seqs], batch.query_start[: num_seqs + 1]
         prepare_inputs(
             rows, query_start, batch.token_ids, batch.num_computed, batch.block_table, self.block_size, inputs
@@ -205,12 +202,11 @@ class ModelRunner:
         positions, slots = self.inputs.positions[first:last], self.inputs.slot_mapping[first:last]
         return plan_rope_store(positions, slots, self.cos_sin, self.block_size)
 
-    def _run_decodes(self, num_seqs: int) -> tuple[torch.Tensor, torch.Tensor | None]:
-        return self._run(num_seqs, num_seqs, num_seqs, num_seqs)
-
-    def _record_decodes(self, num_seqs: int) -> None:
-        """For a graph: what is kept stays where each replay will write it."""
-        self.recorded_hidden[num_seqs], _ = self._run_decodes(num_seqs)
+    def _record(self, shape: StepShape) -> None:
+        """For a graph. What may be asked for once more stays where each replay will write it."""
+        hidden, _ = self._run(shape, shape.num_seqs)
+        if not shape.num_chunks:
+            self.recorded_hidden[shape] = hidden
 
     def _clear_fresh_tails(self, plan: StepPlan) -> None:
         """Zero the blocks that will be read before they are full: what a sequence that overflowed to NaN has left
@@ -219,12 +215,15 @@ class ModelRunner:
         for block in tails:
             self.kv_cache[:, :, block] = 0
 
-    def _fetch(self, num_samples: int, slot: int, extras: LogprobsOnTheWay | None) -> StepHandle:
-        """Queue the copy of the step's tokens to the host."""
+    def _fetch(self, plan: StepPlan, shape: StepShape, slot: int, extras: LogprobsOnTheWay | None) -> StepHandle:
+        """Queue the copy of the step's tokens to the host, those of padding left out."""
+        num_samples, num_decodes = plan.num_samples, plan.num_decodes
+        of_chunks = self.sampled[shape.num_decodes :][: num_samples - num_decodes]
         if not self.is_cuda:
-            return StepHandle(self.sampled[:num_samples].clone(), None, extras)
+            return StepHandle(torch.cat([self.sampled[:num_decodes], of_chunks]), None, extras)
         host = self.sampled_on_host[slot][:num_samples]
-        host.copy_(self.sampled[:num_samples], non_blocking=True)
+        host[:num_decodes].copy_(self.sampled[:num_decodes], non_blocking=True)
+        host[num_decodes:].copy_(of_chunks, non_blocking=True)
         self.done[slot].record()
         return StepHandle(host, self.done[slot], extras)
 
@@ -270,7 +269,9 @@ class ModelRunner:
     def _allocate(self, num_blocks: int) -> None:
         """Make the cache, the rows and the step's buffers."""
         layer = self.attention_layers[0]
-        max_tokens = self.config.max_num_batched_tokens
+        shapes = self.shapes.with_chunks()
+        max_tokens = max(self.config.max_num_batched_tokens, *(shape.num_tokens for shape in shapes), 0)
+        max_seqs = self.num_rows + MAX_CHUNKS
         # [layers, K and V, blocks, kv_heads, block_size, head_dim]: one block of one head is contiguous.
         shape = (len(self.attention_layers), 2, num_blocks, layer.num_kv_heads, self.block_size, layer.head_dim)
         self.kv_cache = zeros_on_demand(shape, self.dtype, self.device)
@@ -282,13 +283,13 @@ class ModelRunner:
             input_ids=torch.zeros(max_tokens, dtype=torch.int32, device=self.device),
             positions=torch.zeros(max_tokens, dtype=torch.int32, device=self.device),
             slot_mapping=torch.zeros(max_tokens, dtype=torch.int64, device=self.device),
-            seq_lens=torch.zeros(self.num_rows, dtype=torch.int32, device=self.device),
+            seq_lens=torch.zeros(max_seqs, dtype=torch.int32, device=self.device),
         )
         heads = (layer.num_heads, layer.num_kv_heads, layer.head_dim)
         self.decode_plan: DecodePlan | CpuDecodePlan | None = (
             DecodePlan.allocate(self.num_rows, *heads, self.device) if self.is_cuda else None
         )
-        self.sampled = torch.zeros(self.num_rows, dtype=torch.int32, device=self.device)
+        self.sampled = torch.zeros(max_seqs, dtype=torch.int32, device=self.device)
         self.extras = LogitExtras(self.batch, self.model.compute_logits, self.hf_config.vocab_size)
         self.num_launched = 0
         if self.is_cuda:
@@ -314,8 +315,9 @@ class ModelRunner:
         self.launch(plan).tokens()
         if self.config.enforce_eager:
             return 0
-        self.batch.live_rows.fill_(-1)
+        self.batch.forget()
         free, _ = torch.cuda.mem_get_info()
-        graphs = DecodeGraphs()
-        graphs.capture(self._run_decodes, self.decode_sizes[-1:])
+        graphs = StepGraphs()
+        shapes = [StepShape(self.shapes.decodes[-1]), *self.shapes.with_chunks()[-1:]]
+        graphs.capture(lambda shape: self._run(shape, shape.num_seqs), shapes)
         return free - torch.cuda.mem_get_info()[0]

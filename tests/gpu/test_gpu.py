@@ -149,7 +149,7 @@ class TestGraphs:
         rng.shuffle(lengths)
         params = [SamplingParams(temperature=0.0, max_tokens=n) for n in lengths]
         graphed = make_gpu_llm(path, max_num_seqs=39)
-        assert graphed.engine.runner.decode_sizes == [1, 2, 4, 8, 16, 32, 39]
+        assert graphed.engine.runner.shapes.decodes == [1, 2, 4, 8, 16, 32, 39]
         expected = [Reference(path).greedy(p, n) for p, n in zip(prompts, lengths, strict=True)]
         for _ in range(2):
             assert tokens(graphed, prompts, params) == expected
@@ -169,6 +169,26 @@ class TestGraphs:
         assert int(touched.sum()) <= used
         rows = (runner.batch.token_ids != 77).any(dim=1)
         assert int(rows.sum()) == 3
+
+    @pytest.mark.parametrize("eager", [False, True], ids=["graphs", "eager"])
+    def test_prompts_that_join_decodes_are_padded_without_harm(
+        self, eager: bool, checkpoint: Callable[..., Path], make_gpu_llm: Callable[..., LLM]
+    ) -> None:
+        """Twenty rows for sixty requests, so that prompts keep coming, one or a few beside decodes."""
+        path = checkpoint("gqa7-dim24-tied")
+        rng = random.Random(0)
+        prompts = random_prompts([rng.randint(1, 90) for _ in range(60)], seed=2)
+        lengths = [rng.randint(1, 40) for _ in prompts]
+        params = [SamplingParams(temperature=0.0, max_tokens=n) for n in lengths]
+        llm = make_gpu_llm(path, max_num_seqs=20, enforce_eager=eager, enable_prefix_caching=False)
+        runner, shapes = llm.engine.runner, []
+        apply = runner.batch.apply
+        runner.batch.apply = lambda plan, slot, shape: (shapes.append(shape), apply(plan, slot, shape))
+        expected = [Reference(path).greedy(p, n) for p, n in zip(prompts, lengths, strict=True)]
+        assert tokens(llm, prompts, params) == expected
+        mixed = [shape for shape in shapes if shape.num_chunks]
+        assert {shape.num_decodes for shape in mixed} >= {16, 20}
+        assert eager or sum(shape in runner.graphs for shape in mixed) > 10
 
     @pytest.mark.parametrize("max_num_seqs", [1, 2, 3, 7])
     def test_any_number_of_rows_has_its_graphs(

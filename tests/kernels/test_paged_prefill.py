@@ -84,6 +84,22 @@ def test_more_sequences_than_one_look_at_query_start(device: str, monkeypatch: p
     work.assert_out_is_dense_attention(0.3)
 
 
+@pytest.mark.parametrize("function", [kernels.paged_prefill_triton, kernels.paged_prefill_reference])
+def test_padding_entries_are_left_alone(function, device: str) -> None:
+    """Chunks, then entries of no sequence: some without tokens, the last with all that the step has left."""
+    case = make_case(5, [37, 20], 2, 64, 16, torch.float32, device)
+    work = Chunks(case, [37, 5], 2, seed=5, before=0)
+    end = work.starts[-1]
+    work.q = torch.cat([work.q, work.q[:30]])
+    work.out = torch.full(work.q.shape, float("nan"), device=device)
+    pad = torch.tensor([-1, -1, -1], dtype=torch.int32, device=device)
+    case.rows, case.seq_lens = torch.cat([case.rows, pad]), torch.cat([case.seq_lens, pad * 0])
+    ends = torch.tensor([end, end, len(work.q)], dtype=torch.int32, device=device)
+    work.query_start = torch.cat([work.query_start, ends])
+    function(*work.arguments(0.2))
+    work.assert_out_is_dense_attention(0.2)
+
+
 @pytest.mark.parametrize("seed", range(12))
 def test_reference_equals_dense_attention(seed: int) -> None:
     rng = random.Random(seed)

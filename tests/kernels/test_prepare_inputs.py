@@ -105,6 +105,13 @@ def test_prefill_chunks_go_on_where_their_row_stopped(function, block_size: int,
 
 
 @pytest.mark.parametrize("function", FUNCTIONS)
+def test_padding_may_have_no_token_or_more_than_a_row_holds(function, device: str):
+    state = Rows(random.Random(0), 6, 100, 16, device)
+    assert_prepares(function, state, [5, -1, 1, 2, -1, -1], [1, 1, 33, 9, 0, 1100], device)
+    assert_prepares(function, state, [-1, 1, -1, -1], [1, 3, 0, 0], device)
+
+
+@pytest.mark.parametrize("function", FUNCTIONS)
 def test_random_batches(function, device: str):
     rng = random.Random(0)
     for _ in range(200 if device == "cuda" else 8):

@@ -9,6 +9,9 @@ import pytest
 import torch
 
 from nanovllm import SamplingParams
+from nanovllm.worker.cuda_graph import MAX_CHUNKS, StepShape, StepShapes
+from nanovllm.worker.input_batch import InputBatch
+from nanovllm.worker.step_plan import StepPlan
 
 
 @pytest.mark.parametrize("options", [{}, {"num_kvcache_blocks": 14}, {"max_num_batched_tokens": 33}])
@@ -48,3 +51,44 @@ def test_a_batch_whose_sending_was_interrupted_is_sent_again(
     with pytest.raises(KeyboardInterrupt):
         llm.generate([[1, 2, 3]], params, use_tqdm=False)
     assert llm.generate([[1, 2, 3]], params, use_tqdm=False)[0]["token_ids"] == clean
+
+
+def test_padding_lies_behind_the_decodes_and_behind_the_chunks() -> None:
+    batch = InputBatch(num_rows=9, max_model_len=50, max_blocks=4, device="cpu", num_slots=2)
+    assert batch.live_rows.tolist() == [-1] * (9 + MAX_CHUNKS) and not batch.query_start.any()
+    plan = StepPlan(rows=[4, 2, 7, 0, 8], query_lens=[1, 1, 1, 30, 5], num_decodes=3, num_samples=5)
+
+    def entries(shape: StepShape) -> tuple[list[int], list[int]]:
+        batch.apply(plan, 0, shape)
+        return batch.live_rows[: shape.num_seqs].tolist(), batch.query_start[: shape.num_seqs + 1].diff().tolist()
+
+    assert entries(StepShape(3, 2, 35)) == (plan.rows, plan.query_lens)
+    assert entries(StepShape(3, 4, 35)) == ([*plan.rows, -1, -1], [*plan.query_lens, 0, 0])
+    assert entries(StepShape(5, 4, 64)) == ([4, 2, 7, -1, -1, 0, 8, -1, -1], [1, 1, 1, 1, 1, 30, 5, 0, 29])
+    plan = StepPlan(rows=[4, 2], query_lens=[1, 1], num_decodes=2, num_samples=2)
+    assert entries(StepShape(4)) == ([4, 2, -1, -1], [1, 1, 1, 1])
+
+
+def test_a_step_gets_the_next_shape_that_holds_it() -> None:
+    shapes = StepShapes.for_graphs(num_rows=100, max_num_batched_tokens=1024)
+    assert shapes.mixed_decodes == [16, 64, 100] and shapes.chunk_tokens == [256, 512, 768, 1024]
+    assert len(set(shapes.with_chunks())) == 12
+
+    def fit(decodes: int, chunks: list[int], num_samples: int | None = None, is_exact: bool = False) -> StepShape:
+        rows = list(range(decodes + len(chunks)))
+        plan = StepPlan(rows=rows, query_lens=[1] * decodes + chunks, num_decodes=decodes)
+        plan.num_samples = len(rows) if num_samples is None else num_samples
+        return shapes.fit(plan, is_exact)
+
+    assert fit(17, []) == StepShape(32)
+    assert fit(0, [256]) == StepShape(16, MAX_CHUNKS, 256)
+    assert fit(17, [200, 57]) == StepShape(64, MAX_CHUNKS, 512)
+    assert fit(99, [1024]) == StepShape(100, MAX_CHUNKS, 1024)
+    exact = [
+        (fit(3, [1025]), (3, 1, 1025)),
+        (fit(3, [9] * MAX_CHUNKS), (3, MAX_CHUNKS, 9 * MAX_CHUNKS)),  # no entry would be left for padding
+        (fit(3, [100], num_samples=3), (3, 1, 100)),
+        (fit(3, [100], is_exact=True), (3, 1, 100)),
+    ]
+    for shape, (decodes, chunks, tokens) in exact:
+        assert shape == StepShape(decodes, chunks, tokens)
