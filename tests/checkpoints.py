@@ -10,6 +10,8 @@ import torch
 from transformers import PreTrainedTokenizerFast, Qwen3Config, Qwen3ForCausalLM
 
 from nanovllm import LLM, SamplingParams
+from nanovllm.worker.cuda_graph import StepShape
+from nanovllm.worker.step_plan import StepPlan
 
 VOCAB_SIZE = 211
 MAX_POSITIONS = 320
@@ -173,11 +175,19 @@ def drawn_logits(llm: LLM, prompt: list[int], num_tokens: int = 1) -> torch.Tens
 
     CUDA graphs replay what they recorded, so with `num_tokens > 1` the engine must be eager.
     """
-    model, seen = llm.engine.runner.model, []
-    compute = model.compute_logits
+    runner = llm.engine.runner
+    model, batch, seen, places = runner.model, runner.batch, [], []
+    compute, apply = model.compute_logits, batch.apply
+
+    def note_place(plan: StepPlan, slot: int, shape: StepShape) -> None:
+        if plan.num_samples:
+            places.append(0 if plan.num_decodes else shape.num_decodes)  # a prompt comes after padded decodes
+        apply(plan, slot, shape)
+
+    batch.apply = note_place
     model.compute_logits = lambda hidden: seen.append(compute(hidden)) or seen[-1]
     try:
         llm.generate([prompt], SamplingParams(temperature=0.0, max_tokens=num_tokens), use_tqdm=False)
     finally:
-        del model.compute_logits
-    return torch.cat([logits.float().cpu() for logits in seen[:num_tokens]])
+        del model.compute_logits, batch.apply
+    return torch.stack([logits[place].float().cpu() for logits, place in zip(seen, places, strict=True)][:num_tokens])
