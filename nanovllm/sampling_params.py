@@ -96,7 +96,7 @@ class SamplingParams:
                 raise ValueError(f"{name}={value!r} must be {allowed}")
         if self.max_tokens is not None and self.min_tokens > self.max_tokens:
             raise ValueError(f"min_tokens={self.min_tokens} must not exceed max_tokens={self.max_tokens}")
-        if self.n > 1 and self.temperature < 1e-5:  # which the sampler takes for 0
+        if self.n > 1 and self.temperature < 2.0**-17:  # which the sampler takes for 0
             raise ValueError(f"n={self.n} must be 1 with temperature={self.temperature}: all would be the same")
         if self.stop and not self.detokenize:
             raise ValueError(f"stop={self.stop!r} must be empty with detokenize=False: it is searched in the text")

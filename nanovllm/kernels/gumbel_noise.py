@@ -23,8 +23,9 @@ POSITION_0, POSITION_1 = 0x243F6A88, 0x85A308D3  # two streams from one position
 # down to 1 - 2^-24, so that -log(1 - v) is always finite and never 0.
 TO_UNIT = 2.0**-31 * (1 - 2.0**-24)
 # Noise at a temperature below the first never wins over a difference of logits; at one above the second, the logits
-# are as good as equal. Keeping within them keeps every product with a finite logit finite.
-MIN_TEMPERATURE, MAX_TEMPERATURE = 1e-5, 1e30
+# are as good as equal. Keeping within them keeps every product with a finite logit finite. The first is the same number
+# in float32, so that all agree on which temperature is below it.
+MIN_TEMPERATURE, MAX_TEMPERATURE = 2.0**-17, 1e30
 MAX_GUMBEL = 22.2  # -log(-log1p(-v)) at the smallest v, 0.5 * TO_UNIT
 
 
@@ -103,9 +104,15 @@ def noise_bits_kernel(index, key_0, key_1):
 
 
 @triton.jit
+def unit_kernel(bits):
+    """The v in (0, 1) of `noise_bits`, whose Gumbel value is -log(-log1p(-v)), which is at most -log(v)."""
+    return (bits.to(tl.float32) + 0.5) * (2.0**-31 * (1 - 2.0**-24))
+
+
+@triton.jit
 def gumbel_kernel(bits):
     """`gumbel` in Triton, to 3e-6. log1p(-v) by its series where 1 - v would round away the bits of v."""
-    v = (bits.to(tl.float32) + 0.5) * (2.0**-31 * (1 - 2.0**-24))
+    v = unit_kernel(bits)
     series = v * (1 + v * (1 / 2 + v * (1 / 3 + v * (1 / 4 + v * (1 / 5 + v * (1 / 6 + v * (1 / 7)))))))
     minus_log1p = tl.where(v < 2.0**-3, series, fast_log2(1 - v) * -0.6931471805599453)
     return fast_log2(minus_log1p) * -0.6931471805599453

@@ -137,6 +137,27 @@ def test_kernels_draw_what_the_reference_draws(vocab_size: int, scale: float, dt
         assert drawn[0] == drawn[1], of_row
 
 
+@pytest.mark.parametrize("scale", [0.0, 0.5, 6.0])
+@pytest.mark.parametrize("temperature", [noise.MIN_TEMPERATURE, 0.7, 50.0])
+def test_passing_over_tokens_that_cannot_win_changes_no_draw(
+    scale: float, temperature: float, device: str, monkeypatch: pytest.MonkeyPatch
+):
+    """One program has all of a row, so that most of its tiles come after a winner."""
+    monkeypatch.setattr(sample_kernel, "TARGET_PROGRAMS", 1)
+    monkeypatch.setattr(sample_kernel, "SCAN_TILE", 64 if device == "cpu" else 2048)
+    vocab_size, entries = (700, 12) if device == "cpu" else (60_000, 500)
+    logits = draw_logits(3, 1, vocab_size, torch.bfloat16, scale, device)
+    logits[0, vocab_size // 3] = -math.inf
+    drawn = [
+        Rows([{"temperature": temperature}], device, width=600).sample(
+            function, logits.expand(entries, -1), [0] * entries, list(range(entries))
+        )
+        for function in (kernels.sample_triton, kernels.sample_reference)
+    ]
+    assert drawn[0] == drawn[1]
+    assert temperature < 0.5 or len(set(drawn[0])) > 1
+
+
 @pytest.mark.parametrize("function", FUNCTIONS)
 @pytest.mark.parametrize("asked", TRUNCATIONS)
 def test_only_tokens_of_the_truncated_support_are_drawn(function, asked: dict, device: str):
