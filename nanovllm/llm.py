@@ -12,7 +12,7 @@ from nanovllm.config import Config
 from nanovllm.engine import rollout
 from nanovllm.engine.llm_engine import LLMEngine, StepStats
 from nanovllm.engine.processor import Processor, Prompt, as_list_of_prompts, as_request_ids, one_for_each
-from nanovllm.engine.request import Request, make_texts
+from nanovllm.engine.request import Request
 from nanovllm.outputs import RequestOutput, Score
 from nanovllm.sampling_params import SamplingParams
 
@@ -228,19 +228,20 @@ class LLM:
         ]
 
     def _run(self, requests: list[Request], use_tqdm: bool) -> list[RequestOutput]:
-        processor = self._open()
-        progress = _Progress(requests, processor.engine.stats, enabled=use_tqdm)
+        processor, own, outputs = self._open(), set(requests), {}
+        progress = _Progress(len(requests), processor.engine.stats, enabled=use_tqdm)
         try:
             for request in requests:
                 processor.add(request)
             for request in requests:
                 while not request.is_finished:
-                    progress.update(processor.step())
+                    finished = [r for r in processor.step() if r.is_finished and r in own]
+                    outputs |= {r: r.output(r.progress()) for r in finished}  # while the device works on the next step
+                    progress.update(len(finished))
         finally:
             processor.abort(requests)
             progress.close()
-        make_texts(requests)
-        return [request.output(request.progress()) for request in requests]
+        return [outputs[request] for request in requests]
 
     def _stream(self, requests: list[Request]) -> Iterator[RequestOutput]:
         try:
@@ -262,23 +263,22 @@ class LLM:
 class _Progress:
     """A bar that counts requests and shows the rates of the tokens read and written."""
 
-    def __init__(self, requests: list[Request], stats: StepStats, enabled: bool) -> None:
+    def __init__(self, num_requests: int, stats: StepStats, enabled: bool) -> None:
         from tqdm import tqdm
 
-        self._requests = set(requests)
-        self._bar = tqdm(total=len(requests), desc="Generating", unit="req", dynamic_ncols=True, disable=not enabled)
+        self._bar = tqdm(total=num_requests, desc="Generating", unit="req", dynamic_ncols=True, disable=not enabled)
         self._stats = stats
         self._start = perf_counter()
         self._prefill, self._decode = stats.num_prefill_tokens, stats.num_decode_tokens
 
-    def update(self, changed: list[Request]) -> None:
+    def update(self, num_finished: int) -> None:
         if self._bar.disable:
             return
         seconds = perf_counter() - self._start
         prefill = (self._stats.num_prefill_tokens - self._prefill) / seconds
         decode = (self._stats.num_decode_tokens - self._decode) / seconds
         self._bar.set_postfix_str(f"prefill {prefill:.0f} tok/s, decode {decode:.0f} tok/s", refresh=False)
-        self._bar.update(sum(request in self._requests and request.is_finished for request in changed))
+        self._bar.update(num_finished)
 
     def close(self) -> None:
         self._bar.close()

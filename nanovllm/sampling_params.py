@@ -2,7 +2,7 @@
 
 import math
 from collections.abc import Callable
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, fields
 from enum import Enum
 from typing import Any
 
@@ -88,6 +88,8 @@ class SamplingParams:
         self._normalize()
         for name, (has_type, in_range, allowed) in _RULES.items():
             value = getattr(self, name)
+            if value is _DEFAULTS[name]:  # most are, and a request should not wait for them
+                continue
             if value is None and allowed.startswith("None or"):
                 continue
             if not has_type(value):
@@ -176,3 +178,4 @@ _RULES: dict[str, tuple[Callable[[Any], bool], Callable[[Any], bool], str]] = {
     ),
     "truncate_prompt_tokens": (_is_int, lambda v: v == -1 or v >= 1, "None or an integer >= 1, or -1 for the model's"),
 }
+_DEFAULTS = {f.name: f.default for f in fields(SamplingParams)}

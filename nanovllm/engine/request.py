@@ -6,7 +6,6 @@ no lock is needed: ids, pieces and log-probabilities are lists that only grow, a
 changes. So outputs that nobody takes are never built.
 """
 
-from collections.abc import Iterable
 from dataclasses import dataclass, field
 from typing import NamedTuple
 
@@ -95,7 +94,7 @@ class Request:
         is_delta = self.output_kind is RequestOutputKind.DELTA
         is_first = not self.completions[0].given.num_tokens
         if self.completions[0].text is None:
-            make_texts([self])
+            self._make_texts()
         if self.prompt_logprobs is None and progress[0].num_tokens and is_first:
             values = self.completions[0].seq.prompt_logprobs  # complete, since there is a token
             self.prompt_logprobs = values and [v and self._logprobs(v) for v in values]
@@ -113,6 +112,15 @@ class Request:
             num_cached_tokens=self.completions[0].seq.num_cached_tokens,
             metrics=self.metrics,
         )
+
+    def _make_texts(self) -> None:
+        """Of tokens that nobody has followed, now that they have all come."""
+        pending = [completion for completion in self.completions if completion.detokenizer is None]
+        if self.decoder is not None and pending:
+            ids = [completion.readable_ids() for completion in pending]
+            texts = self.decoder.decode_all(ids, [self.params] * len(pending))
+            for completion, text in zip(pending, texts, strict=True):
+                completion.text = text
 
     def _completion(self, index: int, completion: Completion, now: Progress, is_delta: bool) -> CompletionOutput:
         seq, since = completion.seq, completion.given
@@ -156,18 +164,3 @@ class Request:
 
 def is_last(progress: list[Progress]) -> bool:
     return all(completion.finish_reason is not None for completion in progress)
-
-
-def make_texts(requests: Iterable[Request]) -> None:
-    """Make the texts of finished requests whose tokens nobody has followed, all in one go."""
-    pending = [
-        (request, completion)
-        for request in requests
-        for completion in request.completions
-        if completion.detokenizer is None and request.decoder is not None and completion.text is None
-    ]
-    if pending:
-        ids = [completion.readable_ids() for _, completion in pending]
-        texts = pending[0][0].decoder.decode_all(ids, [request.params for request, _ in pending])
-        for (_, completion), text in zip(pending, texts, strict=True):
-            completion.text = text

@@ -104,15 +104,9 @@ def noise_bits_kernel(index, key_0, key_1):
 
 
 @triton.jit
-def unit_kernel(bits):
-    """The v in (0, 1) of `noise_bits`, whose Gumbel value is -log(-log1p(-v)), which is at most -log(v)."""
-    return (bits.to(tl.float32) + 0.5) * (2.0**-31 * (1 - 2.0**-24))
-
-
-@triton.jit
 def gumbel_kernel(bits):
     """`gumbel` in Triton, to 3e-6. log1p(-v) by its series where 1 - v would round away the bits of v."""
-    v = unit_kernel(bits)
+    v = (bits.to(tl.float32) + 0.5) * (2.0**-31 * (1 - 2.0**-24))
     series = v * (1 + v * (1 / 2 + v * (1 / 3 + v * (1 / 4 + v * (1 / 5 + v * (1 / 6 + v * (1 / 7)))))))
     minus_log1p = tl.where(v < 2.0**-3, series, fast_log2(1 - v) * -0.6931471805599453)
     return fast_log2(minus_log1p) * -0.6931471805599453

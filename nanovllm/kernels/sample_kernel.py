@@ -21,7 +21,6 @@ from nanovllm.kernels.gumbel_noise import (
     MIN_TEMPERATURE,
     gumbel_kernel,
     noise_bits_kernel,
-    unit_kernel,
 )
 from nanovllm.kernels.sample_row import asked, count_stop_ids, load_logits
 from nanovllm.kernels.sample_threshold import (
@@ -156,29 +155,18 @@ def _scan_kernel(
     best = tl.full([TILE], float("-inf"), tl.float32)
     best_index = tl.full([TILE], 0x7FFFFFFF, tl.int32)
     mass = tl.zeros([TILE], tl.float32)
-    top = tl.full([], float("-inf"), tl.float32)
     for i in range(tiles_each):
         index = (split * tiles_each + i) * TILE + lane
         score = load_logits(logits_ptr, index, vocab_size, stop_ids_ptr, stop_ids_strides[1], num_stop_ids)
-        can_win = True
         if is_truncated:
             largest = tl.maximum(best, score)
             shift = tl.where(largest == float("-inf"), 0.0, largest)
             mass = mass * tl.exp2((best - shift) * to_exponent) + tl.exp2((score - shift) * to_exponent)
         elif not is_greedy:
-            # A token's noise is at most -log(v). That of most tiles lets none of them pass what is there already, so
-            # that it need not be worked out. (The margin is for rounding.)
-            score *= inverse_temperature
-            bits = noise_bits_kernel(index, key_0, key_1)
-            can_win = tl.max((unit_kernel(bits) < 1.001 * tl.exp2((score - top) * 1.4426950408889634)).to(tl.int32)) > 0
-            if can_win:
-                score += gumbel_kernel(bits)
-        if can_win:
-            is_better = score > best  # of equal scores a lane keeps the first
-            best_index = tl.where(is_better, index, best_index)
-            best = tl.where(is_better, score, best)
-            if not (is_truncated | is_greedy):
-                top = tl.max(best, axis=0)
+            score = score * inverse_temperature + gumbel_kernel(noise_bits_kernel(index, key_0, key_1))
+        is_better = score > best  # of equal scores a lane keeps the first
+        best_index = tl.where(is_better, index, best_index)
+        best = tl.where(is_better, score, best)
 
     top = tl.max(best, axis=0)
     program = entry * num_splits + split

@@ -22,7 +22,7 @@ from nanovllm.kernels.triton_shim import tl, triton
 
 MAX_ROWS = 128  # of x: with more, a library's kernels are as fast
 WIDE = 4096  # a weight of more rows than this fills a library's larger tiles: half of MAX_ROWS
-LARGE = 1 << 25  # elements of a weight: where there is so much to read, a library is as fast from two rows on
+LARGE = 1 << 23  # elements of a weight: where there is more to read, a library is faster from two rows on
 NARROW = 2048  # a weight of so many rows or fewer must be cut finely to fill the device
 K_MULTIPLE = 256
 

@@ -139,10 +139,10 @@ def test_kernels_draw_what_the_reference_draws(vocab_size: int, scale: float, dt
 
 @pytest.mark.parametrize("scale", [0.0, 0.5, 6.0])
 @pytest.mark.parametrize("temperature", [noise.MIN_TEMPERATURE, 0.7, 50.0])
-def test_passing_over_tokens_that_cannot_win_changes_no_draw(
+def test_a_program_with_many_tiles_draws_what_the_reference_draws(
     scale: float, temperature: float, device: str, monkeypatch: pytest.MonkeyPatch
 ):
-    """One program has all of a row, so that most of its tiles come after a winner."""
+    """As with many entries. At the least temperature, too, of which both must say that it is not below itself."""
     monkeypatch.setattr(sample_kernel, "TARGET_PROGRAMS", 1)
     monkeypatch.setattr(sample_kernel, "SCAN_TILE", 64 if device == "cpu" else 2048)
     vocab_size, entries = (700, 12) if device == "cpu" else (60_000, 500)
