@@ -18,11 +18,11 @@ from benchmarks.report import result_lines, table_lines
 from benchmarks.runs import run_alternating, warm_up
 from benchmarks.setting import Setting
 from benchmarks.workloads import PRESETS, few_streams
+from nanovllm.kernels.all_reduce import ONE_SHOT_BYTES
 
 STREAMS = (1, 8, 32)
 ROWS = (*STREAMS, PRESETS["headline"].num_seqs)  # of a decode step's messages
 SUMS_PER_LAYER = 2
-SUM_METHOD = "ours, fused + norm"  # as the model does it
 SUMS_SECONDS = 60  # of measuring them, most of which the processes take to start
 
 
@@ -90,8 +90,9 @@ def sum_lines(sums: dict[str, Any]) -> list[str]:
     rate = all_reduce.link_rate(sums)
     cells = []
     for entry in sums["times"]:
-        if entry["method"] == SUM_METHOD:
-            num_bytes = all_reduce.message_bytes(entry["rows"], entry["hidden"])
+        num_bytes = all_reduce.message_bytes(entry["rows"], entry["hidden"])
+        is_small = num_bytes * (sums["ranks"] - 1) <= ONE_SHOT_BYTES
+        if entry["method"] == ("ours, fused + norm" if is_small else "NCCL + norm"):  # as the model does it
             floor = f"{1e6 * SUMS_PER_LAYER * num_bytes / rate:.2f}" if rate else "-"
             took = f"{SUMS_PER_LAYER * entry['microseconds']:.2f}"
             cells.append([f"{entry['rows']} x {entry['hidden']}", f"{num_bytes:,}", took, floor])

@@ -102,11 +102,15 @@ def test_efficiency_is_of_as_many_engines_of_the_first_number_of_ranks():
 
 def test_sums_are_shown_beside_what_their_bytes_take_on_the_link():
     took = {"rows": 8, "hidden": 1000, "microseconds": 3.0}
-    times = [{"method": "ours, fused + norm", **took}, {"method": "NCCL", **took, "microseconds": 9.0}]
+    large = took | {"rows": 2000}
+    times = [{"method": "ours, fused + norm", **took}, {"method": "NCCL + norm", **took, "microseconds": 9.0}]
+    times += [{"method": "ours, fused + norm", **large}, {"method": "NCCL + norm", **large, "microseconds": 9.0}]
     rates = {"all_reduce": 9e9, "copy engine": 1e9, "storing kernel": 2e9}
-    lines = sum_lines({"times": times, "errors": [], "bandwidth": rates})
-    assert len(lines) == 3 and lines[2].split() == ["8", "x", "1000", "16,000", "6.00", "16.00"]
-    assert "rank 1" in sum_lines({"times": [], "errors": ["rank 1, NCCL: lost"], "bandwidth": {}})[0]
+    lines = sum_lines({"ranks": 2, "times": times, "errors": [], "bandwidth": rates})
+    assert lines[2].split() == ["8", "x", "1000", "16,000", "6.00", "16.00"]
+    assert lines[3].split() == ["2000", "x", "1000", "4,000,000", "18.00", "4000.00"]  # as the model does it: by NCCL
+    assert len(lines) == 4
+    assert "rank 1" in sum_lines({"ranks": 2, "times": [], "errors": ["rank 1, NCCL: lost"], "bandwidth": {}})[0]
 
 
 def test_ablation_runs_every_variant_and_its_output_can_be_read_again(tmp_path):
