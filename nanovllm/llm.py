@@ -54,10 +54,9 @@ class LLM:
 
         Raises:
             TypeError, ValueError: naming the prompt and what is wrong with it. No request is left behind: when a
-                prompt cannot run, none of the call's does, and when something fails under way, all are aborted.
+                prompt cannot run, and when something fails under way, all of the call's are aborted.
         """
-        requests = self._make_requests(prompts, sampling_params)
-        return self._run(requests, use_tqdm)
+        return self._run(prompts, sampling_params, use_tqdm)
 
     def chat(
         self,
@@ -102,7 +101,7 @@ class LLM:
         Raises: as `generate`.
         """
         params = SamplingParams(prompt_logprobs=0, max_tokens=1, temperature=0.0, detokenize=False)
-        outputs = self._run(self._make_requests(prompts, params), use_tqdm)
+        outputs = self._run(prompts, params, use_tqdm)
         return [
             Score(
                 output.prompt_token_ids,
@@ -129,7 +128,7 @@ class LLM:
 
         Raises: as `generate`, here and not at the first output.
         """
-        return self._stream(self._make_requests(prompts, sampling_params, is_streaming=True))
+        return self._stream(list(self._make_requests(prompts, sampling_params, is_streaming=True)))
 
     def encode_prompt(self, prompt: Prompt) -> list[int]:
         """The token ids as which `generate` takes a prompt."""
@@ -218,30 +217,40 @@ class LLM:
             raise RuntimeError("this LLM is closed")
         return self._processor
 
-    def _make_requests(self, prompts: Any, sampling_params: Any, is_streaming: bool = False) -> list[Request]:
+    def _make_requests(self, prompts: Any, sampling_params: Any, is_streaming: bool = False) -> Iterator[Request]:
         processor = self._open()
         prompts = as_list_of_prompts(prompts)
         params = one_for_each(sampling_params, len(prompts))
-        return [
-            processor.make_request(prompt, one, name=f"prompts[{i}]", is_streaming=is_streaming)
-            for i, (prompt, one) in enumerate(zip(prompts, params, strict=True))
-        ]
+        for i, (prompt, one) in enumerate(zip(prompts, params, strict=True)):
+            yield processor.make_request(prompt, one, name=f"prompts[{i}]", is_streaming=is_streaming)
 
-    def _run(self, requests: list[Request], use_tqdm: bool) -> list[RequestOutput]:
-        processor, own, outputs = self._open(), set(requests), {}
-        progress = _Progress(len(requests), processor.engine.stats, enabled=use_tqdm)
+    def _run(self, prompts: Any, sampling_params: Any, use_tqdm: bool) -> list[RequestOutput]:
+        processor = self._open()
+        outputs: dict[Request, Any] = {}  # None while it is unfinished
+        progress = _Progress(len(as_list_of_prompts(prompts)), processor.engine.stats, enabled=use_tqdm)
+
+        def step() -> None:
+            finished = [request for request in processor.step() if request.is_finished and request in outputs]
+            outputs.update((r, r.output(r.progress())) for r in finished)  # while the device works on the next step
+            progress.update(len(finished))
+
         try:
-            for request in requests:
+            num_tokens = 0
+            for request in self._make_requests(prompts, sampling_params):
+                outputs[request] = None
                 processor.add(request)
-            for request in requests:
+                # The device need not wait until the last prompt is a request: it gets full steps as they come together.
+                num_tokens += len(request.prompt_token_ids)
+                if num_tokens >= processor.engine.config.max_num_batched_tokens and processor.engine.has_idle_device():
+                    step()
+                    num_tokens = 0
+            for request in list(outputs):
                 while not request.is_finished:
-                    finished = [r for r in processor.step() if r.is_finished and r in own]
-                    outputs |= {r: r.output(r.progress()) for r in finished}  # while the device works on the next step
-                    progress.update(len(finished))
+                    step()
         finally:
-            processor.abort(requests)
+            processor.abort(outputs)
             progress.close()
-        return [outputs[request] for request in requests]
+        return list(outputs.values())
 
     def _stream(self, requests: list[Request]) -> Iterator[RequestOutput]:
         try:

@@ -59,6 +59,30 @@ class TestOutputs:
         assert tokens(few, PROMPTS) == tokens(llm, PROMPTS)
         assert few.stats().num_steps > llm.stats().num_steps
 
+    @pytest.mark.parametrize("max_behind", [0, 1])
+    def test_are_the_same_when_the_device_begins_before_the_last_prompt_is_a_request(
+        self, max_behind: int, checkpoint: Callable[..., Path], make_llm: Callable[..., LLM], monkeypatch: Any
+    ) -> None:
+        """As on a GPU. Some are finished by then, a stream is open beside them, and a bad prompt is refused as ever."""
+        prompts = random_prompts([7, 40, 3, 25, 9, 31, 12, 2, 28, 17], seed=8)
+        params = [SamplingParams(temperature=0.0, max_tokens=n) for n in (1, 5, 2, 9, 1, 3, 12, 4, 1, 6)]
+        llm = make_llm(checkpoint("plain"), max_behind, max_num_batched_tokens=32)
+        expected = tokens(llm, prompts, params)
+        llm.reset_prefix_cache()
+        monkeypatch.setattr(llm.engine, "has_idle_device", lambda: True)
+        made, steps = [], []
+        make, step = llm._processor.make_request, llm._processor.step
+        monkeypatch.setattr(llm._processor, "make_request", lambda *a, **k: made.append(1) or make(*a, **k))
+        monkeypatch.setattr(llm._processor, "step", lambda: steps.append(len(made)) or step())
+        stream = llm.stream([prompts[1]], params[1])
+        next(stream)
+        assert tokens(llm, prompts, params) == expected
+        assert any(1 < num_made < 11 for num_made in steps), "no step before all were made"
+        assert [output["token_ids"] for output in stream][-1] == expected[1]
+        with pytest.raises(ValueError, match=r"prompts\[9\] is empty"):
+            tokens(llm, [*prompts[:9], []], params)
+        assert is_idle(llm)
+
     def test_are_vllms_object_and_upstreams_dict(self, llm: LLM) -> None:
         output = llm.generate(PROMPTS[0], GREEDY, use_tqdm=False)[0]
         assert isinstance(output, RequestOutput) and isinstance(output.outputs[0], CompletionOutput)

@@ -164,6 +164,10 @@ class LLMEngine:
             self.scheduler.finish(seq)
         self._drop_surplus()
 
+    def has_idle_device(self) -> bool:
+        """Whether there is a device that has nothing to do: the next step would be launched and not waited for."""
+        return self.runner.is_cuda and all(step.handle.is_done() for step in self._in_flight)
+
     def step(self) -> list[Sequence]:
         """Launch one step, and return the sequences that an earlier one has finished.
 

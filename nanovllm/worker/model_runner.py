@@ -42,6 +42,9 @@ class StepHandle:
     done: torch.cuda.Event | None
     extras: LogprobsOnTheWay | None = None
 
+    def is_done(self) -> bool:
+        return self.done is None or self.done.query()
+
     def tokens(self) -> list[int]:
         self._wait()
         return self.sampled.tolist()
