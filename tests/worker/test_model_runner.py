@@ -7,6 +7,8 @@ from typing import Any
 
 import pytest
 import torch
+from hypothesis import given
+from hypothesis import strategies as st
 
 from nanovllm import SamplingParams
 from nanovllm.worker.cuda_graph import MAX_CHUNKS, StepShape, StepShapes
@@ -92,3 +94,20 @@ def test_a_step_gets_the_next_shape_that_holds_it() -> None:
     ]
     for shape, (decodes, chunks, tokens) in exact:
         assert shape == StepShape(decodes, chunks, tokens)
+
+
+@given(data=st.data(), num_rows=st.integers(1, 1100), budget=st.sampled_from([64, 256, 1000, 16384]))
+def test_any_plan_fits_its_shape(data: st.DataObject, num_rows: int, budget: int) -> None:
+    """All its entries have a place, and tokens of padding an entry to belong to."""
+    shapes = StepShapes.for_graphs(num_rows, budget)
+    num_decodes = data.draw(st.integers(0, num_rows))
+    chunks = data.draw(st.lists(st.integers(1, 900), min_size=not num_decodes, max_size=20))
+    num_seqs = num_decodes + len(chunks)
+    plan = StepPlan(rows=list(range(num_seqs)), query_lens=[1] * num_decodes + chunks, num_decodes=num_decodes)
+    plan.num_samples = num_seqs - data.draw(st.integers(0, bool(chunks)))
+    shape = shapes.fit(plan, is_exact=data.draw(st.booleans()))
+    assert shape.num_decodes >= num_decodes and shape.num_chunks >= len(chunks)
+    surplus = shape.num_chunk_tokens - sum(chunks)
+    assert surplus >= 0 and (surplus == 0 or shape.num_chunks > len(chunks))
+    is_padded = bool(chunks) and shape.num_chunks > len(chunks)
+    assert not is_padded or (shape in shapes.with_chunks() and plan.num_samples == num_seqs)
