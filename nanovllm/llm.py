@@ -56,7 +56,7 @@ class LLM:
             TypeError, ValueError: naming the prompt and what is wrong with it. No request is left behind: when a
                 prompt cannot run, and when something fails under way, all of the call's are aborted.
         """
-        return self._run(prompts, sampling_params, use_tqdm)
+        return self._run(self._pair(prompts, sampling_params), use_tqdm)
 
     def chat(
         self,
@@ -101,7 +101,7 @@ class LLM:
         Raises: as `generate`.
         """
         params = SamplingParams(prompt_logprobs=0, max_tokens=1, temperature=0.0, detokenize=False)
-        outputs = self._run(prompts, params, use_tqdm)
+        outputs = self._run(self._pair(prompts, params), use_tqdm)
         return [
             Score(
                 output.prompt_token_ids,
@@ -128,7 +128,8 @@ class LLM:
 
         Raises: as `generate`, here and not at the first output.
         """
-        return self._stream(list(self._make_requests(prompts, sampling_params, is_streaming=True)))
+        pairs = self._pair(prompts, sampling_params)
+        return self._stream(list(self._make_requests(pairs, is_streaming=True)))
 
     def encode_prompt(self, prompt: Prompt) -> list[int]:
         """The token ids as which `generate` takes a prompt."""
@@ -217,17 +218,20 @@ class LLM:
             raise RuntimeError("this LLM is closed")
         return self._processor
 
-    def _make_requests(self, prompts: Any, sampling_params: Any, is_streaming: bool = False) -> Iterator[Request]:
-        processor = self._open()
+    def _pair(self, prompts: Any, sampling_params: Any) -> list[tuple[Prompt, SamplingParams]]:
         prompts = as_list_of_prompts(prompts)
-        params = one_for_each(sampling_params, len(prompts))
-        for i, (prompt, one) in enumerate(zip(prompts, params, strict=True)):
-            yield processor.make_request(prompt, one, name=f"prompts[{i}]", is_streaming=is_streaming)
+        return list(zip(prompts, one_for_each(sampling_params, len(prompts)), strict=True))
 
-    def _run(self, prompts: Any, sampling_params: Any, use_tqdm: bool) -> list[RequestOutput]:
+    def _make_requests(
+        self, pairs: list[tuple[Prompt, SamplingParams]], is_streaming: bool = False
+    ) -> Iterator[Request]:
+        for i, (prompt, params) in enumerate(pairs):
+            yield self._open().make_request(prompt, params, name=f"prompts[{i}]", is_streaming=is_streaming)
+
+    def _run(self, pairs: list[tuple[Prompt, SamplingParams]], use_tqdm: bool) -> list[RequestOutput]:
         processor = self._open()
         outputs: dict[Request, Any] = {}  # None while it is unfinished
-        progress = _Progress(len(as_list_of_prompts(prompts)), processor.engine.stats, enabled=use_tqdm)
+        progress = _Progress(len(pairs), processor.engine.stats, enabled=use_tqdm)
 
         def step() -> None:
             finished = [request for request in processor.step() if request.is_finished and request in outputs]
@@ -236,7 +240,7 @@ class LLM:
 
         try:
             num_tokens = 0
-            for request in self._make_requests(prompts, sampling_params):
+            for request in self._make_requests(pairs):
                 outputs[request] = None
                 processor.add(request)
                 # The device need not wait until the last prompt is a request: it gets full steps as they come together.
