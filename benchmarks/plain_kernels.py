@@ -17,8 +17,8 @@ from nanovllm.kernels import paged_decode, rms_norm, sample, silu_mul, skinny_li
 from nanovllm.kernels import qk_norm_rope_store as rope_store
 from nanovllm.kernels.cpu_attention import CpuDecodePlan
 from nanovllm.kernels.decode_plan import DecodePlan
-from nanovllm.kernels.gumbel_noise import MIN_TEMPERATURE
 from nanovllm.kernels.sample import SamplingTensors
+from nanovllm.sampling_params import MIN_TEMPERATURE
 
 
 @contextmanager

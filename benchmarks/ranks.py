@@ -18,7 +18,7 @@ from benchmarks.report import result_lines, table_lines
 from benchmarks.runs import run_alternating, warm_up
 from benchmarks.setting import Setting
 from benchmarks.workloads import PRESETS, few_streams
-from nanovllm.kernels.all_reduce import ONE_SHOT_BYTES
+from nanovllm.kernels.all_reduce import one_shot_limit
 
 STREAMS = (1, 8, 32)
 ROWS = (*STREAMS, PRESETS["headline"].num_seqs)  # of a decode step's messages
@@ -91,7 +91,7 @@ def sum_lines(sums: dict[str, Any]) -> list[str]:
     cells = []
     for entry in sums["times"]:
         num_bytes = all_reduce.message_bytes(entry["rows"], entry["hidden"])
-        is_small = num_bytes * (sums["ranks"] - 1) <= ONE_SHOT_BYTES
+        is_small = num_bytes <= one_shot_limit(sums["ranks"])
         if entry["method"] == ("ours, fused + norm" if is_small else "NCCL + norm"):  # as the model does it
             floor = f"{1e6 * SUMS_PER_LAYER * num_bytes / rate:.2f}" if rate else "-"
             took = f"{SUMS_PER_LAYER * entry['microseconds']:.2f}"

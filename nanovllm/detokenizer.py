@@ -13,7 +13,6 @@ tokens as long as their text ends in "�", decoding them again with each, and n
 """
 
 import re
-from collections.abc import Sequence as ListLike
 from typing import Any
 
 from nanovllm.sampling_params import SamplingParams
@@ -46,23 +45,15 @@ class TokenDecoder:
             return self._backend.decode(ids, skip_special_tokens=False)
         return self._tokenizer.decode(ids, skip_special_tokens=False, clean_up_tokenization_spaces=False)
 
-    def decode_all(self, sequences: ListLike[list[int]], params: ListLike[SamplingParams]) -> list[str]:
-        """The texts of finished sequences: what a `Detokenizer` would give in the end, but faster."""
-        texts = [""] * len(sequences)
-        for skip in (True, False):
-            chosen = [i for i, p in enumerate(params) if p.skip_special_tokens is skip]
-            for i, text in zip(chosen, self._decode_batch([sequences[i] for i in chosen], skip), strict=True):
-                texts[i] = text
-        for i, p in enumerate(params):
-            if self.must_join_added_tokens(p):
-                stream = TextStream(self, p)
-                texts[i] = "".join(map(stream.append, sequences[i])) + stream.finish()
-        return texts
-
-    def _decode_batch(self, sequences: list[list[int]], skip_special_tokens: bool) -> list[str]:
+    def decode_all(self, sequences: list[list[int]], params: SamplingParams) -> list[str]:
+        """The texts of a request's finished sequences: what a `Detokenizer` would give in the end, but faster."""
+        if self.must_join_added_tokens(params):
+            streams = [(TextStream(self, params), ids) for ids in sequences]
+            return ["".join(map(stream.append, ids)) + stream.finish() for stream, ids in streams]
+        skip = params.skip_special_tokens
         if self._backend is not None:
-            return self._backend.decode_batch(sequences, skip_special_tokens=skip_special_tokens)
-        return [self.decode([i for i in ids if self.kind(i, skip_special_tokens)]) for ids in sequences]
+            return self._backend.decode_batch(sequences, skip_special_tokens=skip)
+        return [self.decode([i for i in ids if self.kind(i, skip)]) for ids in sequences]
 
     def kind(self, token_id: int, skip_special_tokens: bool) -> int:
         """_INVISIBLE (0) if the token adds nothing, _BYTE for a byte token, otherwise _VISIBLE."""

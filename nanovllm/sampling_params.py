@@ -6,6 +6,9 @@ from dataclasses import dataclass, field, fields
 from enum import Enum
 from typing import Any
 
+# Below it the sampler takes a temperature for 0: noise never wins over a difference of logits. It is the same number in
+# float32, so that all agree on which temperature is below it.
+MIN_TEMPERATURE = 2.0**-17
 MAX_STOP_IDS = 64  # stop ids that min_tokens can hold back: the width of a device-resident row
 
 
@@ -98,7 +101,7 @@ class SamplingParams:
                 raise ValueError(f"{name}={value!r} must be {allowed}")
         if self.max_tokens is not None and self.min_tokens > self.max_tokens:
             raise ValueError(f"min_tokens={self.min_tokens} must not exceed max_tokens={self.max_tokens}")
-        if self.n > 1 and self.temperature < 2.0**-17:  # which the sampler takes for 0
+        if self.n > 1 and self.temperature < MIN_TEMPERATURE:
             raise ValueError(f"n={self.n} must be 1 with temperature={self.temperature}: all would be the same")
         if self.stop and not self.detokenize:
             raise ValueError(f"stop={self.stop!r} must be empty with detokenize=False: it is searched in the text")

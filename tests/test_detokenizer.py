@@ -154,7 +154,7 @@ def test_pieces_of_any_tokens_join_to_the_one_shot_decode(name: str, params: Sam
     pieces = [stream.append(token_id) for token_id in ids]
     pieces.append(stream.finish())
     assert "".join(pieces) == one_shot(tokenizer, ids, params)
-    assert decoder.decode_all([ids, [], ids], [params] * 3) == ["".join(pieces), "", "".join(pieces)]
+    assert decoder.decode_all([ids, [], ids], params) == ["".join(pieces), "", "".join(pieces)]
 
 
 @pytest.mark.parametrize("name", ["demo", "byte_level", "slow"])
@@ -212,7 +212,7 @@ def test_spaces_between_special_tokens_can_be_left_out(name: str, expected: str 
     params = SamplingParams(skip_special_tokens=False, spaces_between_special_tokens=False)
     stream = TextStream(decoder, params)
     text = "".join(map(stream.append, ids)) + stream.finish()
-    assert decoder.decode_all([ids], [params]) == [text]
+    assert decoder.decode_all([ids], params) == [text]
     if expected is None:
         assert text == one_shot(tokenizer, ids, params)  # there are none
     else:

@@ -118,8 +118,7 @@ class Request:
         pending = [completion for completion in self.completions if completion.detokenizer is None]
         if self.decoder is not None and pending:
             ids = [completion.readable_ids() for completion in pending]
-            texts = self.decoder.decode_all(ids, [self.params] * len(pending))
-            for completion, text in zip(pending, texts, strict=True):
+            for completion, text in zip(pending, self.decoder.decode_all(ids, self.params), strict=True):
                 completion.text = text
 
     def _completion(self, index: int, completion: Completion, now: Progress, is_delta: bool) -> CompletionOutput:

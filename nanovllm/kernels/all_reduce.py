@@ -40,6 +40,11 @@ WORDS = {2: torch.int16, 4: torch.int32}  # by the size of an element
 NewEmpty = Callable[[tuple[int, ...], torch.dtype], torch.Tensor]
 
 
+def one_shot_limit(size: int) -> int:
+    """Bytes of the largest message that is summed this way over `size` ranks."""
+    return ONE_SHOT_BYTES // (size - 1)
+
+
 @dataclass(eq=False)
 class PeerBuffers:
     """A rank's inboxes, `[2, ranks, max_rows, columns]` words, and where everybody's are.

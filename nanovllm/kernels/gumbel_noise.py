@@ -22,10 +22,9 @@ POSITION_0, POSITION_1 = 0x243F6A88, 0x85A308D3  # two streams from one position
 # Bits map to the middle of one of 2^31 intervals of (0, 1). The largest, which float32 would round to 1, is scaled
 # down to 1 - 2^-24, so that -log(1 - v) is always finite and never 0.
 TO_UNIT = 2.0**-31 * (1 - 2.0**-24)
-# Noise at a temperature below the first never wins over a difference of logits; at one above the second, the logits
-# are as good as equal. Keeping within them keeps every product with a finite logit finite. The first is the same number
-# in float32, so that all agree on which temperature is below it.
-MIN_TEMPERATURE, MAX_TEMPERATURE = 2.0**-17, 1e30
+# At a temperature above it the logits are as good as equal. Keeping between MIN_TEMPERATURE and it keeps every product
+# with a finite logit finite.
+MAX_TEMPERATURE = 1e30
 MAX_GUMBEL = 22.2  # -log(-log1p(-v)) at the smallest v, 0.5 * TO_UNIT
 
 

@@ -17,7 +17,6 @@ import torch
 from nanovllm.kernels.gumbel_noise import (
     MAX_GUMBEL,
     MAX_TEMPERATURE,
-    MIN_TEMPERATURE,
     gumbel,
     noise_bits,
     noise_keys,
@@ -25,6 +24,7 @@ from nanovllm.kernels.gumbel_noise import (
     spread_indices,
 )
 from nanovllm.kernels.sample_kernel import sample_triton
+from nanovllm.sampling_params import MIN_TEMPERATURE
 
 CHUNK = 128  # logits
 LIKELY_CHUNKS = 64  # hold the winner in all but odd cases: a flat distribution has some 20 that could

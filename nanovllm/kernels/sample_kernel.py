@@ -16,22 +16,11 @@ from typing import TYPE_CHECKING
 import torch
 
 from nanovllm.kernels.early_launch import early_launch, wait_for_previous
-from nanovllm.kernels.gumbel_noise import (
-    MAX_TEMPERATURE,
-    MIN_TEMPERATURE,
-    gumbel_kernel,
-    noise_bits_kernel,
-)
+from nanovllm.kernels.gumbel_noise import MAX_TEMPERATURE, gumbel_kernel, noise_bits_kernel
 from nanovllm.kernels.sample_row import asked, count_stop_ids, load_logits
-from nanovllm.kernels.sample_threshold import (
-    bisect,
-    kth_largest,
-    least_logit,
-    load_tokens,
-    order,
-    reaching,
-)
+from nanovllm.kernels.sample_threshold import bisect, kth_largest, least_logit, load_tokens, order, reaching
 from nanovllm.kernels.triton_shim import tl, triton
+from nanovllm.sampling_params import MIN_TEMPERATURE
 
 if TYPE_CHECKING:
     from nanovllm.kernels.sample import SamplingTensors

@@ -65,9 +65,10 @@ class StepShapes:
 
     def fit(self, plan: StepPlan, is_exact: bool = False) -> StepShape:
         """The shape for a plan; `is_exact`: chunks are not to be padded."""
-        num_chunks, num_chunk_tokens = len(plan.rows) - plan.num_decodes, plan.num_tokens - plan.num_decodes
+        num_chunks = len(plan.rows) - plan.num_decodes
         if not num_chunks:
             return StepShape(_at_least(plan.num_decodes, self.decodes))
+        num_chunk_tokens = plan.num_tokens - plan.num_decodes
         is_small = num_chunks < MAX_CHUNKS and num_chunk_tokens <= max(self.chunk_tokens, default=0)
         # A prompt that is cut short must not sample, and in a padded step all do.
         if is_exact or not is_small or plan.num_samples < len(plan.rows):
@@ -101,7 +102,7 @@ class StepGraphs:
     def __contains__(self, shape: StepShape) -> bool:
         return shape in self._graphs
 
-    def capture(self, run: Callable[[StepShape], None], shapes: list[StepShape]) -> None:
+    def capture(self, run: Callable[[StepShape], object], shapes: list[StepShape]) -> None:
         """Record `run` at each shape, the largest first, which are the last: the smaller ones fit in its memory."""
         pool = torch.cuda.graph_pool_handle()
         stream = _capture_stream()

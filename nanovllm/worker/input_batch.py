@@ -53,7 +53,7 @@ class InputBatch:
         self.num_entries = num_rows + MAX_CHUNKS
         self.live = torch.zeros(2 * self.num_entries + 1, dtype=torch.int32, device=device)
         self.live_rows, self.query_start = self.live[: self.num_entries], self.live[self.num_entries :]
-        self._sent_batch: tuple[list[int], list[int], StepShape] | None = None
+        self._sent_batch: tuple[list[int], list[int], StepShape] | None
         self.forget()
         # A slot's pinned buffers are written again only when the step that last used them has ended.
         self._live_staging = [_pinned(2 * self.num_entries + 1, device) for _ in range(num_slots)]

@@ -21,7 +21,7 @@ from nanovllm.layers.attention import Attention, AttentionMetadata
 from nanovllm.layers.linear import TensorParallel
 from nanovllm.layers.rotary_embedding import build_cos_sin, rope_parameters
 from nanovllm.models.loader import build_model
-from nanovllm.worker.cuda_graph import MAX_CHUNKS, StepGraphs, StepShape, StepShapes
+from nanovllm.worker.cuda_graph import StepGraphs, StepShape, StepShapes
 from nanovllm.worker.input_batch import InputBatch
 from nanovllm.worker.logit_extras import LogitExtras, LogprobsOnTheWay, ask_for_the_most
 from nanovllm.worker.memory import DeviceMemory, cache_bytes_left, cache_bytes_per_block, zeros_on_demand
@@ -144,8 +144,8 @@ class ModelRunner:
             self.graphs.replay(shape)
             hidden, logits = self.recorded_hidden.get(shape), None
         else:
-            is_exact = len(plan.rows) == shape.num_seqs
-            hidden, logits = self._run(shape, plan.num_samples if is_exact else shape.num_seqs)
+            is_padded = shape.num_seqs > len(plan.rows)
+            hidden, logits = self._run(shape, None if is_padded else plan.num_samples)
         extras = self._run_extras(plan, hidden, logits) if has_extras else None
         return self._fetch(plan, shape, slot, extras)
 
@@ -155,14 +155,18 @@ class ModelRunner:
             logits = self.model.compute_logits(hidden)  # of the same shape, hence the same numbers
         return self.extras.run(plan, hidden, logits, self.inputs.seq_lens, self.sampled)
 
-    def _run(self, shape: StepShape, num_samples: int) -> tuple[torch.Tensor, torch.Tensor | None]:
+    def _run(self, shape: StepShape, num_samples: int | None = None) -> tuple[torch.Tensor, torch.Tensor | None]:
         """From the rows to the sampled tokens, written back into the rows. Queued on the device, not waited for.
+
+        Args:
+            num_samples: how many entries, the first ones, sample a token. None: all.
 
         Returns:
             hidden: `[num_tokens, hidden_size]`; logits: `[num_samples, vocab]`, None if there are none.
         """
         batch, inputs = self.batch, self.inputs
         num_seqs, num_tokens, num_decodes = shape.num_seqs, shape.num_tokens, shape.num_decodes
+        num_samples = num_seqs if num_samples is None else num_samples
         rows, query_start = batch.live_rows[:num_seqs], batch.query_start[: num_seqs + 1]
         prepare_inputs(
             rows, query_start, batch.token_ids, batch.num_computed, batch.block_table, self.block_size, inputs
@@ -207,7 +211,7 @@ class ModelRunner:
 
     def _record(self, shape: StepShape) -> None:
         """For a graph. What may be asked for once more stays where each replay will write it."""
-        hidden, _ = self._run(shape, shape.num_seqs)
+        hidden, _ = self._run(shape)
         if not shape.num_chunks:
             self.recorded_hidden[shape] = hidden
 
@@ -221,12 +225,14 @@ class ModelRunner:
     def _fetch(self, plan: StepPlan, shape: StepShape, slot: int, extras: LogprobsOnTheWay | None) -> StepHandle:
         """Queue the copy of the step's tokens to the host, those of padding left out."""
         num_samples, num_decodes = plan.num_samples, plan.num_decodes
-        of_chunks = self.sampled[shape.num_decodes :][: num_samples - num_decodes]
+        sampled = self.sampled[:num_samples]
+        if num_decodes < min(shape.num_decodes, num_samples):  # padding lies between decodes and chunks
+            of_chunks = self.sampled[shape.num_decodes :][: num_samples - num_decodes]
+            sampled = torch.cat([self.sampled[:num_decodes], of_chunks])
         if not self.is_cuda:
-            return StepHandle(torch.cat([self.sampled[:num_decodes], of_chunks]), None, extras)
+            return StepHandle(sampled.clone(), None, extras)
         host = self.sampled_on_host[slot][:num_samples]
-        host[:num_decodes].copy_(self.sampled[:num_decodes], non_blocking=True)
-        host[num_decodes:].copy_(of_chunks, non_blocking=True)
+        host.copy_(sampled, non_blocking=True)
         self.done[slot].record()
         return StepHandle(host, self.done[slot], extras)
 
@@ -272,9 +278,8 @@ class ModelRunner:
     def _allocate(self, num_blocks: int) -> None:
         """Make the cache, the rows and the step's buffers."""
         layer = self.attention_layers[0]
-        shapes = self.shapes.with_chunks()
-        max_tokens = max(self.config.max_num_batched_tokens, *(shape.num_tokens for shape in shapes), 0)
-        max_seqs = self.num_rows + MAX_CHUNKS
+        padded = [shape.num_tokens for shape in self.shapes.with_chunks()]
+        max_tokens = max([self.config.max_num_batched_tokens, *padded])
         # [layers, K and V, blocks, kv_heads, block_size, head_dim]: one block of one head is contiguous.
         shape = (len(self.attention_layers), 2, num_blocks, layer.num_kv_heads, self.block_size, layer.head_dim)
         self.kv_cache = zeros_on_demand(shape, self.dtype, self.device)
@@ -286,13 +291,13 @@ class ModelRunner:
             input_ids=torch.zeros(max_tokens, dtype=torch.int32, device=self.device),
             positions=torch.zeros(max_tokens, dtype=torch.int32, device=self.device),
             slot_mapping=torch.zeros(max_tokens, dtype=torch.int64, device=self.device),
-            seq_lens=torch.zeros(max_seqs, dtype=torch.int32, device=self.device),
+            seq_lens=torch.zeros(self.batch.num_entries, dtype=torch.int32, device=self.device),
         )
         heads = (layer.num_heads, layer.num_kv_heads, layer.head_dim)
         self.decode_plan: DecodePlan | CpuDecodePlan | None = (
             DecodePlan.allocate(self.num_rows, *heads, self.device) if self.is_cuda else None
         )
-        self.sampled = torch.zeros(max_seqs, dtype=torch.int32, device=self.device)
+        self.sampled = torch.zeros(self.batch.num_entries, dtype=torch.int32, device=self.device)
         self.extras = LogitExtras(self.batch, self.model.compute_logits, self.hf_config.vocab_size)
         self.num_launched = 0
         if self.is_cuda:
@@ -322,5 +327,5 @@ class ModelRunner:
         free, _ = torch.cuda.mem_get_info()
         graphs = StepGraphs()
         shapes = [StepShape(self.shapes.decodes[-1]), *self.shapes.with_chunks()[-1:]]
-        graphs.capture(lambda shape: self._run(shape, shape.num_seqs), shapes)
+        graphs.capture(self._run, shapes)
         return free - torch.cuda.mem_get_info()[0]

@@ -198,7 +198,7 @@ class Followers:
                 from nanovllm.worker.nccl import make_unique_id
 
                 nccl_id = make_unique_id()
-            meeting = Meeting(folder, nccl_id, all_reduce.ONE_SHOT_BYTES // (self.size - 1), hidden_size, dtype)
+            meeting = Meeting(folder, nccl_id, all_reduce.one_shot_limit(self.size), hidden_size, dtype)
             with self.doing("join", meeting, wait=True):
                 # A rank that dies before NCCL knows it is waited for without end: in a thread, which is left behind.
                 self.tp = self._run_beside(lambda: join_group(meeting, 0, self.size, timedelta(seconds=self._timeout)))

@@ -10,7 +10,7 @@ from plain_sampling import assert_drawn_from, distribution
 from nanovllm.kernels import gumbel_noise as noise
 from nanovllm.kernels import sample as kernels
 from nanovllm.kernels import sample_kernel
-from nanovllm.sampling_params import MAX_STOP_IDS
+from nanovllm.sampling_params import MAX_STOP_IDS, MIN_TEMPERATURE
 
 FUNCTIONS = [kernels.sample_triton, kernels.sample_reference, kernels.sample]
 POISON = -77
@@ -138,7 +138,7 @@ def test_kernels_draw_what_the_reference_draws(vocab_size: int, scale: float, dt
 
 
 @pytest.mark.parametrize("scale", [0.0, 0.5, 6.0])
-@pytest.mark.parametrize("temperature", [noise.MIN_TEMPERATURE, 0.7, 50.0])
+@pytest.mark.parametrize("temperature", [MIN_TEMPERATURE, 0.7, 50.0])
 def test_a_program_with_many_tiles_draws_what_the_reference_draws(
     scale: float, temperature: float, device: str, monkeypatch: pytest.MonkeyPatch
 ):

@@ -71,6 +71,21 @@ def test_padding_lies_behind_the_decodes_and_behind_the_chunks() -> None:
     assert entries(StepShape(4)) == ([4, 2, -1, -1], [1, 1, 1, 1])
 
 
+def test_tokens_of_padding_are_left_out(checkpoint: Callable[..., Path], make_llm: Callable[..., Any]) -> None:
+    runner = make_llm(checkpoint("plain")).engine.runner
+    with torch.inference_mode():
+        runner.sampled.copy_(torch.arange(len(runner.sampled)))
+    for num_decodes, num_samples, shape, expected in [
+        (3, 3, StepShape(4), [0, 1, 2]),
+        (3, 5, StepShape(3, 2, 9), [0, 1, 2, 3, 4]),
+        (3, 5, StepShape(6, 4, 9), [0, 1, 2, 6, 7]),
+        (0, 2, StepShape(6, 4, 9), [6, 7]),
+        (2, 2, StepShape(2, 1, 9), [0, 1]),  # the prompt is cut short
+    ]:
+        plan = StepPlan(num_decodes=num_decodes, num_samples=num_samples)
+        assert runner._fetch(plan, shape, 0, None).tokens() == expected
+
+
 def test_a_step_gets_the_next_shape_that_holds_it() -> None:
     shapes = StepShapes.for_graphs(num_rows=100, max_num_batched_tokens=1024)
     assert shapes.mixed_decodes == [16, 64, 100] and shapes.chunk_tokens == [256, 512, 768, 1024]
