@@ -65,9 +65,13 @@ _paged_decode = paged_decode.paged_decode
 
 
 def plain_skinny_linear(
-    x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None = None, gated: bool = False
+    x: torch.Tensor,
+    weight: torch.Tensor,
+    bias: torch.Tensor | None = None,
+    gated: bool = False,
+    in_parts: bool = False,
 ) -> torch.Tensor:
-    """The product as it is, its gate apart."""
+    """The product as it is, its gate apart and its parts summed."""
     out = _skinny_linear(x, weight, bias)
     return plain_silu_mul(out) if gated else out
 

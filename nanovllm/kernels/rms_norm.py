@@ -21,6 +21,7 @@ def add_rms_norm(
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """Add `x [tokens, size]` to `residual [tokens, size]` in place; return (its RMSNorm, `residual`).
 
+    x may also be partial sums `[parts, tokens, size]` in float32, whose sum is rounded to the residual's dtype first.
     What is normalized is the sum as stored, rounded to the dtype. Rows of both may be strided.
     """
     run = add_rms_norm_triton if x.is_cuda else add_rms_norm_reference
@@ -40,7 +41,7 @@ def add_rms_norm_reference(
     x: torch.Tensor, residual: torch.Tensor, weight: torch.Tensor, eps: float
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """`add_rms_norm` in PyTorch."""
-    residual.add_(x)
+    residual.add_(x.sum(dim=0).to(residual.dtype) if x.dim() == 3 else x)
     return rms_norm_reference(residual, weight, eps), residual
 
 
@@ -59,21 +60,25 @@ def add_rms_norm_triton(
 def _launch(
     x: torch.Tensor, residual: torch.Tensor, weight: torch.Tensor, eps: float, has_residual: bool
 ) -> torch.Tensor:
-    num_tokens, size = x.shape
-    out = torch.empty((num_tokens, size), dtype=x.dtype, device=x.device)
+    num_tokens, size = residual.shape
+    num_parts = len(x) if x.dim() == 3 else 1
+    out = torch.empty((num_tokens, size), dtype=residual.dtype, device=x.device)
     tile = triton.next_power_of_2(size)
+    elements = 8 if num_parts == 1 else 4  # a thread's: 16 bytes of bf16 or of float32
     _rms_norm_kernel[(num_tokens,)](
         x,
         residual,
         weight,
         out,
+        x.stride(-2),
         x.stride(0),
         residual.stride(0),
         eps,
         SIZE=size,
         TILE=tile,
+        NUM_PARTS=num_parts,
         HAS_RESIDUAL=has_residual,
-        num_warps=min(max(tile // 256, 1), 16),  # 8 elements, 16 bytes of bf16, a thread
+        num_warps=min(max(tile // (32 * elements), 1), 16),
         **early_launch(x),
     )
     return out
@@ -86,10 +91,12 @@ def _rms_norm_kernel(
     weight_ptr,
     out_ptr,
     x_stride,
+    part_stride,
     residual_stride,
     eps,
     SIZE: tl.constexpr,
     TILE: tl.constexpr,
+    NUM_PARTS: tl.constexpr,
     HAS_RESIDUAL: tl.constexpr,
     EARLY: tl.constexpr,
 ):
@@ -99,6 +106,10 @@ def _rms_norm_kernel(
     weight = tl.load(weight_ptr + column, mask=inside, other=0.0).to(tl.float32)
     wait_for_previous(EARLY)
     x = tl.load(x_ptr + token * x_stride + column, mask=inside, other=0.0)
+    if NUM_PARTS > 1:
+        for part in tl.static_range(1, NUM_PARTS):
+            x += tl.load(x_ptr + part * part_stride + token * x_stride + column, mask=inside, other=0.0)
+        x = x.to(residual_ptr.dtype.element_ty)
     if HAS_RESIDUAL:
         place = residual_ptr + token * residual_stride + column
         x = (x.to(tl.float32) + tl.load(place, mask=inside, other=0.0).to(tl.float32)).to(x.dtype)

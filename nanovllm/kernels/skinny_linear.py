@@ -1,113 +1,141 @@
 """y = x Wᵀ + b for the few rows of a decode step, at the speed memory can be read.
 
 Up to some 100 rows the work is to read the weight once, `N * K * itemsize` bytes, with 2 FLOPs a row for every
-element; the rows stay in the L2 cache. A general library leaves half of the bandwidth unused here: its tiles are few
-and large, and every call starts from nothing. Here a program has a few of the weight's rows, all `K` columns of them,
-few enough that the device is full without partial sums to combine; its warps share K among themselves; and before it
-waits for its input it fetches its part of the weight, while the kernel before it still runs (`early_launch.py`).
+element. A general library leaves half of the bandwidth unused here: every call starts from nothing. Here a program
+has, before it waits for its input, its part of the weight fetched into the L2 cache, while the kernel before it still
+runs (`early_launch.py`).
+
+What then counts is how much each multiprocessor must read from that cache: its tile of the weight, and as many columns
+of all rows of x. A narrow weight has too few rows for tiles of a good shape to fill the device; so where a norm comes
+next, which can add them up, K is split too, and the result is a few *partial sums*. Beside their 4 bytes an element,
+a program reads an eighth of x instead of all of it.
 
 The gate of an MLP comes along: with `gated`, W is a gate's rows and then an up's, and the result silu(x gateᵀ) · x upᵀ.
 """
 
-import math
 from functools import lru_cache
 
 import torch
 import torch.nn.functional as F
 
 from nanovllm.kernels.early_launch import LINE_BYTES, early_launch, fetch, wait_for_previous
-from nanovllm.kernels.paged_kv import next_power_of_2
 from nanovllm.kernels.silu_mul import silu, silu_mul
-from nanovllm.kernels.triton_shim import tl, triton
+from nanovllm.kernels.triton_shim import TensorDescriptor, tl, triton
 
-MAX_ROWS = 128  # of x: with more, a library's kernels are as fast
+MAX_ROWS = 128  # of x: with more, a library's kernels are as fast, unless K can be split: twice as many
 WIDE = 4096  # a weight of more rows than this fills a library's larger tiles: half of MAX_ROWS
 LARGE = 1 << 23  # elements of a weight: where there is more to read, a library is faster from two rows on
-NARROW = 2048  # a weight of so many rows or fewer must be cut finely to fill the device
 K_MULTIPLE = 256
 
-MAX_TILE_M = 64
-# Rows of x (at most) -> for a narrow, for a wide weight: rows of a tile, columns of a tile, parts of K, pipeline depth.
-# Measured on an H100 on Qwen3-0.6B's four shapes: docs/performance.md.
+# Rows of x (at most) -> for a product, one in parts, a gated one, whose tile of the weight is half gate and half up:
+# rows of a tile of x and of the weight, columns of both, pipeline depth. What a program leaves of a multiprocessor's
+# shared memory counts too: there the next kernel can start early. Measured in a whole step of Qwen3-0.6B's shape on an
+# H100, one product at a time: docs/performance.md.
 TILES = {
-    16: ((8, 1024, 4, 4), (16, 512, 4, 4)),
-    32: ((8, 512, 4, 4), (32, 256, 1, 4)),
-    64: ((16, 256, 1, 4), (32, 256, 1, 3)),
-    128: ((32, 256, 1, 4), (64, 128, 1, 4)),
+    16: ((16, 64, 256, 4), (16, 64, 256, 4), (16, 64, 256, 4)),
+    32: ((32, 64, 256, 3), (32, 64, 128, 3), (32, 64, 256, 4)),
+    64: ((64, 32, 256, 3), (64, 16, 256, 4), (64, 64, 128, 4)),
+    192: ((128, 64, 128, 4), (64, 64, 128, 4), (64, 64, 128, 4)),
+    256: ((128, 64, 128, 4), (128, 64, 128, 4), (64, 64, 128, 4)),
 }
+FULL = 0.7  # a device of which so many of the multiprocessors have a program gains nothing from more parts
+MIN_PART = 256  # columns of a part, at least; they are a multiple of PART_MULTIPLE
+PART_MULTIPLE = 128
 
 
 def skinny_linear(
-    x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None = None, gated: bool = False
+    x: torch.Tensor,
+    weight: torch.Tensor,
+    bias: torch.Tensor | None = None,
+    gated: bool = False,
+    in_parts: bool = False,
 ) -> torch.Tensor:
     """`x [tokens, K]` times `weight [N, K]` transposed, plus `bias [N]`: `[tokens, N]`, in the dtype of both.
 
-    With `gated`, silu(first half) · second half of that: `[tokens, N / 2]`. Sums are in float32. What the kernels are
-    not for (many rows, float32, a CPU, an odd K) goes to `F.linear`.
+    With `gated`, silu(first half) · second half of that: `[tokens, N / 2]`. With `in_parts` it may be partial sums
+    instead, `[parts, tokens, N]` in float32. Sums are in float32. What the kernels are not for (many rows, float32, a
+    CPU, an odd K) goes to `F.linear`.
     """
     n, k = weight.shape
-    if 0 < len(x) <= _most_rows(n, k) and k % K_MULTIPLE == 0 and x.is_cuda and x.element_size() == 2:
-        return skinny_linear_triton(x, weight, bias, gated)
+    if 0 < len(x) <= _most_rows(n, k, gated, in_parts) and x.is_cuda and x.element_size() == 2 and _is_regular(x, k):
+        return skinny_linear_triton(x, weight, bias, gated, in_parts)
     out = F.linear(x, weight, bias)
     return silu_mul(out) if gated else out
 
 
-def _most_rows(n: int, k: int) -> int:
+def _most_rows(n: int, k: int, gated: bool, in_parts: bool) -> int:
     """How many rows of x a weight `[n, k]` may meet here."""
     if n * k > LARGE:
         return min(MAX_ROWS, 1)
-    return MAX_ROWS if n <= WIDE else MAX_ROWS // 2
+    if in_parts:
+        return MAX_ROWS * 2
+    return MAX_ROWS // 2 if gated or n > WIDE else MAX_ROWS
+
+
+def _is_regular(x: torch.Tensor, k: int) -> bool:
+    """Whether rows have a multiple of K_MULTIPLE columns side by side, and begin where a tile may be copied from."""
+    return k % K_MULTIPLE == 0 and x.stride(1) == 1 and (x.stride(0) | x.storage_offset()) % 8 == 0
 
 
 def skinny_linear_triton(
-    x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None = None, gated: bool = False
+    x: torch.Tensor,
+    weight: torch.Tensor,
+    bias: torch.Tensor | None = None,
+    gated: bool = False,
+    in_parts: bool = False,
 ) -> torch.Tensor:
-    """`skinny_linear` as one launch, for up to 128 rows of 16-bit elements.
+    """`skinny_linear` as one launch, for up to 256 rows of 16-bit elements.
 
     Raises ValueError for more rows, a K that is not a multiple of 256, or rows that are not contiguous.
     """
     num_tokens, (n, k) = len(x), weight.shape
-    if num_tokens > max(TILES) or k % K_MULTIPLE or x.stride(1) != 1 or not weight.is_contiguous():
+    most = max(TILES)
+    if num_tokens > most or not _is_regular(x, k) or not weight.is_contiguous():
         raise ValueError(
-            f"x {list(x.shape)} and weight {list(weight.shape)} must have at most {max(TILES)} rows of x, contiguous "
-            f"rows, and a multiple of {K_MULTIPLE} columns"
+            f"x {list(x.shape)} and weight {list(weight.shape)} must have at most {most} rows of x, contiguous rows "
+            f"that begin at multiples of 16 bytes, and a multiple of {K_MULTIPLE} columns"
         )
     n_out = n // 2 if gated else n
-    out = torch.empty((num_tokens, n_out), dtype=x.dtype, device=x.device)
-    arguments = (x, weight, bias, out, num_tokens, x.stride(0), n_out)
     if num_tokens == 1:
+        out = torch.empty((1, n_out), dtype=x.dtype, device=x.device)
         tile_n, tile_k = (8, 512) if k <= 1024 else (4, 1024)
-        options = {"TILE_N": tile_n, "TILE_K": _dividing(k, tile_k), "num_warps": 8}
-        kernel = _vector_kernel
-    else:
-        padded = max(16, next_power_of_2(num_tokens))
-        tile_m = min(MAX_TILE_M, padded)
-        tile_n, tile_k, parts, num_stages = TILES[padded][n > NARROW]
-        in_registers = tile_m == 16 and k <= 1024
-        if in_registers and _is_better_cut(n, 2 * tile_n, tile_n, x.device):
-            tile_n, tile_k = 2 * tile_n, 2 * tile_k
-        options = {"TILE_M": tile_m, "TILE_N": tile_n, "TILE_K": _dividing(k, tile_k), "PARTS": parts}
-        options |= {"IN_REGISTERS": in_registers, "LINE": LINE_BYTES // 2, "num_warps": 4, "num_stages": num_stages}
-        kernel = _skinny_kernel
-    kernel[(triton.cdiv(n, tile_n), triton.cdiv(num_tokens, MAX_TILE_M))](
-        *arguments, K=k, GATED=gated, **options, **early_launch(x)
-    )
+        _vector_kernel[(triton.cdiv(n, tile_n),)](
+            x, weight, bias, out, n_out, K=k, GATED=gated, TILE_N=tile_n, TILE_K=_dividing(k, tile_k), num_warps=8,
+            **early_launch(x),
+        )  # fmt: skip
+        return out
+    plain, of_parts, of_gated = next(tiles for rows, tiles in TILES.items() if num_tokens <= rows)
+    tile_m, tile_n, tile_k, depth = of_gated if gated else of_parts if in_parts else plain
+    programs = triton.cdiv(n, tile_n) * triton.cdiv(num_tokens, tile_m)
+    parts = _parts(programs, k, x.device) if in_parts else 1
+    tile_k = _dividing(k // parts, tile_k)
+    descriptors = (x, weight)
+    if not gated:
+        descriptors = (
+            TensorDescriptor(x, [num_tokens, k], [x.stride(0), 1], [tile_m, tile_k]),
+            TensorDescriptor(weight, [n, k], [k, 1], [tile_n, tile_k]),
+        )
+    shape, dtype = ((parts, num_tokens, n), torch.float32) if parts > 1 else ((num_tokens, n_out), x.dtype)
+    out = torch.empty(shape, dtype=dtype, device=x.device)
+    _tile_kernel[(triton.cdiv(n, tile_n), triton.cdiv(num_tokens, tile_m), parts)](
+        x, weight, *descriptors, bias, out, num_tokens, x.stride(0), n_out, K=k, GATED=gated, PARTS=parts,
+        TILE_M=tile_m, TILE_N=tile_n, TILE_K=tile_k, LINE=LINE_BYTES // 2, num_warps=4,
+        num_stages=min(depth, max(2, k // parts // tile_k)), **early_launch(x),
+    )  # fmt: skip
     return out
+
+
+@lru_cache
+def _parts(programs: int, k: int, device: torch.device) -> int:
+    """Into how many equal parts to split K: the fewest that nearly fill the device, or as many as there can be."""
+    multiprocessors = torch.cuda.get_device_properties(device).multi_processor_count if device.type == "cuda" else 132
+    possible = [p for p in range(1, max(k // MIN_PART, 1) + 1) if k % (p * PART_MULTIPLE) == 0]
+    return next((parts for parts in possible if programs * parts >= FULL * multiprocessors), possible[-1])
 
 
 def _dividing(k: int, tile: int) -> int:
     """The largest power of two up to `tile` that divides `k`."""
     return min(tile, k & -k)
-
-
-@lru_cache
-def _is_better_cut(n: int, tile: int, other: int, device: torch.device) -> bool:
-    """Whether tiles of `tile` rows fill the last round of the device's multiprocessors as well as those of `other`."""
-    if device.type != "cuda":
-        return False
-    multiprocessors = torch.cuda.get_device_properties(device).multi_processor_count
-    used, used_by_other = (-(-n // t) / multiprocessors for t in (tile, other))
-    return used / math.ceil(used) >= used_by_other / math.ceil(used_by_other)
 
 
 @triton.jit
@@ -120,9 +148,11 @@ def _weight_rows(TILE_N: tl.constexpr, GATED: tl.constexpr, n_out):
 
 
 @triton.jit(do_not_specialize=["num_tokens"])
-def _skinny_kernel(
+def _tile_kernel(
     x_ptr,
     weight_ptr,
+    x_tiles,
+    weight_tiles,
     bias_ptr,
     out_ptr,
     num_tokens,
@@ -130,68 +160,66 @@ def _skinny_kernel(
     n_out,
     K: tl.constexpr,
     GATED: tl.constexpr,
+    PARTS: tl.constexpr,
     TILE_M: tl.constexpr,
     TILE_N: tl.constexpr,
     TILE_K: tl.constexpr,
-    PARTS: tl.constexpr,
-    IN_REGISTERS: tl.constexpr,
     LINE: tl.constexpr,
     EARLY: tl.constexpr,
 ):
+    # Matrix units take 64 rows of the first factor at once: of x, or, where it has fewer, of the weight.
+    TURNED: tl.constexpr = TILE_M < 64
+    COLUMNS: tl.constexpr = K // PARTS
     row = _weight_rows(TILE_N, GATED, n_out)
-    m = tl.program_id(1) * TILE_M + tl.arange(0, TILE_M)
-    column = tl.arange(0, TILE_K)
+    first_m, first_n = tl.program_id(1) * TILE_M, tl.program_id(0) * TILE_N
+    m = first_m + tl.arange(0, TILE_M)
     m_inside = (m < num_tokens)[:, None]
+    part = tl.program_id(2)
+    first = part * COLUMNS
+    column = tl.arange(0, TILE_K)
     weight_rows = weight_ptr + row.to(tl.int64)[:, None] * K
     x_rows = x_ptr + m.to(tl.int64)[:, None] * x_stride
-    if IN_REGISTERS:
-        next_w = tl.load(weight_rows + column[None, :])
-    elif EARLY:
+    if EARLY:
         lines = tl.arange(0, TILE_K // LINE) * LINE
-        for start in range(0, K, TILE_K):
-            fetch(weight_rows + start + lines[None, :], (row >= 0)[:, None])
+        for start in range(0, COLUMNS, TILE_K):
+            fetch(weight_rows + first + start + lines[None, :], (row >= 0)[:, None])
     wait_for_previous(EARLY)
-    if PARTS == 1:
-        acc = tl.zeros([TILE_M, TILE_N], tl.float32)
+    if TURNED:
+        acc = tl.zeros([TILE_N, TILE_M], tl.float32)
     else:
-        acc = tl.zeros([PARTS, TILE_M, TILE_N], tl.float32)
-    for start in range(0, K, TILE_K):
-        if IN_REGISTERS:
-            w = next_w
-            if start + TILE_K < K:
-                next_w = tl.load(weight_rows + start + TILE_K + column[None, :])
-        else:
+        acc = tl.zeros([TILE_M, TILE_N], tl.float32)
+    for start in range(first, first + COLUMNS, TILE_K):
+        if GATED:  # rows from two places, which no descriptor holds
             w = tl.load(weight_rows + start + column[None, :])
-        x = tl.load(x_rows + start + column[None, :], mask=m_inside, other=0.0)
-        if PARTS == 1:
-            acc = tl.dot(x, tl.trans(w), acc)
+            x = tl.load(x_rows + start + column[None, :], mask=m_inside, other=0.0)
         else:
-            # A product for each part of the columns; the warps spread over the parts.
-            x_parts = tl.permute(tl.reshape(x, [TILE_M, PARTS, TILE_K // PARTS]), (1, 0, 2))
-            w_parts = tl.permute(tl.reshape(w, [TILE_N, PARTS, TILE_K // PARTS]), (1, 2, 0))
-            acc = tl.dot(x_parts, w_parts, acc)
+            w = weight_tiles.load([first_n, start])
+            x = x_tiles.load([first_m, start])
+        if TURNED:
+            acc = tl.dot(w, tl.trans(x), acc)
+        else:
+            acc = tl.dot(x, tl.trans(w), acc)
     out = acc
-    if PARTS > 1:
-        out = tl.sum(acc, axis=0)
+    if TURNED:
+        out = tl.trans(acc)
     if bias_ptr is not None:
-        out += tl.load(bias_ptr + row).to(tl.float32)[None, :]
+        bias = tl.load(bias_ptr + row).to(tl.float32)
+        out += tl.where(part == 0, bias, 0.0)[None, :]
     if GATED:
         gate, up = tl.split(tl.reshape(out, [TILE_M, TILE_N // 2, 2]))
         out = silu(gate) * up
     TILE_OUT: tl.constexpr = TILE_N // 2 if GATED else TILE_N
     n = tl.program_id(0) * TILE_OUT + tl.arange(0, TILE_OUT)
-    place = out_ptr + m.to(tl.int64)[:, None] * n_out + n[None, :]
+    place = out_ptr + (part * num_tokens + m).to(tl.int64)[:, None] * n_out + n[None, :]
     tl.store(place, out.to(out_ptr.dtype.element_ty), mask=m_inside & (n < n_out)[None, :])
 
 
-@triton.jit(do_not_specialize=["num_tokens"])
+@triton.jit
 def _vector_kernel(
     x_ptr,
     weight_ptr,
     bias_ptr,
     out_ptr,
-    num_tokens,
-    x_stride,
     n_out,
     K: tl.constexpr,
     GATED: tl.constexpr,

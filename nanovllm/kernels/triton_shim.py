@@ -10,6 +10,7 @@ import os
 try:
     import triton
     import triton.language as tl
+    from triton.tools.tensor_descriptor import TensorDescriptor
 except ImportError:
 
     class _Absent:
@@ -19,9 +20,9 @@ except ImportError:
         def __call__(self, *args: object, **kwargs: object) -> "_Absent":
             return self
 
-    triton = tl = _Absent()
+    triton = tl = TensorDescriptor = _Absent()
 
 # Kernels are run by Triton's interpreter, which knows no inline assembly.
 INTERPRETED = tl.constexpr(os.environ.get("TRITON_INTERPRET") == "1")
 
-__all__ = ["INTERPRETED", "tl", "triton"]
+__all__ = ["INTERPRETED", "TensorDescriptor", "tl", "triton"]

@@ -116,9 +116,11 @@ class Linear(nn.Module):
         """`x [tokens, in_features]` -> `[tokens, out_features]`."""
         return self.matmul(x, self.bias)
 
-    def matmul(self, x: torch.Tensor, bias: torch.Tensor | None, gated: bool = False) -> torch.Tensor:
+    def matmul(
+        self, x: torch.Tensor, bias: torch.Tensor | None, gated: bool = False, in_parts: bool = False
+    ) -> torch.Tensor:
         if self.packed is None:
-            return skinny_linear(x, self.weight, bias, gated)
+            return skinny_linear(x, self.weight, bias, gated, in_parts)
         out = packed_linear(x, self.packed, bias)
         return silu_mul(out) if gated else out
 
@@ -220,6 +222,8 @@ class RowParallelLinear(Linear):
 
         `norm` is the one that follows in the model: a small sum is added to `residual` and normed in the same kernel.
         """
+        if self.tp.group is None and self.tp.peers is None:  # nobody else has a part of the sum
+            return norm(self.matmul(x, self.bias, in_parts=True), residual)
         # Only one rank adds the bias, or the sum would hold it once per rank.
         partial = self.matmul(x, self.bias if self.tp.rank == 0 else None)
         if self.tp.peers is not None and self.tp.peers.fit(partial):

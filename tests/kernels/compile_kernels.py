@@ -68,8 +68,10 @@ def call_linear_kernels() -> None:
     rms_norm_triton(x, weight, 1e-6)
     add_rms_norm_triton(x, x.clone(), weight, 1e-6)
     silu_mul_triton(zeros(SEQS, 2048))
-    for rows in (1, 3, 20, 40, 100):
-        skinny_linear_triton(zeros(rows, 1024), zeros(1024, 1024), bias=weight)
+    for rows in (1, 3, 20, 40, 100, 180, 200):
+        skinny_linear_triton(zeros(rows, 1024), zeros(4096, 1024), bias=weight)
+        parts = skinny_linear_triton(zeros(rows, 1024), zeros(128, 1024), in_parts=True)
+        add_rms_norm_triton(parts, zeros(rows, 128), weight, 1e-6)
         skinny_linear_triton(zeros(rows, 1024), zeros(6144, 1024), gated=True)
     addresses, stop = zeros(3, dtype=torch.int64), ints(1)
     peers = PeerBuffers(

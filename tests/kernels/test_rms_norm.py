@@ -68,6 +68,24 @@ def test_add_rms_norm_stores_the_rounded_sum_and_normalizes_it(norm, shape, dtyp
     assert_rounded_once(out, exact_norm(total, weight))
 
 
+@pytest.mark.parametrize("norm", ADD_NORMS)
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("num_parts", [2, 3, 8])
+def test_partial_sums_are_summed_and_rounded_before_they_are_added(norm, num_parts, dtype: torch.dtype, device: str):
+    shape = (5, 96)
+    residual, weight = draw(shape, dtype, device)
+    parts = torch.stack([draw(shape, torch.float32, device)[0].roll(i, 1) for i in range(num_parts)])
+    expected = residual.clone()
+    x = parts[0].clone()
+    for part in parts[1:]:
+        x += part
+    out, returned = norm(parts, residual, weight, EPS)
+    assert returned is residual and out.dtype == dtype
+    unit = torch.finfo(dtype).eps + 8 * torch.finfo(torch.float32).eps
+    torch.testing.assert_close(residual, expected + x.to(dtype), rtol=unit, atol=float(parts.abs().max()) * unit)
+    assert_rounded_once(out, exact_norm(residual, weight))
+
+
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="too large for the interpreter")
 @pytest.mark.parametrize("shape", [(16384, 1024), (8192, 4096), (512, 4096), (4096, 12288)])
 def test_add_rms_norm_at_a_prefills_size(shape: tuple[int, int], device: str):

@@ -17,10 +17,11 @@ SHAPES = [
     (17, 33, 512),
     (33, 24, 768),
     (70, 40, 256),
+    (130, 72, 512),
+    (193, 65, 256),
 ]
-GPU_SHAPES = [
-    (m, n, k) for m in (1, 3, 16, 31, 64, 65, 128) for n, k in ((4096, 1024), (1024, 2048), (6144, 1024), (1024, 3072))
-]
+WEIGHTS = [(4096, 1024), (1024, 2048), (6144, 1024), (1024, 3072)]
+GPU_SHAPES = [(m, n, k) for m in (1, 3, 16, 31, 64, 65, 128, 129, 256) for n, k in WEIGHTS]
 
 
 def draw(shape: tuple[int, int, int], dtype: torch.dtype, device: str) -> tuple[torch.Tensor, ...]:
@@ -75,11 +76,29 @@ def test_the_product_is_rounded_once(shape: tuple[int, int, int], dtype: torch.d
     assert_is_rounded_product(kernels.skinny_linear_triton(x, weight, bias), x, weight, bias)
 
 
+def assert_parts_sum_to_the_product(out: torch.Tensor, x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor):
+    """As exact as one sum in float32, before the sum of the parts is rounded."""
+    if out.dim() == 3:
+        assert out.dtype == torch.float32 and out.shape[0] > 1
+        out = out.sum(dim=0).to(x.dtype)
+    assert_is_rounded_product(out, x, weight, bias)
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("shape", SHAPES)
+def test_parts_sum_to_the_product_and_only_one_has_the_bias(shape, dtype: torch.dtype, device: str):
+    x, weight, bias = draw(shape, dtype, device)
+    out = kernels.skinny_linear_triton(x, weight, bias, in_parts=True)
+    assert_parts_sum_to_the_product(out, x, weight, bias)
+    assert (out.dim() == 3) == (shape[0] > 1 and shape[2] >= 2 * kernels.MIN_PART)  # so small a weight is always split
+
+
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="too large for the interpreter")
 @pytest.mark.parametrize("shape", GPU_SHAPES)
 def test_the_product_is_rounded_once_at_a_models_sizes(shape: tuple[int, int, int], device: str):
     x, weight, bias = draw(shape, torch.bfloat16, device)
     assert_is_rounded_product(kernels.skinny_linear_triton(x, weight, bias), x, weight, bias)
+    assert_parts_sum_to_the_product(kernels.skinny_linear_triton(x, weight, bias, in_parts=True), x, weight, bias)
     assert_is_rounded_swiglu(kernels.skinny_linear_triton(x, weight, bias, gated=True), x, weight, bias)
 
 
@@ -90,9 +109,11 @@ def test_what_the_kernel_is_not_for_is_left_to_the_library(device: str, monkeypa
         (x, weight),  # float32
         (x[:, :100].bfloat16(), weight[:, :100].bfloat16()),  # an odd K
         (x[:0].bfloat16(), weight.bfloat16()),
-        (x.bfloat16().repeat(50, 1), weight.bfloat16()),  # many rows
+        (x.bfloat16().repeat(90, 1), weight.bfloat16()),  # many rows
+        (x.bfloat16().repeat(1, 2)[:, 3 : 3 + 256], weight.bfloat16()),  # rows that begin at odd places
     ]:
         assert torch.equal(kernels.skinny_linear(a, w), torch.nn.functional.linear(a, w))
+        assert torch.equal(kernels.skinny_linear(a, w, in_parts=True), torch.nn.functional.linear(a, w))
         expected = silu_mul(torch.nn.functional.linear(a, w))
         assert torch.equal(kernels.skinny_linear(a, w, gated=True), expected)
 
@@ -111,5 +132,7 @@ def test_bad_shapes_are_refused(device: str):
     x, weight, _ = draw((3, 8, 256), torch.bfloat16, device)
     with pytest.raises(ValueError, match="multiple of 256"):
         kernels.skinny_linear_triton(x[:, :100], weight[:, :100])
-    with pytest.raises(ValueError, match="at most 128 rows"):
-        kernels.skinny_linear_triton(x.repeat(43, 1), weight)
+    with pytest.raises(ValueError, match="at most 256 rows"):
+        kernels.skinny_linear_triton(x.repeat(86, 1), weight)
+    with pytest.raises(ValueError, match="begin at multiples of 16 bytes"):
+        kernels.skinny_linear_triton(x.repeat(1, 2)[:, 3 : 3 + 256], weight)
