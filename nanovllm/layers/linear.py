@@ -222,7 +222,7 @@ class RowParallelLinear(Linear):
 
         `norm` is the one that follows in the model: a small sum is added to `residual` and normed in the same kernel.
         """
-        if self.tp.group is None and self.tp.peers is None:  # nobody else has a part of the sum
+        if self.tp.size == 1 and self.tp.peers is None:  # the norm may as well add up the parts of a product
             return norm(self.matmul(x, self.bias, in_parts=True), residual)
         # Only one rank adds the bias, or the sum would hold it once per rank.
         partial = self.matmul(x, self.bias if self.tp.rank == 0 else None)
