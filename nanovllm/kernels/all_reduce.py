@@ -89,8 +89,11 @@ def one_shot_all_reduce(x: torch.Tensor, peers: PeerBuffers) -> torch.Tensor:
 def one_shot_add_rms_norm(
     x: torch.Tensor, residual: torch.Tensor, weight: torch.Tensor, eps: float, peers: PeerBuffers
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """`add_rms_norm` of the sum of every rank's `x`, with the same rounding as one after the other; one launch."""
-    out = torch.empty_like(x, memory_format=torch.contiguous_format)
+    """`add_rms_norm` of the sum of every rank's `x`, with the same rounding as one after the other; one launch.
+
+    A rank's x may be partial sums `[parts, tokens, columns]` in float32, whose sum is rounded before it is sent.
+    """
+    out = torch.empty_like(residual, memory_format=torch.contiguous_format)
     _launch(x, residual, weight, out, eps, peers, has_norm=True)
     return out, residual
 
@@ -112,7 +115,7 @@ def _launch(
     peers: PeerBuffers,
     has_norm: bool,
 ) -> None:
-    if not x.shape[0]:
+    if not residual.shape[0]:
         return  # such a call would wait for nobody, so that a peer might be a turn too far ahead
     tile = triton.next_power_of_2(peers.columns)
     _one_shot_kernel[(len(peers.turns),)](
@@ -123,8 +126,9 @@ def _launch(
         peers.inboxes,
         peers.addresses,
         peers.turns,
-        x.shape[0],
+        residual.shape[0],
         peers.max_rows,
+        x.stride(-2),
         x.stride(0),
         residual.stride(0),
         out.stride(0),
@@ -134,6 +138,7 @@ def _launch(
         RANKS=triton.next_power_of_2(peers.size),
         COLUMNS=peers.columns,
         TILE=tile,
+        NUM_PARTS=len(x) if x.dim() == 3 else 1,
         EMPTY=torch.iinfo(peers.inboxes.dtype).min,
         HAS_NORM=has_norm,
         num_warps=min(max(tile // 256, 1), 16),  # 8 elements, 16 bytes of bf16, a thread and rank
@@ -153,6 +158,7 @@ def _one_shot_kernel(
     num_rows,
     max_rows,
     x_stride,
+    part_stride,
     residual_stride,
     out_stride,
     eps,
@@ -161,6 +167,7 @@ def _one_shot_kernel(
     RANKS: tl.constexpr,
     COLUMNS: tl.constexpr,
     TILE: tl.constexpr,
+    NUM_PARTS: tl.constexpr,
     EMPTY: tl.constexpr,
     HAS_NORM: tl.constexpr,
     EARLY: tl.constexpr,
@@ -169,13 +176,16 @@ def _one_shot_kernel(
     column = tl.arange(0, TILE)
     inside = column < COLUMNS
     word: tl.constexpr = inboxes_ptr.dtype.element_ty
+    dtype: tl.constexpr = residual_ptr.dtype.element_ty
     stop_ptr = tl.load(addresses_ptr + SIZE).to(tl.pointer_type(tl.int32))
     wait_for_previous(EARLY)
     turn = tl.load(turns_ptr + program)
 
     for row in range(program, num_rows, tl.num_programs(0)):  # send all before waiting for any
         x = tl.load(x_ptr + row * x_stride + column, mask=inside, other=0.0)
-        words = x.to(word, bitcast=True)
+        for part in tl.static_range(1, NUM_PARTS):
+            x += tl.load(x_ptr + part * part_stride + row * x_stride + column, mask=inside, other=0.0)
+        words = x.to(dtype).to(word, bitcast=True)
         words = tl.where(words == EMPTY, 0, words)
         inbox = ((turn * SIZE + RANK) * max_rows + row) * COLUMNS
         for peer in tl.static_range(SIZE):
@@ -200,7 +210,7 @@ def _one_shot_kernel(
             if polls % POLLS == 0:
                 is_full = tl.maximum(is_full, tl.load(stop_ptr, volatile=True))
         tl.store(places, tl.full([RANKS, TILE], EMPTY, word), mask=is_sent)
-        x = tl.sum(words.to(x_ptr.dtype.element_ty, bitcast=True).to(tl.float32), axis=0).to(x_ptr.dtype.element_ty)
+        x = tl.sum(words.to(dtype, bitcast=True).to(tl.float32), axis=0).to(dtype)
         if HAS_NORM:
             place = residual_ptr + row * residual_stride + column
             x = (x.to(tl.float32) + tl.load(place, mask=inside, other=0.0).to(tl.float32)).to(x.dtype)

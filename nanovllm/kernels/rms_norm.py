@@ -106,10 +106,9 @@ def _rms_norm_kernel(
     weight = tl.load(weight_ptr + column, mask=inside, other=0.0).to(tl.float32)
     wait_for_previous(EARLY)
     x = tl.load(x_ptr + token * x_stride + column, mask=inside, other=0.0)
-    if NUM_PARTS > 1:
-        for part in tl.static_range(1, NUM_PARTS):
-            x += tl.load(x_ptr + part * part_stride + token * x_stride + column, mask=inside, other=0.0)
-        x = x.to(residual_ptr.dtype.element_ty)
+    for part in tl.static_range(1, NUM_PARTS):
+        x += tl.load(x_ptr + part * part_stride + token * x_stride + column, mask=inside, other=0.0)
+    x = x.to(residual_ptr.dtype.element_ty)
     if HAS_RESIDUAL:
         place = residual_ptr + token * residual_stride + column
         x = (x.to(tl.float32) + tl.load(place, mask=inside, other=0.0).to(tl.float32)).to(x.dtype)

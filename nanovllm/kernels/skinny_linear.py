@@ -14,6 +14,7 @@ The gate of an MLP comes along: with `gated`, W is a gate's rows and then an up'
 """
 
 from functools import lru_cache
+from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -22,25 +23,42 @@ from nanovllm.kernels.early_launch import LINE_BYTES, early_launch, fetch, wait_
 from nanovllm.kernels.silu_mul import silu, silu_mul
 from nanovllm.kernels.triton_shim import TensorDescriptor, tl, triton
 
-MAX_ROWS = 128  # of x: with more, a library's kernels are as fast, unless K can be split: twice as many
-WIDE = 4096  # a weight of more rows than this fills a library's larger tiles: half of MAX_ROWS
-LARGE = 1 << 23  # elements of a weight: where there is more to read, a library is faster from two rows on
+MAX_ROWS = 128  # of x: with more, a library's kernels are as fast; in parts, twice as many, gated, half
+LARGE, HUGE = 1 << 23, 1 << 27  # elements of a weight: from LARGE on it is for half as many rows, from HUGE on for one
+NARROW = 4096  # a large weight of no more rows has too few tiles, unless in parts
+LARGE_AHEAD = 256  # columns of a large weight that are fetched before the wait: all of them would flood the L2 cache
 K_MULTIPLE = 256
-
-# Rows of x (at most) -> for a product, one in parts, a gated one, whose tile of the weight is half gate and half up:
-# rows of a tile of x and of the weight, columns of both, pipeline depth. What a program leaves of a multiprocessor's
-# shared memory counts too: there the next kernel can start early. Measured in a whole step of Qwen3-0.6B's shape on an
-# H100, one product at a time: docs/performance.md.
-TILES = {
-    16: ((16, 64, 256, 4), (16, 64, 256, 4), (16, 64, 256, 4)),
-    32: ((32, 64, 256, 3), (32, 64, 128, 3), (32, 64, 256, 4)),
-    64: ((64, 32, 256, 3), (64, 16, 256, 4), (64, 64, 128, 4)),
-    192: ((128, 64, 128, 4), (64, 64, 128, 4), (64, 64, 128, 4)),
-    256: ((128, 64, 128, 4), (128, 64, 128, 4), (64, 64, 128, 4)),
-}
-FULL = 0.7  # a device of which so many of the multiprocessors have a program gains nothing from more parts
 MIN_PART = 256  # columns of a part, at least; they are a multiple of PART_MULTIPLE
 PART_MULTIPLE = 128
+FULL = 0.7  # a device of which so many of the multiprocessors have a program gains nothing from more parts
+
+
+class Tiling(NamedTuple):
+    """A program's tiles of x and of the weight, which of a gated product is half gate and half up."""
+
+    rows: int  # of x
+    weight_rows: int
+    columns: int
+    depth: int  # of the load pipeline
+    longest: int = 1 << 30  # columns of a part, at most
+
+
+# Rows of x (at most) -> for a product, for one in parts, for a gated one. What a program leaves of a multiprocessor's
+# shared memory counts too: there the next kernel can start early. So these were chosen in whole steps, one product at a
+# time, of Qwen3-0.6B's shape on an H100 and, for large weights, of Qwen3-8B's on an H200: docs/performance.md.
+TILINGS = {
+    16: (Tiling(16, 64, 256, 4), Tiling(16, 64, 256, 4), Tiling(16, 64, 256, 4)),
+    32: (Tiling(32, 64, 256, 3), Tiling(32, 64, 128, 3), Tiling(32, 64, 256, 4)),
+    64: (Tiling(64, 32, 256, 3), Tiling(64, 16, 256, 4), Tiling(64, 64, 128, 4)),
+    192: (Tiling(128, 64, 128, 4), Tiling(64, 64, 128, 4), Tiling(64, 64, 128, 4)),
+    256: (Tiling(128, 64, 128, 4), Tiling(128, 64, 128, 4), Tiling(64, 64, 128, 4)),
+}
+LARGE_TILINGS = {
+    16: (Tiling(16, 64, 128, 4), Tiling(16, 64, 128, 4, 3072), Tiling(16, 64, 128, 3)),
+    32: (Tiling(32, 64, 128, 4), Tiling(32, 64, 128, 4, 3072), Tiling(32, 64, 128, 3)),
+    64: (Tiling(64, 64, 128, 4), Tiling(64, 64, 128, 4), Tiling(64, 64, 128, 4)),
+    256: (Tiling(128, 64, 128, 4), Tiling(128, 64, 128, 4), Tiling(64, 64, 128, 4)),
+}
 
 
 def skinny_linear(
@@ -65,11 +83,11 @@ def skinny_linear(
 
 def _most_rows(n: int, k: int, gated: bool, in_parts: bool) -> int:
     """How many rows of x a weight `[n, k]` may meet here."""
-    if n * k > LARGE:
+    is_large = n * k >= LARGE
+    if n * k >= HUGE or is_large and n <= NARROW and not in_parts:
         return min(MAX_ROWS, 1)
-    if in_parts:
-        return MAX_ROWS * 2
-    return MAX_ROWS // 2 if gated or n > WIDE else MAX_ROWS
+    rows = MAX_ROWS * 2 if in_parts else MAX_ROWS // 2 if gated else MAX_ROWS
+    return rows // 2 if is_large else rows
 
 
 def _is_regular(x: torch.Tensor, k: int) -> bool:
@@ -89,7 +107,7 @@ def skinny_linear_triton(
     Raises ValueError for more rows, a K that is not a multiple of 256, or rows that are not contiguous.
     """
     num_tokens, (n, k) = len(x), weight.shape
-    most = max(TILES)
+    most = max(TILINGS)
     if num_tokens > most or not _is_regular(x, k) or not weight.is_contiguous():
         raise ValueError(
             f"x {list(x.shape)} and weight {list(weight.shape)} must have at most {most} rows of x, contiguous rows "
@@ -104,33 +122,35 @@ def skinny_linear_triton(
             **early_launch(x),
         )  # fmt: skip
         return out
-    plain, of_parts, of_gated = next(tiles for rows, tiles in TILES.items() if num_tokens <= rows)
-    tile_m, tile_n, tile_k, depth = of_gated if gated else of_parts if in_parts else plain
-    programs = triton.cdiv(n, tile_n) * triton.cdiv(num_tokens, tile_m)
-    parts = _parts(programs, k, x.device) if in_parts else 1
-    tile_k = _dividing(k // parts, tile_k)
-    descriptors = (x, weight)
+    is_large = n * k >= LARGE
+    tilings = LARGE_TILINGS if is_large else TILINGS
+    plain, of_parts, of_gated = next(tilings[rows] for rows in tilings if num_tokens <= rows)
+    tiling = of_gated if gated else of_parts if in_parts else plain
+    num_tiles = triton.cdiv(n, tiling.weight_rows), triton.cdiv(num_tokens, tiling.rows)
+    parts = _parts(num_tiles[0] * num_tiles[1], k, tiling.longest, x.device) if in_parts else 1
+    columns = k // parts
+    tile_m, tile_n, tile_k = tiling.rows, tiling.weight_rows, _dividing(columns, tiling.columns)
+    x_tiles, weight_tiles = x, weight
     if not gated:
-        descriptors = (
-            TensorDescriptor(x, [num_tokens, k], [x.stride(0), 1], [tile_m, tile_k]),
-            TensorDescriptor(weight, [n, k], [k, 1], [tile_n, tile_k]),
-        )
+        x_tiles = TensorDescriptor(x, [num_tokens, k], [x.stride(0), 1], [tile_m, tile_k])
+        weight_tiles = TensorDescriptor(weight, [n, k], [k, 1], [tile_n, tile_k])
     shape, dtype = ((parts, num_tokens, n), torch.float32) if parts > 1 else ((num_tokens, n_out), x.dtype)
     out = torch.empty(shape, dtype=dtype, device=x.device)
-    _tile_kernel[(triton.cdiv(n, tile_n), triton.cdiv(num_tokens, tile_m), parts)](
-        x, weight, *descriptors, bias, out, num_tokens, x.stride(0), n_out, K=k, GATED=gated, PARTS=parts,
-        TILE_M=tile_m, TILE_N=tile_n, TILE_K=tile_k, LINE=LINE_BYTES // 2, num_warps=4,
-        num_stages=min(depth, max(2, k // parts // tile_k)), **early_launch(x),
+    _tile_kernel[(*num_tiles, parts)](
+        x, weight, x_tiles, weight_tiles, bias, out, num_tokens, x.stride(0), n_out, K=k, GATED=gated, PARTS=parts,
+        TILE_M=tile_m, TILE_N=tile_n, TILE_K=tile_k, AHEAD=min(LARGE_AHEAD, columns) if is_large else columns,
+        LINE=LINE_BYTES // 2, num_warps=4, num_stages=min(tiling.depth, max(2, columns // tile_k)), **early_launch(x),
     )  # fmt: skip
     return out
 
 
 @lru_cache
-def _parts(programs: int, k: int, device: torch.device) -> int:
+def _parts(programs: int, k: int, longest: int, device: torch.device) -> int:
     """Into how many equal parts to split K: the fewest that nearly fill the device, or as many as there can be."""
     multiprocessors = torch.cuda.get_device_properties(device).multi_processor_count if device.type == "cuda" else 132
     possible = [p for p in range(1, max(k // MIN_PART, 1) + 1) if k % (p * PART_MULTIPLE) == 0]
-    return next((parts for parts in possible if programs * parts >= FULL * multiprocessors), possible[-1])
+    enough = (p for p in possible if programs * p >= FULL * multiprocessors and k // p <= longest)
+    return next(enough, possible[-1])
 
 
 def _dividing(k: int, tile: int) -> int:
@@ -164,6 +184,7 @@ def _tile_kernel(
     TILE_M: tl.constexpr,
     TILE_N: tl.constexpr,
     TILE_K: tl.constexpr,
+    AHEAD: tl.constexpr,
     LINE: tl.constexpr,
     EARLY: tl.constexpr,
 ):
@@ -181,7 +202,7 @@ def _tile_kernel(
     x_rows = x_ptr + m.to(tl.int64)[:, None] * x_stride
     if EARLY:
         lines = tl.arange(0, TILE_K // LINE) * LINE
-        for start in range(0, COLUMNS, TILE_K):
+        for start in range(0, AHEAD, TILE_K):
             fetch(weight_rows + first + start + lines[None, :], (row >= 0)[:, None])
     wait_for_previous(EARLY)
     if TURNED:

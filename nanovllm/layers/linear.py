@@ -222,11 +222,11 @@ class RowParallelLinear(Linear):
 
         `norm` is the one that follows in the model: a small sum is added to `residual` and normed in the same kernel.
         """
-        if self.tp.size == 1 and self.tp.peers is None:  # the norm may as well add up the parts of a product
-            return norm(self.matmul(x, self.bias, in_parts=True), residual)
+        is_one_shot = self.tp.peers is not None and self.tp.peers.fit(residual)
         # Only one rank adds the bias, or the sum would hold it once per rank.
-        partial = self.matmul(x, self.bias if self.tp.rank == 0 else None)
-        if self.tp.peers is not None and self.tp.peers.fit(partial):
+        bias = self.bias if self.tp.rank == 0 else None
+        partial = self.matmul(x, bias, in_parts=is_one_shot or self.tp.size == 1)  # what comes next adds the parts up
+        if is_one_shot:
             return one_shot_add_rms_norm(partial, residual, norm.weight, norm.eps, self.tp.peers)
         return norm(self.tp.all_reduce(partial), residual)
 

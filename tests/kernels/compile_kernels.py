@@ -80,6 +80,7 @@ def call_linear_kernels() -> None:
     )  # fmt: skip
     one_shot_all_reduce(x, peers)
     one_shot_add_rms_norm(x, x.clone(), weight, 1e-6, peers)
+    one_shot_add_rms_norm(zeros(2, SEQS, 1024, dtype=torch.float32), x.clone(), weight, 1e-6, peers)
 
 
 def call_attention_kernels(head_dim: int, block_size: int, dtype: torch.dtype, has_norm: bool) -> None:
