@@ -24,7 +24,7 @@ KINDS = {  # part of a kernel's name -> what it is, in the order of the search
     "rms_norm": "norms",
     "qk_norm_rope": "QK-norm, RoPE, store",
     "silu": "SiLU·mul",
-    "_skinny_kernel": "GEMMs, few rows",
+    "_tile_kernel": "GEMMs, few rows",
     "_vector_kernel": "GEMMs, few rows",
     "nvjet": "GEMMs",
     "splitKreduce": "GEMMs",
