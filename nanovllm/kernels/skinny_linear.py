@@ -20,6 +20,7 @@ import torch
 import torch.nn.functional as F
 
 from nanovllm.kernels.early_launch import LINE_BYTES, early_launch, fetch, wait_for_previous
+from nanovllm.kernels.paged_kv import shared_memory_bytes
 from nanovllm.kernels.silu_mul import silu, silu_mul
 from nanovllm.kernels.triton_shim import TensorDescriptor, tl, triton
 
@@ -129,7 +130,8 @@ def skinny_linear_triton(
     num_tiles = triton.cdiv(n, tiling.weight_rows), triton.cdiv(num_tokens, tiling.rows)
     parts = _parts(num_tiles[0] * num_tiles[1], k, tiling.longest, x.device) if in_parts else 1
     columns = k // parts
-    tile_m, tile_n, tile_k = tiling.rows, tiling.weight_rows, _dividing(columns, tiling.columns)
+    tile_m, tile_n = tiling.rows, tiling.weight_rows
+    tile_k, depth = _fit(tiling, columns, x.element_size(), shared_memory_bytes(x.device))
     x_tiles, weight_tiles = x, weight
     if not gated:
         x_tiles = TensorDescriptor(x, [num_tokens, k], [x.stride(0), 1], [tile_m, tile_k])
@@ -139,7 +141,7 @@ def skinny_linear_triton(
     _tile_kernel[(*num_tiles, parts)](
         x, weight, x_tiles, weight_tiles, bias, out, num_tokens, x.stride(0), n_out, K=k, GATED=gated, PARTS=parts,
         TILE_M=tile_m, TILE_N=tile_n, TILE_K=tile_k, AHEAD=min(LARGE_AHEAD, columns) if is_large else columns,
-        LINE=LINE_BYTES // 2, num_warps=4, num_stages=min(tiling.depth, max(2, columns // tile_k)), **early_launch(x),
+        LINE=LINE_BYTES // 2, num_warps=4, num_stages=depth, **early_launch(x),
     )  # fmt: skip
     return out
 
@@ -151,6 +153,15 @@ def _parts(programs: int, k: int, longest: int, device: torch.device) -> int:
     possible = [p for p in range(1, max(k // MIN_PART, 1) + 1) if k % (p * PART_MULTIPLE) == 0]
     enough = (p for p in possible if programs * p >= FULL * multiprocessors and k // p <= longest)
     return next(enough, possible[-1])
+
+
+def _fit(tiling: Tiling, columns: int, itemsize: int, shared_memory: int) -> tuple[int, int]:
+    """Columns of a tile, which divide those of a part, and depth, as far as they fit a program's `shared_memory`."""
+    bytes_per_column = (tiling.rows + tiling.weight_rows) * itemsize
+    tile_k = _dividing(columns, tiling.columns)
+    while 2 * tile_k * bytes_per_column > shared_memory:
+        tile_k //= 2
+    return tile_k, min(tiling.depth, max(2, columns // tile_k), shared_memory // (tile_k * bytes_per_column))
 
 
 def _dividing(k: int, tile: int) -> int:

@@ -128,6 +128,19 @@ def test_few_rows_on_a_gpu_take_the_kernel(device: str, monkeypatch: pytest.Monk
     assert len(calls) == 1
 
 
+@pytest.mark.parametrize("kib", [64, 99, 163, 227])  # of a program, from the oldest GPUs that know bfloat16 to Hopper
+def test_tiles_fit_the_devices_shared_memory(kib: int):
+    tilings = [t for table in (kernels.TILINGS, kernels.LARGE_TILINGS) for row in table.values() for t in row]
+    for tiling in tilings:
+        for columns in (256, 384, 1024):
+            tile_k, depth = kernels._fit(tiling, columns, 2, kib * 1024)
+            assert columns % tile_k == 0 and tile_k >= 16 and depth >= 2
+            assert depth * tile_k * (tiling.rows + tiling.weight_rows) * 2 <= kib * 1024
+            if kib == 227:  # what they were made for: nothing is cut
+                assert tile_k == min(tiling.columns, columns & -columns)
+                assert depth == min(tiling.depth, max(2, columns // tile_k))
+
+
 def test_bad_shapes_are_refused(device: str):
     x, weight, _ = draw((3, 8, 256), torch.bfloat16, device)
     with pytest.raises(ValueError, match="multiple of 256"):
