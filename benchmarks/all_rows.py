@@ -70,6 +70,7 @@ def run_engine(setting: Setting) -> tuple[dict[str, Any], int]:
         "host_not_hidden": 100 * split["full_batch"]["idle_share"],
         "device_idle": 100 * split["device_idle_share"],
         **{f"streams_{n}": results[w.name].output_tok_s for n, w in zip(STREAMS, streams, strict=True)},
+        "token_1": results[streams[0].name].ms_per_token,
         "prefill_model": results[prefill.name].percent_of_roofline,  # without outputs: prefill's FLOPs at matmul rate
         "start_up": startup["first_token_s"],
     }

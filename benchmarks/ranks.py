@@ -14,9 +14,11 @@ import torch
 from benchmarks import all_reduce
 from benchmarks.ceilings import Ceilings
 from benchmarks.engines import make_engine
+from benchmarks.machine import describe_machine
 from benchmarks.report import result_lines, table_lines
 from benchmarks.runs import run_alternating, warm_up
 from benchmarks.setting import Setting
+from benchmarks.targets import goal_lines, goals_for, judge
 from benchmarks.workloads import PRESETS, few_streams
 from nanovllm.kernels.all_reduce import one_shot_limit
 
@@ -39,8 +41,11 @@ def run(setting: Setting, sizes: list[int]) -> dict[str, Any]:
     runs: list[dict[str, Any]] = []
     for size in sizes:
         options = replace(setting.options, tensor_parallel_size=size)
-        runs.append({"ranks": size, "sums": None, **run_engine(replace(setting, options=options), ceilings)})
-        print(*rank_lines(runs), sep="\n", flush=True)
+        own = replace(setting, options=options)
+        runs.append({"ranks": size, "sums": None, **run_engine(own, ceilings)})
+        measured = {"headline": runs[-1]["headline_tok_s"], "token_1": runs[-1]["stream_ms"][1]}
+        runs[-1]["rows"] = judge(measured, goals_for(own, describe_machine(options.device)))
+        print(*goal_lines(runs[-1]["rows"]), *rank_lines(runs), sep="\n", flush=True)
         if size > 1 and options.device == "cuda":
             hidden_sizes = (setting.config["hidden_size"],)
             runs[-1]["sums"] = all_reduce.collect(size, SUMS_SECONDS, ROWS, hidden_sizes, with_torch=False)

@@ -1,7 +1,7 @@
-"""What the engine must reach (the floor) and what it is meant to reach (the target), as data, by device.
+"""What the engine must reach (the floor) and what it is meant to reach (the target), as data.
 
-The goals hold for the shape of Qwen3-0.6B in bfloat16 with the workloads at their full size. Where a device has none,
-a row is measured and not judged.
+The goals hold for a device, a model's shape in bfloat16, and a number of ranks, with the workloads at their full size.
+Where there is none a row is measured and not judged.
 """
 
 from dataclasses import dataclass
@@ -29,6 +29,7 @@ ROWS = {
     "streams_1": Row("1 stream, prompt 128, output 512", "tok/s"),
     "streams_8": Row("8 streams", "tok/s"),
     "streams_32": Row("32 streams", "tok/s"),
+    "token_1": Row("a token of 1 stream", "ms", at_most=True),
     "decode_0": Row("paged decode kernel, the headline's lengths at step 0", "TB/s"),
     "decode_300": Row("paged decode kernel, step 300", "TB/s"),
     "decode_600": Row("paged decode kernel, step 600", "TB/s"),
@@ -41,9 +42,9 @@ ROWS = {
     "small_cache": Row("a quarter of the cache's need: rate, of the unpressured", "%"),
 }
 
-# (floor, target) by row; None where only one of them is set. A device is known by a word of its name.
-GOALS: dict[str, dict[str, tuple[float | None, float | None]]] = {
-    "H100": {
+# By device, known by a word of its name, shape and number of ranks: a row's (floor, target), None where one is not set.
+GOALS: dict[tuple[str, str, int], dict[str, tuple[float | None, float | None]]] = {
+    ("H100", "qwen3-0.6b", 1): {
         "headline": (21_500, 24_000),
         "headline_roofline": (80, 90),
         "host_not_hidden": (3, 1),
@@ -61,18 +62,20 @@ GOALS: dict[str, dict[str, tuple[float | None, float | None]]] = {
         "scaling": (100, None),
         "small_cache": (80, None),
     },
-    "H200": {
-        "headline": (28_000, 33_000),
-    },
+    ("H200", "qwen3-0.6b", 1): {"headline": (28_000, 33_000)},
+    ("H200", "qwen3-8b", 1): {"headline": (10_000, 11_500), "token_1": (4.4, 3.8)},
+    ("H200", "qwen3-8b", 4): {"headline": (21_000, 26_000), "token_1": (2.2, 1.5)},
 }
 
 
 def goals_for(setting: Setting, machine: dict[str, Any]) -> dict[str, tuple[float | None, float | None]]:
     """The goals that a run in this setting on this machine (`describe_machine`'s) is to be judged by; {} for none."""
-    same_model = setting.shape == model_shape(read_config(SHAPES / "qwen3-0.6b"), bytes_per_element=2)
-    if setting.shrink > 1 or setting.options.tensor_parallel_size > 1 or not same_model:
-        return {}
-    return next((goals for kind, goals in GOALS.items() if kind in machine.get("gpu", "").split()), {})
+    words, num_ranks = machine.get("gpu", "").split(), setting.options.tensor_parallel_size
+    for (device, shape, ranks), goals in GOALS.items():
+        is_same_model = setting.shape == model_shape(read_config(SHAPES / shape), bytes_per_element=2)
+        if device in words and is_same_model and ranks == num_ranks and setting.shrink == 1:
+            return goals
+    return {}
 
 
 def judge(

@@ -91,6 +91,10 @@ def test_ranks_are_compared_by_rate_latency_and_what_is_sent(tmp_path):
         assert run["headline_tok_s"] == results["headline"]["output_tok_s"] > 0
         assert run["stream_ms"]["32"] == results["32 streams"]["ms_per_token"] > 0
         assert run["sums"] is None  # of a GPU
+        assert [(row["key"], row["measured"], row["reached"]) for row in run["rows"]] == [
+            ("headline", run["headline_tok_s"], None),  # no goals for a CPU
+            ("token_1", run["stream_ms"]["1"], None),
+        ]
     assert one["plan_bytes_per_step"] == 0 and 100 < two["plan_bytes_per_step"] < 1000
 
 
@@ -182,18 +186,24 @@ def test_options_that_a_mode_does_not_take_are_refused(monkeypatch, capsys, args
     assert error in capsys.readouterr().err.partition("error: ")[2]
 
 
-def test_goals_are_those_of_the_device_the_model_and_the_full_size():
+def test_goals_are_those_of_the_device_the_model_the_ranks_and_the_full_size():
     options = EngineOptions(
         model_dir=SHAPES / "qwen3-0.6b", load_format="dummy", device="cuda", dtype="auto", max_model_len=4096
     )
-    config = read_config(options.model_dir)
-    setting = Setting(options=options, config=config, temperature=0.6, seed=0, repeat=2)
-    assert goals_for(setting, {"gpu": "NVIDIA H100 80GB HBM3"}) is GOALS["H100"]
-    assert goals_for(setting, {"gpu": "NVIDIA H200"}) is GOALS["H200"]
-    assert GOALS["H100"].keys() <= ROWS.keys() and GOALS["H200"].keys() <= ROWS.keys()
+    setting = Setting(options=options, config=read_config(options.model_dir), temperature=0.6, seed=0, repeat=2)
+    large = replace(setting, config=read_config(SHAPES / "qwen3-8b"))
+
+    def on_ranks(setting: Setting, size: int) -> Setting:
+        return replace(setting, options=replace(options, tensor_parallel_size=size))
+
+    h100, h200 = {"gpu": "NVIDIA H100 80GB HBM3"}, {"gpu": "NVIDIA H200"}
+    assert goals_for(setting, h100) is GOALS["H100", "qwen3-0.6b", 1]
+    assert goals_for(setting, h200) is GOALS["H200", "qwen3-0.6b", 1]
+    assert goals_for(on_ranks(large, 4), h200) is GOALS["H200", "qwen3-8b", 4]
     assert goals_for(setting, {"gpu": "NVIDIA GH200 480GB"}) == goals_for(setting, {"cpu": "AMD EPYC"}) == {}
-    assert goals_for(replace(setting, shrink=2), {"gpu": "NVIDIA H200"}) == {}
-    assert goals_for(replace(setting, config=read_config(SHAPES / "qwen3-8b")), {"gpu": "NVIDIA H200"}) == {}
+    assert goals_for(replace(setting, shrink=2), h200) == goals_for(large, h100) == {}
+    assert goals_for(on_ranks(setting, 2), h200) == goals_for(on_ranks(large, 2), h200) == {}
+    assert all(goals.keys() <= ROWS.keys() and (SHAPES / shape).is_dir() for (_, shape, _), goals in GOALS.items())
 
 
 def test_rows_are_judged_by_floor_and_target():
