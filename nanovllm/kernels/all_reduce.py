@@ -24,6 +24,7 @@ from dataclasses import dataclass
 import torch
 
 from nanovllm.kernels.early_launch import early_launch, wait_for_previous
+from nanovllm.kernels.rms_norm import add_to_residual, count_parts, load_sum, normed
 from nanovllm.kernels.triton_shim import tl, triton
 
 # Messages of which a rank sends up to so many bytes, a copy to each other, are summed this way, on all devices of a
@@ -138,7 +139,7 @@ def _launch(
         RANKS=triton.next_power_of_2(peers.size),
         COLUMNS=peers.columns,
         TILE=tile,
-        NUM_PARTS=len(x) if x.dim() == 3 else 1,
+        NUM_PARTS=count_parts(x),
         EMPTY=torch.iinfo(peers.inboxes.dtype).min,
         HAS_NORM=has_norm,
         num_warps=min(max(tile // 256, 1), 16),  # 8 elements, 16 bytes of bf16, a thread and rank
@@ -182,10 +183,8 @@ def _one_shot_kernel(
     turn = tl.load(turns_ptr + program)
 
     for row in range(program, num_rows, tl.num_programs(0)):  # send all before waiting for any
-        x = tl.load(x_ptr + row * x_stride + column, mask=inside, other=0.0)
-        for part in tl.static_range(1, NUM_PARTS):
-            x += tl.load(x_ptr + part * part_stride + row * x_stride + column, mask=inside, other=0.0)
-        words = x.to(dtype).to(word, bitcast=True)
+        x = load_sum(x_ptr + row * x_stride + column, part_stride, inside, NUM_PARTS, dtype)
+        words = x.to(word, bitcast=True)
         words = tl.where(words == EMPTY, 0, words)
         inbox = ((turn * SIZE + RANK) * max_rows + row) * COLUMNS
         for peer in tl.static_range(SIZE):
@@ -212,11 +211,8 @@ def _one_shot_kernel(
         tl.store(places, tl.full([RANKS, TILE], EMPTY, word), mask=is_sent)
         x = tl.sum(words.to(dtype, bitcast=True).to(tl.float32), axis=0).to(dtype)
         if HAS_NORM:
-            place = residual_ptr + row * residual_stride + column
-            x = (x.to(tl.float32) + tl.load(place, mask=inside, other=0.0).to(tl.float32)).to(x.dtype)
-            tl.store(place, x, mask=inside)
-            x = x.to(tl.float32)
+            x = add_to_residual(x, residual_ptr + row * residual_stride + column, inside)
             weight = tl.load(weight_ptr + column, mask=inside, other=0.0).to(tl.float32)
-            x = (x * tl.rsqrt(tl.sum(x * x, axis=0) / COLUMNS + eps) * weight).to(out_ptr.dtype.element_ty)
+            x = normed(x, weight, eps, COLUMNS).to(out_ptr.dtype.element_ty)
         tl.store(out_ptr + row * out_stride + column, x, mask=inside)
     tl.store(turns_ptr + program, 1 - turn)

@@ -28,6 +28,11 @@ def add_rms_norm(
     return run(x, residual, weight, eps)
 
 
+def count_parts(x: torch.Tensor) -> int:
+    """Of partial sums `[parts, tokens, size]`; a sum `[tokens, size]` is its only part."""
+    return len(x) if x.dim() == 3 else 1
+
+
 def rms_norm_reference(x: torch.Tensor, weight: torch.Tensor, eps: float) -> torch.Tensor:
     """`rms_norm` in PyTorch."""
     h = x.to(torch.float32, copy=True)
@@ -61,7 +66,7 @@ def _launch(
     x: torch.Tensor, residual: torch.Tensor, weight: torch.Tensor, eps: float, has_residual: bool
 ) -> torch.Tensor:
     num_tokens, size = residual.shape
-    num_parts = len(x) if x.dim() == 3 else 1
+    num_parts = count_parts(x)
     out = torch.empty((num_tokens, size), dtype=residual.dtype, device=x.device)
     tile = triton.next_power_of_2(size)
     elements = 8 if num_parts == 1 else 4  # a thread's: 16 bytes of bf16 or of float32
@@ -85,6 +90,30 @@ def _launch(
 
 
 @triton.jit
+def load_sum(row_ptr, part_stride, inside, NUM_PARTS: tl.constexpr, dtype: tl.constexpr):
+    """A row of partial sums `part_stride` apart, added up in their dtype and rounded to `dtype`."""
+    x = tl.load(row_ptr, mask=inside, other=0.0)
+    for part in tl.static_range(1, NUM_PARTS):
+        x += tl.load(row_ptr + part * part_stride, mask=inside, other=0.0)
+    return x.to(dtype)
+
+
+@triton.jit
+def add_to_residual(x, place, inside):
+    """Add a row to the residual's at `place`; the sum, as stored."""
+    x = (x.to(tl.float32) + tl.load(place, mask=inside, other=0.0).to(tl.float32)).to(x.dtype)
+    tl.store(place, x, mask=inside)
+    return x
+
+
+@triton.jit
+def normed(x, weight, eps, SIZE: tl.constexpr):
+    """A row's RMSNorm in float32, which `weight` is in too."""
+    x = x.to(tl.float32)
+    return x * tl.rsqrt(tl.sum(x * x, axis=0) / SIZE + eps) * weight
+
+
+@triton.jit
 def _rms_norm_kernel(
     x_ptr,
     residual_ptr,
@@ -105,14 +134,7 @@ def _rms_norm_kernel(
     inside = column < SIZE
     weight = tl.load(weight_ptr + column, mask=inside, other=0.0).to(tl.float32)
     wait_for_previous(EARLY)
-    x = tl.load(x_ptr + token * x_stride + column, mask=inside, other=0.0)
-    for part in tl.static_range(1, NUM_PARTS):
-        x += tl.load(x_ptr + part * part_stride + token * x_stride + column, mask=inside, other=0.0)
-    x = x.to(residual_ptr.dtype.element_ty)
+    x = load_sum(x_ptr + token * x_stride + column, part_stride, inside, NUM_PARTS, residual_ptr.dtype.element_ty)
     if HAS_RESIDUAL:
-        place = residual_ptr + token * residual_stride + column
-        x = (x.to(tl.float32) + tl.load(place, mask=inside, other=0.0).to(tl.float32)).to(x.dtype)
-        tl.store(place, x, mask=inside)
-    x = x.to(tl.float32)
-    scale = tl.rsqrt(tl.sum(x * x, axis=0) / SIZE + eps)
-    tl.store(out_ptr + token * SIZE + column, (x * scale * weight).to(out_ptr.dtype.element_ty), mask=inside)
+        x = add_to_residual(x, residual_ptr + token * residual_stride + column, inside)
+    tl.store(out_ptr + token * SIZE + column, normed(x, weight, eps, SIZE).to(out_ptr.dtype.element_ty), mask=inside)

@@ -7,8 +7,8 @@ runs (`early_launch.py`).
 
 What then counts is how much each multiprocessor must read from that cache: its tile of the weight, and as many columns
 of all rows of x. A narrow weight has too few rows for tiles of a good shape to fill the device; so where a norm comes
-next, which can add them up, K is split too, and the result is a few *partial sums*. Beside their 4 bytes an element,
-a program reads an eighth of x instead of all of it.
+next, which can add them up, K is split too, and the result is a few *partial sums*: 4 bytes an element each, but a
+program reads only its part of x's columns.
 
 The gate of an MLP comes along: with `gated`, W is a gate's rows and then an up's, and the result silu(x gateᵀ) · x upᵀ.
 """
@@ -132,7 +132,7 @@ def skinny_linear_triton(
     columns = k // parts
     tile_m, tile_n = tiling.rows, tiling.weight_rows
     tile_k, depth = _fit(tiling, columns, x.element_size(), shared_memory_bytes(x.device))
-    x_tiles, weight_tiles = x, weight
+    x_tiles, weight_tiles = x, weight  # in whose place a gated product has plain loads
     if not gated:
         x_tiles = TensorDescriptor(x, [num_tokens, k], [x.stride(0), 1], [tile_m, tile_k])
         weight_tiles = TensorDescriptor(weight, [n, k], [k, 1], [tile_n, tile_k])

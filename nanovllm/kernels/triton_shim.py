@@ -9,8 +9,6 @@ import os
 
 try:
     import triton
-    import triton.language as tl
-    from triton.tools.tensor_descriptor import TensorDescriptor
 except ImportError:
 
     class _Absent:
@@ -21,6 +19,9 @@ except ImportError:
             return self
 
     triton = tl = TensorDescriptor = _Absent()
+else:  # what a Triton lacks that is too old is an error, and not a reason to go on without
+    import triton.language as tl
+    from triton.tools.tensor_descriptor import TensorDescriptor
 
 # Kernels are run by Triton's interpreter, which knows no inline assembly.
 INTERPRETED = tl.constexpr(os.environ.get("TRITON_INTERPRET") == "1")

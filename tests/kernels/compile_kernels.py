@@ -73,6 +73,10 @@ def call_linear_kernels() -> None:
         parts = skinny_linear_triton(zeros(rows, 1024), zeros(128, 1024), in_parts=True)
         add_rms_norm_triton(parts, zeros(rows, 128), weight, 1e-6)
         skinny_linear_triton(zeros(rows, 1024), zeros(6144, 1024), gated=True)
+        large = zeros(8192, 1024)
+        skinny_linear_triton(zeros(rows, 1024), large)
+        skinny_linear_triton(zeros(rows, 1024), large, in_parts=True)
+        skinny_linear_triton(zeros(rows, 1024), large, gated=True)
     addresses, stop = zeros(3, dtype=torch.int64), ints(1)
     peers = PeerBuffers(
         0, 2, 8, 1024, x.dtype, make_inboxes(2, 8, 1024, x.dtype, lambda s, t: torch.empty(s, dtype=t)), addresses,

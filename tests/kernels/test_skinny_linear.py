@@ -60,6 +60,12 @@ def assert_is_rounded_swiglu(out: torch.Tensor, x: torch.Tensor, weight: torch.T
     assert bool(((out.double() - exact).abs() <= allowed).all())
 
 
+@pytest.fixture(params=[kernels.LARGE, 0], ids=["small", "large"], autouse=True)
+def least_elements_of_large_weights(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
+    """0: a test's weights, which the interpreter can manage, are all treated as large ones."""
+    monkeypatch.setattr(kernels, "LARGE", request.param)
+
+
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("shape", [(m, 2 * n, k) for m, n, k in SHAPES])
 def test_a_gated_product_is_swiglu_rounded_once(shape: tuple[int, int, int], dtype: torch.dtype, device: str):
