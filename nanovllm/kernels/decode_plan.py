@@ -18,9 +18,9 @@ from nanovllm.kernels.early_launch import early_launch, wait_for_previous
 from nanovllm.kernels.triton_shim import tl, triton
 
 # Measured on an H100: docs/performance.md; benchmarks/paged_attention.py measures alternatives.
-PROGRAMS_PER_SM = 3  # pieces * kv_heads a multiprocessor to aim for: as many as run at a time, to merge few
+PROGRAMS_PER_SM = 2  # pieces * kv_heads a multiprocessor to aim for: fewer than run at a time, to merge few
 MIN_PIECE = 512  # tokens; smaller pieces give few streams more programs, at more fixed costs and merging
-PIECE_MULTIPLE = 128  # tokens; a multiple of every tile, so that only the end of a sequence is a partial tile
+PIECE_MULTIPLE = 64  # tokens; a multiple of every tile, so that only the end of a sequence is a partial tile
 
 # Sequence (-1: idle), begin, end; where its partial result goes, where the sequence's first one is, how many it has.
 PIECE_FIELDS = 6
@@ -62,10 +62,10 @@ class DecodePlan:
         """
         device = torch.device(device)
         if target_pieces is None:
-            target_pieces = -(-PROGRAMS_PER_SM * _multiprocessors(device) // num_kv_heads)
-        multiprocessors = 0
+            target_pieces = -(-PROGRAMS_PER_SM * multiprocessors(device) // num_kv_heads)
+        num_multiprocessors = 0
         if min_piece is None:
-            min_piece, multiprocessors = MIN_PIECE, _multiprocessors(device)
+            min_piece, num_multiprocessors = MIN_PIECE, multiprocessors(device)
         if target_pieces < 1:
             raise ValueError(f"target_pieces={target_pieces}: must be at least 1")
         if min_piece <= 0 or min_piece % PIECE_MULTIPLE:
@@ -74,7 +74,7 @@ class DecodePlan:
         return cls(
             target_pieces=target_pieces,
             min_piece=min_piece,
-            multiprocessors=multiprocessors,
+            multiprocessors=num_multiprocessors,
             pieces=torch.full((slots, PIECE_FIELDS), -1, dtype=torch.int32, device=device),
             partial_out=torch.zeros(slots, num_heads, head_dim, dtype=torch.float32, device=device),
             partial_lse=torch.zeros(slots, num_heads, dtype=torch.float32, device=device),
@@ -83,7 +83,8 @@ class DecodePlan:
 
 
 @lru_cache
-def _multiprocessors(device: torch.device) -> int:
+def multiprocessors(device: torch.device) -> int:
+    """How many the device has; a CPU counts as one."""
     return torch.cuda.get_device_properties(device).multi_processor_count if device.type == "cuda" else 1
 
 
@@ -128,10 +129,11 @@ def plan_decode_reference(seq_lens: torch.Tensor, num_kv_heads: int, plan: Decod
 
 
 def _min_piece(plan: DecodePlan, num_seqs: int) -> int:
-    programs = num_seqs * plan.arrivals.shape[1]
-    if 4 * programs <= plan.multiprocessors:
-        return PIECE_MULTIPLE
-    return 2 * PIECE_MULTIPLE if programs <= plan.multiprocessors else plan.min_piece
+    """Half of `plan.min_piece` where there are no more heads of sequences than multiprocessors, and so on."""
+    programs, piece = num_seqs * plan.arrivals.shape[1], plan.min_piece
+    while programs <= plan.multiprocessors and piece > PIECE_MULTIPLE:
+        programs, piece = 2 * programs, piece // 2
+    return piece
 
 
 def plan_decode_triton(seq_lens: torch.Tensor, num_kv_heads: int, plan: DecodePlan) -> DecodePlan:

@@ -8,6 +8,11 @@ arrival, so results do not depend on timing.
 
 What `qk_norm_rope_store` does for prompts, each program does here for the few heads it needs: a launch of its own would
 cost more than those few hundred numbers.
+
+The few query heads of a kv head stand where matrix units want the *smaller* factor: scores are K qᵀ, `[tokens, heads]`,
+with 8 columns where q Kᵀ would have 16 rows, mostly padding. That, and tiles copied by the device's copy engine (TMA)
+and not by threads, is energy: a large GPU that decodes draws all the power it may have, and what a kernel wastes the
+clock pays for.
 """
 
 from dataclasses import dataclass
@@ -15,7 +20,7 @@ from functools import lru_cache
 
 import torch
 
-from nanovllm.kernels.decode_plan import PIECE_FIELDS, PIECE_MULTIPLE, DecodePlan
+from nanovllm.kernels.decode_plan import PIECE_FIELDS, PIECE_MULTIPLE, DecodePlan, multiprocessors
 from nanovllm.kernels.early_launch import LINE_BYTES, early_launch, fetch, wait_for_previous
 from nanovllm.kernels.own_token import own_token
 from nanovllm.kernels.paged_kv import (
@@ -24,16 +29,17 @@ from nanovllm.kernels.paged_kv import (
     kv_offsets,
     next_power_of_2,
     shared_memory_bytes,
-    soften,
     tile_blocks,
 )
-from nanovllm.kernels.triton_shim import tl, triton
+from nanovllm.kernels.triton_shim import TensorDescriptor, tl, triton
 
-# Measured on an H100: docs/performance.md; benchmarks/paged_attention.py measures alternatives.
-TILE_BYTES = 16 * 1024  # of K a loop iteration: 64 tokens of 128 bf16; twice that where multiprocessors idle
-MAX_STAGES = 3
-NUM_WARPS = 4
-MERGE_ELEMENTS = 8192  # float32 partial results that a merge holds in registers at once
+# Measured on an H100 and an H200: docs/performance.md; benchmarks/paged_attention.py measures alternatives.
+TILE_BYTES = 16 * 1024  # of K a loop iteration: 64 tokens of 128 bf16
+MAX_STAGES = 3  # of the load pipeline
+MANY = 4  # programs a multiprocessor, from which on it has enough to do meanwhile, and 2 stages suffice
+NUM_WARPS = 2
+MIN_COLUMNS = 8  # of the second factor that matrix units take: heads, padded
+MERGE_ELEMENTS = 4096  # float32 partial results that a merge holds in registers at once
 
 
 @dataclass(frozen=True, slots=True)
@@ -46,17 +52,18 @@ class DecodeConfig:
 
 
 @lru_cache
-def decode_config(head_dim: int, itemsize: int, shared_memory: int, is_alone: bool = False) -> DecodeConfig:
+def decode_config(head_dim: int, itemsize: int, shared_memory: int, is_many: bool = False) -> DecodeConfig:
     """The launch parameters for a head dimension, an element size and a program's shared memory, both in bytes.
 
-    `is_alone`: few sequences, whose programs have a multiprocessor each and would rather have their tokens at once.
+    `is_many`: a multiprocessor has MANY programs or more.
     """
     token_bytes = next_power_of_2(head_dim) * itemsize
-    tile = max(16, min(PIECE_MULTIPLE, (2 if is_alone else 1) * TILE_BYTES // token_bytes))
+    tile = max(16, min(PIECE_MULTIPLE, TILE_BYTES // token_bytes))
     # n stages are n-1 buffers of K and V in flight; 12 KiB are left to the query and to layout conversions.
     fitting = 1 + (shared_memory - 12 * 1024) // (2 * tile * token_bytes)
     num_warps = NUM_WARPS if itemsize <= 2 else 2 * NUM_WARPS  # float32 dots run on ordinary registers: spread them
-    return DecodeConfig(tile=tile, num_warps=num_warps, num_stages=max(1, min(MAX_STAGES, fitting)))
+    num_stages = max(1, min(2 if is_many else MAX_STAGES, fitting))
+    return DecodeConfig(tile=tile, num_warps=num_warps, num_stages=num_stages)
 
 
 def paged_decode_triton(
@@ -85,44 +92,28 @@ def paged_decode_triton(
     num_seqs, num_heads, head_dim = out.shape
     _, num_kv_heads, block_size, _ = k_cache.shape
     if config is None:
-        is_alone = num_seqs * num_kv_heads <= plan.multiprocessors
-        config = decode_config(head_dim, qkv.element_size(), shared_memory_bytes(qkv.device), is_alone)
+        is_many = num_seqs * num_kv_heads >= MANY * multiprocessors(qkv.device)
+        config = decode_config(head_dim, qkv.element_size(), shared_memory_bytes(qkv.device), is_many)
     early = early_launch(qkv)
     group = num_heads // num_kv_heads
     padded_dim, padded_group = next_power_of_2(head_dim), next_power_of_2(group)
+    k_tiles, v_tiles = (_tiles(cache, config.tile) for cache in (k_cache, v_cache))
     # The kv head varies fastest: programs that run together read neighbouring heads of the same blocks, and the idle
     # slots, which are the last, start when the device is draining anyway.
     _decode_kernel[(num_kv_heads, num_seqs + plan.target_pieces)](
-        qkv,
-        q_weight,
-        k_weight,
-        cos_sin,
-        k_cache,
-        v_cache,
-        out,
-        block_table,
-        rows,
-        seq_lens,
-        plan.pieces,
-        plan.partial_out,
-        plan.partial_lse,
-        plan.arrivals,
-        eps,
-        scale * LOG2_E,
-        qkv.stride(0),
-        cos_sin.stride(0),
-        out.stride(0),
-        out.stride(1),
-        k_cache.stride(0),
-        block_table.stride(0),
+        qkv, q_weight, k_weight, cos_sin, k_cache, v_cache, k_tiles, v_tiles, out, block_table, rows, seq_lens,
+        plan.pieces, plan.partial_out, plan.partial_lse, plan.arrivals, eps, scale * LOG2_E,
+        qkv.stride(0), cos_sin.stride(0), out.stride(0), out.stride(1), k_cache.stride(0), block_table.stride(0),
         GROUP=group,
         PADDED_GROUP=padded_group,
-        OWN_ROWS=max(16, next_power_of_2(group + 2)),  # what tensor cores want; the surplus is free: memory is not
+        HEADS=max(MIN_COLUMNS, padded_group),
+        OWN_ROWS=max(MIN_COLUMNS, next_power_of_2(group + 2)),
         HEAD_DIM=head_dim,
         PADDED_DIM=padded_dim,
         HALF=cos_sin.shape[1] // 2,
         BLOCK_SIZE=block_size,
         TILE=config.tile,
+        TILED=k_tiles is not None,
         MERGE_PIECES=max(2, MERGE_ELEMENTS // (padded_group * padded_dim)),
         PIECE_FIELDS=PIECE_FIELDS,
         LINE=LINE_BYTES // qkv.element_size(),
@@ -131,6 +122,56 @@ def paged_decode_triton(
         num_warps=config.num_warps,
         num_stages=config.num_stages,
         **early,
+    )  # fmt: skip
+
+
+def _tiles(cache: torch.Tensor, tile: int) -> TensorDescriptor | None:
+    """A cache as tiles of `tile` tokens that the copy engine takes; None where there is none, or it could not."""
+    (*_, block_size, head_dim), device = cache.shape, cache.device
+    has_engine = device.type != "cuda" or torch.cuda.get_device_capability(device) >= (9, 0)
+    if not has_engine or not cache.is_contiguous() or block_size % tile or head_dim * cache.element_size() % 16:
+        return None
+    shape, strides = [cache.numel() // head_dim, head_dim], [head_dim, 1]
+    return TensorDescriptor(cache, shape, strides, [tile, next_power_of_2(head_dim)])
+
+
+@triton.jit
+def _fetch(
+    k_ptr,
+    v_ptr,
+    blocks,
+    start,
+    end,
+    kv_head,
+    stride_block,
+    HEAD_DIM: tl.constexpr,
+    PADDED_DIM: tl.constexpr,
+    BLOCK_SIZE: tl.constexpr,
+    TILE: tl.constexpr,
+    LINE: tl.constexpr,
+):
+    """Have the L2 cache fetch a tile's keys and values."""
+    tokens = kv_offsets(blocks, start, kv_head, stride_block, HEAD_DIM, 1, BLOCK_SIZE, TILE)
+    lines = tokens + (tl.arange(0, PADDED_DIM // LINE) * LINE)[None, :]
+    is_token = (start + tl.arange(0, TILE) < end)[:, None]
+    fetch(k_ptr + lines, is_token)
+    fetch(v_ptr + lines, is_token)
+
+
+@triton.jit
+def _attend(q, k, v, valid, top, mass, acc, scale_log2):
+    """A tile's step of the online softmax: `q [dim, heads]`, `k` and `v [TILE, dim]`, `acc [dim, heads]`.
+
+    `mass [TILE, heads]` is summed over the tokens in the end only: their sum would have all warps wait for each other.
+    """
+    scores = tl.where(valid, tl.dot(k, q, input_precision="ieee"), float("-inf"))
+    new_top = tl.maximum(top, tl.max(scores, 0) * scale_log2)
+    weights = tl.exp2(scores * scale_log2 - new_top[None, :])
+    decay = tl.exp2(top - new_top)[None, :]
+    return (
+        new_top,
+        mass * decay + weights,
+        tl.dot(tl.trans(v), weights.to(v.dtype), acc * decay, input_precision="ieee"),
     )
 
 
@@ -142,6 +183,8 @@ def _decode_kernel(
     cos_sin_ptr,
     k_ptr,
     v_ptr,
+    k_tiles,
+    v_tiles,
     out_ptr,
     table_ptr,
     rows_ptr,
@@ -160,12 +203,14 @@ def _decode_kernel(
     stride_row,
     GROUP: tl.constexpr,
     PADDED_GROUP: tl.constexpr,
+    HEADS: tl.constexpr,
     OWN_ROWS: tl.constexpr,
     HEAD_DIM: tl.constexpr,
     PADDED_DIM: tl.constexpr,
     HALF: tl.constexpr,
     BLOCK_SIZE: tl.constexpr,
     TILE: tl.constexpr,
+    TILED: tl.constexpr,
     MERGE_PIECES: tl.constexpr,
     PIECE_FIELDS: tl.constexpr,
     LINE: tl.constexpr,
@@ -193,12 +238,16 @@ def _decode_kernel(
 
     dims = tl.arange(0, PADDED_DIM)
     blocks = tile_blocks(table_ptr, begin, end, BLOCK_SIZE, TILE)
+    rest = begin
+    if TILED:  # the tile that the newest token is in: what this program's threads store, the copy engine may not see
+        rest = begin + (tl.minimum(end, position) - begin) // TILE * TILE
     if FETCH and PADDED_DIM % LINE == 0:
-        tokens = kv_offsets(blocks, begin, kv_head, stride_block, HEAD_DIM, 1, BLOCK_SIZE, TILE)
-        lines = tokens + (tl.arange(0, PADDED_DIM // LINE) * LINE)[None, :]
-        is_token = (begin + tl.arange(0, TILE) < end)[:, None]
-        fetch(k_ptr + lines, is_token)
-        fetch(v_ptr + lines, is_token)
+        last = tile_blocks(table_ptr, rest, end, BLOCK_SIZE, TILE)
+        _fetch(k_ptr, v_ptr, last, rest, end, kv_head, stride_block, HEAD_DIM, PADDED_DIM, BLOCK_SIZE, TILE, LINE)
+        if TILED:
+            _fetch(
+                k_ptr, v_ptr, blocks, begin, rest, kv_head, stride_block, HEAD_DIM, PADDED_DIM, BLOCK_SIZE, TILE, LINE
+            )
     q = own_token(
         qkv_ptr + seq.to(tl.int64) * stride_qkv,
         q_weight_ptr,
@@ -220,28 +269,37 @@ def _decode_kernel(
     )
     tl.debug_barrier()  # what this program's threads have stored, the loop below may read
 
-    top = tl.full([OWN_ROWS], float("-inf"), tl.float32)
-    mass = tl.zeros([OWN_ROWS], tl.float32)
-    acc = tl.zeros([OWN_ROWS, PADDED_DIM], tl.float32)
-    for start in range(begin, end, TILE):
+    if OWN_ROWS > HEADS:
+        q, _ = tl.split(tl.permute(tl.reshape(q, [2, HEADS, PADDED_DIM]), [1, 2, 0]))
+    q = tl.trans(q)
+
+    top = tl.full([HEADS], float("-inf"), tl.float32)
+    mass = tl.zeros([TILE, HEADS], tl.float32)  # to be summed over the tokens in the end
+    acc = tl.zeros([PADDED_DIM, HEADS], tl.float32)
+    if TILED:
+        for start in range(begin, rest, TILE):
+            place = ((blocks * num_kv_heads + kv_head) * BLOCK_SIZE + start % BLOCK_SIZE).to(tl.int32)
+            blocks = tile_blocks(table_ptr, start + TILE, end, BLOCK_SIZE, TILE)
+            k, v = k_tiles.load([place, 0]), v_tiles.load([place, 0])
+            top, mass, acc = _attend(q, k, v, True, top, mass, acc, scale_log2)
+    for start in tl.range(rest, end, TILE, num_stages=1 if TILED else None):
         offsets = kv_offsets(blocks, start, kv_head, stride_block, HEAD_DIM, PADDED_DIM, BLOCK_SIZE, TILE)
         blocks = tile_blocks(table_ptr, start + TILE, end, BLOCK_SIZE, TILE)
-        valid = start + tl.arange(0, TILE) < end
+        valid = (start + tl.arange(0, TILE) < end)[:, None]
         # Slots past the end hold anything, NaN included, and 0 * NaN is NaN: they must be loaded as zeros. The mask
         # is constant along head_dim, so it costs a predicate a row and no vector width.
-        kv_mask = valid[:, None]
+        kv_mask = valid
         if HEAD_DIM != PADDED_DIM:
             kv_mask = kv_mask & (dims < HEAD_DIM)[None, :]
         k = tl.load(k_ptr + offsets, mask=kv_mask, other=0.0)
-        scores = tl.dot(q, tl.trans(k), input_precision="ieee")
-        scores = tl.where(valid[None, :], scores, float("-inf"))
-        weights, decay, top, mass = soften(scores, top, mass, scale_log2)
         v = tl.load(v_ptr + offsets, mask=kv_mask, other=0.0)
-        acc = tl.dot(weights.to(v.dtype), v, acc * decay[:, None], input_precision="ieee")
+        top, mass, acc = _attend(q, k, v, valid, top, mass, acc, scale_log2)
+    mass = tl.sum(mass, 0)
+    acc = tl.trans(acc)
     acc = acc / tl.where(mass > 0, mass, 1.0)[:, None]  # a padding entry has no mass and gets zeros
 
     out_head_ptr = out_ptr + seq.to(tl.int64) * stride_out_seq + kv_head * GROUP * stride_out_head
-    heads = tl.arange(0, OWN_ROWS)
+    heads = tl.arange(0, HEADS)
     query_mask = (heads < GROUP)[:, None] & (dims < HEAD_DIM)[None, :]
     if num_pieces == 1:
         out_ptrs = out_head_ptr + heads[:, None] * stride_out_head + dims[None, :]

@@ -1,5 +1,4 @@
-"""What the attention kernels share: how they read the paged KV cache, from a token's position to its place in memory,
-and the step of their online softmax (Milakov & Gimelshein 2018).
+"""What the attention kernels share: how they read the paged KV cache, from a token's position to its place in memory.
 
 A layer's cache is `[num_blocks, kv_heads, block_size, head_dim]`: one block of one head is contiguous, so a tile of
 tokens that lies in one block is a single run of memory behind a single look-up in the block table. Block id times
@@ -63,18 +62,6 @@ def tile_blocks(table_ptr, start, end, BLOCK_SIZE: tl.constexpr, TILE: tl.conste
     else:
         tokens = start + tl.arange(0, TILE)
         return tl.load(table_ptr + tokens // BLOCK_SIZE, mask=tokens < end, other=0).to(tl.int64)
-
-
-@triton.jit
-def soften(scores, top, mass, scale_log2):
-    """A tile's step of the online softmax, for `scores [queries, TILE]`: their weights, and what decays earlier sums.
-
-    Returns (weights, decay, top, mass), the last two brought up to date.
-    """
-    new_top = tl.maximum(top, tl.max(scores, 1) * scale_log2)
-    weights = tl.exp2(scores * scale_log2 - new_top[:, None])
-    decay = tl.exp2(top - new_top)
-    return weights, decay, new_top, mass * decay + tl.sum(weights, 1)
 
 
 @triton.jit

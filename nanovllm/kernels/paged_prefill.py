@@ -28,7 +28,6 @@ from nanovllm.kernels.paged_kv import (
     kv_offsets,
     next_power_of_2,
     shared_memory_bytes,
-    soften,
     tile_blocks,
 )
 from nanovllm.kernels.triton_shim import tl, triton
@@ -185,6 +184,18 @@ def paged_prefill_triton(
 
 
 @triton.jit
+def _soften(scores, top, mass, scale_log2):
+    """A tile's step of the online softmax, for `scores [queries, TILE]`: their weights, and what decays earlier sums.
+
+    Returns (weights, decay, top, mass), the last two brought up to date.
+    """
+    new_top = tl.maximum(top, tl.max(scores, 1) * scale_log2)
+    weights = tl.exp2(scores * scale_log2 - new_top[:, None])
+    decay = tl.exp2(top - new_top)
+    return weights, decay, new_top, mass * decay + tl.sum(weights, 1)
+
+
+@triton.jit
 def _attend(
     q,
     positions,
@@ -221,7 +232,7 @@ def _attend(
         if MASKED:
             scores = tl.where(tokens[None, :] <= positions[:, None], scores, float("-inf"))
         # Every query sees token 0, which is in the first tile: from there on `top` is finite.
-        weights, decay, top, mass = soften(scores, top, mass, scale_log2)
+        weights, decay, top, mass = _soften(scores, top, mass, scale_log2)
         v = tl.load(v_ptr + offsets, mask=kv_mask, other=0.0)
         acc = tl.dot(weights.to(v.dtype), v, acc * decay[:, None], input_precision="ieee")
     return top, mass, acc

@@ -24,8 +24,8 @@ from nanovllm.kernels.paged_kv import shared_memory_bytes
 from nanovllm.kernels.silu_mul import silu, silu_mul
 from nanovllm.kernels.triton_shim import TensorDescriptor, tl, triton
 
-MAX_ROWS = 128  # of x: with more, a library's kernels are as fast; in parts, twice as many, gated, half
-LARGE, HUGE = 1 << 23, 1 << 27  # elements of a weight: from LARGE on it is for half as many rows, from HUGE on for one
+MAX_ROWS = 256  # of x: with more, a library's kernels are as fast
+LARGE, HUGE = 1 << 23, 1 << 27  # elements of a weight that has tiles of its own, and of one too large for any
 NARROW = 4096  # a large weight of no more rows has too few tiles, unless in parts
 LARGE_AHEAD = 256  # columns of a large weight that are fetched before the wait: all of them would flood the L2 cache
 K_MULTIPLE = 256
@@ -44,21 +44,26 @@ class Tiling(NamedTuple):
     longest: int = 1 << 30  # columns of a part, at most
 
 
-# Rows of x (at most) -> for a product, for one in parts, for a gated one. What a program leaves of a multiprocessor's
-# shared memory counts too: there the next kernel can start early. So these were chosen in whole steps, one product at a
-# time, of Qwen3-0.6B's shape on an H100 and, for large weights, of Qwen3-8B's on an H200: docs/performance.md.
+# Rows of x (at most) -> for a product, for one in parts, for a gated one; None where a library's kernel is as fast.
+# What a program leaves of a multiprocessor's shared memory counts too: there the next kernel can start early. So these
+# were chosen in whole steps, one product at a time, of Qwen3-0.6B's shape on an H100 and an H200 and, for large
+# weights, of Qwen3-8B's on an H200: docs/performance.md.
 TILINGS = {
     16: (Tiling(16, 64, 256, 4), Tiling(16, 64, 256, 4), Tiling(16, 64, 256, 4)),
     32: (Tiling(32, 64, 256, 3), Tiling(32, 64, 128, 3), Tiling(32, 64, 256, 4)),
+    48: (Tiling(64, 32, 256, 3), Tiling(64, 32, 256, 3), Tiling(64, 64, 128, 4)),
     64: (Tiling(64, 32, 256, 3), Tiling(64, 16, 256, 4), Tiling(64, 64, 128, 4)),
-    192: (Tiling(128, 64, 128, 4), Tiling(64, 64, 128, 4), Tiling(64, 64, 128, 4)),
-    256: (Tiling(128, 64, 128, 4), Tiling(128, 64, 128, 4), Tiling(64, 64, 128, 4)),
+    96: (Tiling(64, 64, 128, 4), Tiling(64, 32, 256, 4), None),
+    128: (Tiling(128, 64, 128, 4), Tiling(64, 32, 256, 4), None),
+    192: (None, Tiling(64, 64, 128, 4), None),
+    256: (None, Tiling(128, 64, 128, 4), None),
 }
 LARGE_TILINGS = {
     16: (Tiling(16, 64, 128, 4), Tiling(16, 64, 128, 4, 3072), Tiling(16, 64, 128, 3)),
     32: (Tiling(32, 64, 128, 4), Tiling(32, 64, 128, 4, 3072), Tiling(32, 64, 128, 3)),
-    64: (Tiling(64, 64, 128, 4), Tiling(64, 64, 128, 4), Tiling(64, 64, 128, 4)),
-    256: (Tiling(128, 64, 128, 4), Tiling(128, 64, 128, 4), Tiling(64, 64, 128, 4)),
+    64: (Tiling(64, 64, 128, 4), Tiling(64, 64, 128, 4), None),
+    96: (None, None, None),
+    128: (None, Tiling(128, 64, 128, 4), None),
 }
 
 
@@ -76,19 +81,21 @@ def skinny_linear(
     CPU, an odd K) goes to `F.linear`.
     """
     n, k = weight.shape
-    if 0 < len(x) <= _most_rows(n, k, gated, in_parts) and x.is_cuda and x.element_size() == 2 and _is_regular(x, k):
-        return skinny_linear_triton(x, weight, bias, gated, in_parts)
+    if 0 < len(x) <= MAX_ROWS and x.is_cuda and x.element_size() == 2 and _is_regular(x, k):
+        if len(x) == 1 or _tiling(len(x), n, k, gated, in_parts):
+            return skinny_linear_triton(x, weight, bias, gated, in_parts)
     out = F.linear(x, weight, bias)
     return silu_mul(out) if gated else out
 
 
-def _most_rows(n: int, k: int, gated: bool, in_parts: bool) -> int:
-    """How many rows of x a weight `[n, k]` may meet here."""
+def _tiling(num_tokens: int, n: int, k: int, gated: bool, in_parts: bool) -> Tiling | None:
+    """For `num_tokens` rows of x and a weight `[n, k]`; None where a library's kernel is as fast."""
     is_large = n * k >= LARGE
     if n * k >= HUGE or is_large and n <= NARROW and not in_parts:
-        return min(MAX_ROWS, 1)
-    rows = MAX_ROWS * 2 if in_parts else MAX_ROWS // 2 if gated else MAX_ROWS
-    return rows // 2 if is_large else rows
+        return None
+    table = LARGE_TILINGS if is_large else TILINGS
+    plain, of_parts, of_gated = next((table[rows] for rows in table if num_tokens <= rows), (None, None, None))
+    return of_gated if gated else of_parts if in_parts else plain
 
 
 def _is_regular(x: torch.Tensor, k: int) -> bool:
@@ -103,16 +110,17 @@ def skinny_linear_triton(
     gated: bool = False,
     in_parts: bool = False,
 ) -> torch.Tensor:
-    """`skinny_linear` as one launch, for up to 256 rows of 16-bit elements.
+    """`skinny_linear` as one launch, of 16-bit elements.
 
-    Raises ValueError for more rows, a K that is not a multiple of 256, or rows that are not contiguous.
+    Raises ValueError for a K that is not a multiple of 256, rows that are not contiguous, and a product of several rows
+    that has no tiles.
     """
     num_tokens, (n, k) = len(x), weight.shape
-    most = max(TILINGS)
-    if num_tokens > most or not _is_regular(x, k) or not weight.is_contiguous():
+    tiling = _tiling(num_tokens, n, k, gated, in_parts)
+    if tiling is None and num_tokens != 1 or not _is_regular(x, k) or not weight.is_contiguous():
         raise ValueError(
-            f"x {list(x.shape)} and weight {list(weight.shape)} must have at most {most} rows of x, contiguous rows "
-            f"that begin at multiples of 16 bytes, and a multiple of {K_MULTIPLE} columns"
+            f"x {list(x.shape)} and weight {list(weight.shape)}, {gated=}, {in_parts=}: must have tiles, contiguous "
+            f"rows that begin at multiples of 16 bytes, and a multiple of {K_MULTIPLE} columns"
         )
     n_out = n // 2 if gated else n
     if num_tokens == 1:
@@ -123,10 +131,6 @@ def skinny_linear_triton(
             **early_launch(x),
         )  # fmt: skip
         return out
-    is_large = n * k >= LARGE
-    tilings = LARGE_TILINGS if is_large else TILINGS
-    plain, of_parts, of_gated = next(tilings[rows] for rows in tilings if num_tokens <= rows)
-    tiling = of_gated if gated else of_parts if in_parts else plain
     num_tiles = triton.cdiv(n, tiling.weight_rows), triton.cdiv(num_tokens, tiling.rows)
     parts = _parts(num_tiles[0] * num_tiles[1], k, tiling.longest, x.device) if in_parts else 1
     columns = k // parts
@@ -140,7 +144,7 @@ def skinny_linear_triton(
     out = torch.empty(shape, dtype=dtype, device=x.device)
     _tile_kernel[(*num_tiles, parts)](
         x, weight, x_tiles, weight_tiles, bias, out, num_tokens, x.stride(0), n_out, K=k, GATED=gated, PARTS=parts,
-        TILE_M=tile_m, TILE_N=tile_n, TILE_K=tile_k, AHEAD=min(LARGE_AHEAD, columns) if is_large else columns,
+        TILE_M=tile_m, TILE_N=tile_n, TILE_K=tile_k, AHEAD=min(LARGE_AHEAD, columns) if n * k >= LARGE else columns,
         LINE=LINE_BYTES // 2, num_warps=4, num_stages=depth, **early_launch(x),
     )  # fmt: skip
     return out
@@ -203,7 +207,10 @@ def _tile_kernel(
     TURNED: tl.constexpr = TILE_M < 64
     COLUMNS: tl.constexpr = K // PARTS
     row = _weight_rows(TILE_N, GATED, n_out)
-    first_m, first_n = tl.program_id(1) * TILE_M, tl.program_id(0) * TILE_N
+    # The last tile of x ends with its last row, for rows past that take the copy engine long to fill. Where two tiles
+    # overlap, both programs store the same bits.
+    first_m = tl.maximum(tl.minimum(tl.program_id(1) * TILE_M, num_tokens - TILE_M), 0)
+    first_n = tl.program_id(0) * TILE_N
     m = first_m + tl.arange(0, TILE_M)
     m_inside = (m < num_tokens)[:, None]
     part = tl.program_id(2)

@@ -23,7 +23,7 @@ from nanovllm.kernels.rms_norm import add_rms_norm_triton, rms_norm_triton
 from nanovllm.kernels.sample import SamplingTensors
 from nanovllm.kernels.sample_kernel import sample_triton
 from nanovllm.kernels.silu_mul import silu_mul_triton
-from nanovllm.kernels.skinny_linear import skinny_linear_triton
+from nanovllm.kernels.skinny_linear import _tiling, skinny_linear_triton
 
 HOPPER = GPUTarget("cuda", 90, 32)
 SEQS, VOCAB = 3, 1000
@@ -68,15 +68,13 @@ def call_linear_kernels() -> None:
     rms_norm_triton(x, weight, 1e-6)
     add_rms_norm_triton(x, x.clone(), weight, 1e-6)
     silu_mul_triton(zeros(SEQS, 2048))
-    for rows in (1, 3, 20, 40, 100, 180, 200):
-        skinny_linear_triton(zeros(rows, 1024), zeros(4096, 1024), bias=weight)
-        parts = skinny_linear_triton(zeros(rows, 1024), zeros(128, 1024), in_parts=True)
-        add_rms_norm_triton(parts, zeros(rows, 128), weight, 1e-6)
-        skinny_linear_triton(zeros(rows, 1024), zeros(6144, 1024), gated=True)
-        large = zeros(8192, 1024)
-        skinny_linear_triton(zeros(rows, 1024), large)
-        skinny_linear_triton(zeros(rows, 1024), large, in_parts=True)
-        skinny_linear_triton(zeros(rows, 1024), large, gated=True)
+    for rows in (1, 3, 20, 40, 60, 90, 100, 180, 200):
+        for n in (128, 6144, 8192):
+            for options in ({}, {"gated": True}, {"in_parts": True}):
+                if rows == 1 or _tiling(rows, n, 1024, options.get("gated"), options.get("in_parts")):
+                    out = skinny_linear_triton(zeros(rows, 1024), zeros(n, 1024), bias=zeros(n), **options)
+                    if "in_parts" in options:
+                        add_rms_norm_triton(out, zeros(rows, n), zeros(n), 1e-6)
     addresses, stop = zeros(3, dtype=torch.int64), ints(1)
     peers = PeerBuffers(
         0, 2, 8, 1024, x.dtype, make_inboxes(2, 8, 1024, x.dtype, lambda s, t: torch.empty(s, dtype=t)), addresses,
