@@ -18,7 +18,7 @@ from nanovllm.kernels.early_launch import early_launch, wait_for_previous
 from nanovllm.kernels.triton_shim import tl, triton
 
 # Measured on an H100: docs/performance.md; benchmarks/paged_attention.py measures alternatives.
-PROGRAMS_PER_SM = 2  # pieces * kv_heads a multiprocessor to aim for: fewer than run at a time, to merge few
+PROGRAMS_PER_SM = 3  # pieces * kv_heads a multiprocessor to aim for: as many as run at a time, to merge few
 MIN_PIECE = 512  # tokens; smaller pieces give few streams more programs, at more fixed costs and merging
 PIECE_MULTIPLE = 64  # tokens; a multiple of every tile, so that only the end of a sequence is a partial tile
 

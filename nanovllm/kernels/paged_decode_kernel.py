@@ -37,6 +37,7 @@ from nanovllm.kernels.triton_shim import TensorDescriptor, tl, triton
 TILE_BYTES = 16 * 1024  # of K a loop iteration: 64 tokens of 128 bf16
 MAX_STAGES = 3  # of the load pipeline
 MANY = 4  # programs a multiprocessor, from which on it has enough to do meanwhile, and 2 stages suffice
+FEW = 2  # programs a multiprocessor, up to which they wait together: a later one would ask for lines twice in a row
 NUM_WARPS = 2
 MIN_COLUMNS = 8  # of the second factor that matrix units take: heads, padded
 MERGE_ELEMENTS = 4096  # float32 partial results that a merge holds in registers at once
@@ -91,9 +92,9 @@ def paged_decode_triton(
         raise ValueError("q_weight and k_weight must both be given, or neither")
     num_seqs, num_heads, head_dim = out.shape
     _, num_kv_heads, block_size, _ = k_cache.shape
+    load = num_seqs * num_kv_heads / multiprocessors(qkv.device)
     if config is None:
-        is_many = num_seqs * num_kv_heads >= MANY * multiprocessors(qkv.device)
-        config = decode_config(head_dim, qkv.element_size(), shared_memory_bytes(qkv.device), is_many)
+        config = decode_config(head_dim, qkv.element_size(), shared_memory_bytes(qkv.device), is_many=load >= MANY)
     early = early_launch(qkv)
     group = num_heads // num_kv_heads
     padded_dim, padded_group = next_power_of_2(head_dim), next_power_of_2(group)
@@ -117,8 +118,7 @@ def paged_decode_triton(
         MERGE_PIECES=max(2, MERGE_ELEMENTS // (padded_group * padded_dim)),
         PIECE_FIELDS=PIECE_FIELDS,
         LINE=LINE_BYTES // qkv.element_size(),
-        # Only programs that all run at once wait together; a later one would ask for the same lines twice in a row.
-        FETCH=early["EARLY"] and num_seqs <= plan.target_pieces,
+        FETCH=early["EARLY"] and load <= FEW,
         num_warps=config.num_warps,
         num_stages=config.num_stages,
         **early,
