@@ -53,8 +53,8 @@ TILINGS = {
     32: (Tiling(32, 64, 256, 3), Tiling(32, 64, 128, 3), Tiling(32, 64, 256, 4)),
     48: (Tiling(64, 32, 256, 3), Tiling(64, 32, 256, 3), Tiling(64, 64, 128, 4)),
     64: (Tiling(64, 32, 256, 3), Tiling(64, 16, 256, 4), Tiling(64, 64, 128, 4)),
-    96: (Tiling(64, 64, 128, 4), Tiling(64, 32, 256, 4), None),
-    128: (Tiling(128, 64, 128, 4), Tiling(64, 32, 256, 4), None),
+    96: (Tiling(64, 64, 128, 4), Tiling(64, 32, 256, 4), Tiling(128, 64, 128, 4)),
+    128: (Tiling(128, 64, 128, 4), Tiling(64, 32, 256, 4), Tiling(128, 64, 128, 4)),
     192: (None, Tiling(64, 64, 128, 4), None),
     256: (None, Tiling(128, 64, 128, 4), None),
 }
@@ -122,12 +122,13 @@ def skinny_linear_triton(
             f"x {list(x.shape)} and weight {list(weight.shape)}, {gated=}, {in_parts=}: must have tiles, contiguous "
             f"rows that begin at multiples of 16 bytes, and a multiple of {K_MULTIPLE} columns"
         )
-    n_out = n // 2 if gated else n
+    halves = 2 if gated else 1
+    n_out = n // halves
     if num_tokens == 1:
         out = torch.empty((1, n_out), dtype=x.dtype, device=x.device)
         tile_n, tile_k = (8, 512) if k <= 1024 else (4, 1024)
         _vector_kernel[(triton.cdiv(n, tile_n),)](
-            x, weight, bias, out, n_out, K=k, GATED=gated, TILE_N=tile_n, TILE_K=_dividing(k, tile_k), num_warps=8,
+            x, weight, bias, out, n_out, K=k, HALVES=halves, TILE_N=tile_n, TILE_K=_dividing(k, tile_k), num_warps=8,
             **early_launch(x),
         )  # fmt: skip
         return out
@@ -136,14 +137,12 @@ def skinny_linear_triton(
     columns = k // parts
     tile_m, tile_n = tiling.rows, tiling.weight_rows
     tile_k, depth = _fit(tiling, columns, x.element_size(), shared_memory_bytes(x.device))
-    x_tiles, weight_tiles = x, weight  # in whose place a gated product has plain loads
-    if not gated:
-        x_tiles = TensorDescriptor(x, [num_tokens, k], [x.stride(0), 1], [tile_m, tile_k])
-        weight_tiles = TensorDescriptor(weight, [n, k], [k, 1], [tile_n, tile_k])
+    x_tiles = TensorDescriptor(x, [num_tokens, k], [x.stride(0), 1], [tile_m, tile_k])
+    weight_tiles = TensorDescriptor(weight, [halves, n_out, k], [n_out * k, k, 1], [halves, tile_n // halves, tile_k])
     shape, dtype = ((parts, num_tokens, n), torch.float32) if parts > 1 else ((num_tokens, n_out), x.dtype)
     out = torch.empty(shape, dtype=dtype, device=x.device)
     _tile_kernel[(*num_tiles, parts)](
-        x, weight, x_tiles, weight_tiles, bias, out, num_tokens, x.stride(0), n_out, K=k, GATED=gated, PARTS=parts,
+        x, weight, x_tiles, weight_tiles, bias, out, num_tokens, x.stride(0), n_out, K=k, HALVES=halves, PARTS=parts,
         TILE_M=tile_m, TILE_N=tile_n, TILE_K=tile_k, AHEAD=min(LARGE_AHEAD, columns) if n * k >= LARGE else columns,
         LINE=LINE_BYTES // 2, num_warps=4, num_stages=depth, **early_launch(x),
     )  # fmt: skip
@@ -174,12 +173,18 @@ def _dividing(k: int, tile: int) -> int:
 
 
 @triton.jit
-def _weight_rows(TILE_N: tl.constexpr, GATED: tl.constexpr, n_out):
-    """A program's rows of the weight; of a gated one a row of the gate and its row of the up in turn."""
-    index = tl.program_id(0) * TILE_N + tl.arange(0, TILE_N)
-    if GATED:
-        return tl.minimum(index // 2, n_out - 1) + index % 2 * n_out
-    return tl.minimum(index, n_out - 1)
+def _weight_rows(TILE_N: tl.constexpr, HALVES: tl.constexpr, n_out):
+    """A program's rows of the weight; of a gated one rows of the gate, and then those of the up."""
+    TILE_OUT: tl.constexpr = TILE_N // HALVES
+    index = tl.arange(0, TILE_N)
+    return tl.minimum(tl.program_id(0) * TILE_OUT + index % TILE_OUT, n_out - 1) + index // TILE_OUT * n_out
+
+
+@triton.jit
+def _gated(out, TILE_M: tl.constexpr, TILE_OUT: tl.constexpr):
+    """silu(gate) · up, of `[TILE_M, 2 * TILE_OUT]`: gate, then up."""
+    gate, up = tl.split(tl.permute(tl.reshape(out, [TILE_M, 2, TILE_OUT]), [0, 2, 1]))
+    return silu(gate) * up
 
 
 @triton.jit(do_not_specialize=["num_tokens"])
@@ -194,7 +199,7 @@ def _tile_kernel(
     x_stride,
     n_out,
     K: tl.constexpr,
-    GATED: tl.constexpr,
+    HALVES: tl.constexpr,
     PARTS: tl.constexpr,
     TILE_M: tl.constexpr,
     TILE_N: tl.constexpr,
@@ -206,16 +211,17 @@ def _tile_kernel(
     # Matrix units take 64 rows of the first factor at once: of x, or, where it has fewer, of the weight.
     TURNED: tl.constexpr = TILE_M < 64
     COLUMNS: tl.constexpr = K // PARTS
-    row = _weight_rows(TILE_N, GATED, n_out)
+    TILE_OUT: tl.constexpr = TILE_N // HALVES
+    row = _weight_rows(TILE_N, HALVES, n_out)
     # The last tile of x ends with its last row, for rows past that take the copy engine long to fill. Where two tiles
     # overlap, both programs store the same bits.
     first_m = tl.maximum(tl.minimum(tl.program_id(1) * TILE_M, num_tokens - TILE_M), 0)
-    first_n = tl.program_id(0) * TILE_N
-    m = first_m + tl.arange(0, TILE_M)
-    m_inside = (m < num_tokens)[:, None]
+    first_n = tl.program_id(0) * TILE_OUT
     part = tl.program_id(2)
     first = part * COLUMNS
-    column = tl.arange(0, TILE_K)
+    m = first_m + tl.arange(0, TILE_M)
+    m_inside = (m < num_tokens)[:, None]
+    column = tl.arange(0, TILE_K)[None, :]
     weight_rows = weight_ptr + row.to(tl.int64)[:, None] * K
     x_rows = x_ptr + m.to(tl.int64)[:, None] * x_stride
     if EARLY:
@@ -228,11 +234,11 @@ def _tile_kernel(
     else:
         acc = tl.zeros([TILE_M, TILE_N], tl.float32)
     for start in range(first, first + COLUMNS, TILE_K):
-        if GATED:  # rows from two places, which no descriptor holds
-            w = tl.load(weight_rows + start + column[None, :])
-            x = tl.load(x_rows + start + column[None, :], mask=m_inside, other=0.0)
+        if TURNED and HALVES == 2:  # what is copied in two halves would pass through registers: threads load it sooner
+            w = tl.load(weight_rows + start + column)
+            x = tl.load(x_rows + start + column, mask=m_inside, other=0.0)
         else:
-            w = weight_tiles.load([first_n, start])
+            w = tl.reshape(weight_tiles.load([0, first_n, start]), [TILE_N, TILE_K])
             x = x_tiles.load([first_m, start])
         if TURNED:
             acc = tl.dot(w, tl.trans(x), acc)
@@ -244,11 +250,9 @@ def _tile_kernel(
     if bias_ptr is not None:
         bias = tl.load(bias_ptr + row).to(tl.float32)
         out += tl.where(part == 0, bias, 0.0)[None, :]
-    if GATED:
-        gate, up = tl.split(tl.reshape(out, [TILE_M, TILE_N // 2, 2]))
-        out = silu(gate) * up
-    TILE_OUT: tl.constexpr = TILE_N // 2 if GATED else TILE_N
-    n = tl.program_id(0) * TILE_OUT + tl.arange(0, TILE_OUT)
+    if HALVES == 2:
+        out = _gated(out, TILE_M, TILE_OUT)
+    n = first_n + tl.arange(0, TILE_OUT)
     place = out_ptr + (part * num_tokens + m).to(tl.int64)[:, None] * n_out + n[None, :]
     tl.store(place, out.to(out_ptr.dtype.element_ty), mask=m_inside & (n < n_out)[None, :])
 
@@ -261,13 +265,13 @@ def _vector_kernel(
     out_ptr,
     n_out,
     K: tl.constexpr,
-    GATED: tl.constexpr,
+    HALVES: tl.constexpr,
     TILE_N: tl.constexpr,
     TILE_K: tl.constexpr,
     EARLY: tl.constexpr,
 ):
     """One row: too little arithmetic for matrix units, whose padded rows would cost more than they save."""
-    row = _weight_rows(TILE_N, GATED, n_out)
+    row = _weight_rows(TILE_N, HALVES, n_out)
     column = tl.arange(0, TILE_K)
     weight_rows = weight_ptr + row.to(tl.int64)[:, None] * K + column[None, :]
     next_w = tl.load(weight_rows)
@@ -281,9 +285,8 @@ def _vector_kernel(
     out = tl.sum(acc, axis=1)
     if bias_ptr is not None:
         out += tl.load(bias_ptr + row).to(tl.float32)
-    if GATED:
-        gate, up = tl.split(tl.reshape(out, [TILE_N // 2, 2]))
-        out = silu(gate) * up
-    TILE_OUT: tl.constexpr = TILE_N // 2 if GATED else TILE_N
+    TILE_OUT: tl.constexpr = TILE_N // HALVES
+    if HALVES == 2:
+        out = tl.reshape(_gated(tl.reshape(out, [1, TILE_N]), 1, TILE_OUT), [TILE_OUT])
     n = tl.program_id(0) * TILE_OUT + tl.arange(0, TILE_OUT)
     tl.store(out_ptr + n, out.to(out_ptr.dtype.element_ty), mask=n < n_out)
