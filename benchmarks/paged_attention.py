@@ -56,10 +56,9 @@ def bench_decode(pool: Pool, bandwidth: float, quick: bool) -> list[dict]:
     config = paged_decode_kernel.DecodeConfig
     cut = (decode_plan.PROGRAMS_PER_SM, decode_plan.MIN_PIECE)
     variants = [(256, default, *cut), (64, default, *cut), (16, default, *cut)]
-    tiles, warps, stages = ((64, 128), (4,), (2, 3, 4)) if quick else ((32, 64, 128), (4, 8), (2, 3, 4))
+    tiles, warps, stages = ((64,), (2, 4), (2, 3)) if quick else ((32, 64), (1, 2, 4), (2, 3, 4))
     variants += [(256, config(t, w, s), *cut) for t in tiles for w in warps for s in stages]
-    variants += [(64, config(128, 4, 3), *cut), (64, config(64, 4, 4), *cut)]
-    programs, pieces = ((8, 32), (128, 512)) if quick else ((4, 8, 16, 32), (128, 256, 512))
+    programs, pieces = ((2, 4), (128, 512)) if quick else ((2, 3, 4, 8), (64, 128, 256, 512))
     variants += [(256, default, p, m) for p in programs for m in pieces]
     variants = list(dict.fromkeys(variants))
 

@@ -2,9 +2,8 @@
 
 A program per sequence would leave the device waiting for the longest one. Split-KV ("flash decoding", Dao et al. 2023)
 gives a program one (kv head, piece of a sequence), with an online softmax (Milakov & Gimelshein 2018) over its tokens;
-the pieces, cut by `plan_decode`, are then merged through their log-sum-exp. The merge needs no second launch: of a
-sequence's programs the last to arrive, by an atomic count, merges all. It goes by the order of the pieces, not of
-arrival, so results do not depend on timing.
+the pieces, cut by `plan_decode`, are then merged (`decode_merge.py`). That needs no second launch: of a sequence's
+programs the last to arrive, by an atomic count, merges all.
 
 What `qk_norm_rope_store` does for prompts, each program does here for the few heads it needs: a launch of its own would
 cost more than those few hundred numbers.
@@ -20,6 +19,7 @@ from functools import lru_cache
 
 import torch
 
+from nanovllm.kernels.decode_merge import MERGE_ELEMENTS, merge_pieces
 from nanovllm.kernels.decode_plan import PIECE_FIELDS, PIECE_MULTIPLE, DecodePlan, multiprocessors
 from nanovllm.kernels.early_launch import LINE_BYTES, early_launch, fetch, wait_for_previous
 from nanovllm.kernels.own_token import own_token
@@ -40,7 +40,6 @@ MANY = 4  # programs a multiprocessor, from which on it has enough to do meanwhi
 FEW = 2  # programs a multiprocessor, up to which they wait together: a later one would ask for lines twice in a row
 NUM_WARPS = 2
 MIN_COLUMNS = 8  # of the second factor that matrix units take: heads, padded
-MERGE_ELEMENTS = 4096  # float32 partial results that a merge holds in registers at once
 
 
 @dataclass(frozen=True, slots=True)
@@ -85,7 +84,8 @@ def paged_decode_triton(
 ) -> None:
     """`paged_decode` in one launch; `config` overrides the default launch parameters.
 
-    Raises ValueError for caches whose layouts differ or are not contiguous within a block, and for one norm of two.
+    Raises ValueError for caches whose layouts differ or are not contiguous within a block, for one norm of two, and for
+    a tile that does not divide all pieces.
     """
     check_caches(out, k_cache, v_cache)
     if (q_weight is None) != (k_weight is None):
@@ -95,6 +95,8 @@ def paged_decode_triton(
     load = num_seqs * num_kv_heads / multiprocessors(qkv.device)
     if config is None:
         config = decode_config(head_dim, qkv.element_size(), shared_memory_bytes(qkv.device), is_many=load >= MANY)
+    if PIECE_MULTIPLE % config.tile:
+        raise ValueError(f"tile={config.tile}: must divide {PIECE_MULTIPLE}")
     early = early_launch(qkv)
     group = num_heads // num_kv_heads
     padded_dim, padded_group = next_power_of_2(head_dim), next_power_of_2(group)
@@ -316,30 +318,11 @@ def _decode_kernel(
     arrived = tl.atomic_add(arrival_ptr, 1, sem="acq_rel", scope="gpu")
     if arrived == num_pieces - 1:
         tl.store(arrival_ptr, 0)
+        merged = merge_pieces(
+            partial_out_ptr, partial_lse_ptr, first_partial, num_pieces, kv_head, num_heads,
+            GROUP, PADDED_GROUP, HEAD_DIM, PADDED_DIM, MERGE_PIECES,
+        )  # fmt: skip
         group_heads = tl.arange(0, PADDED_GROUP)
-        read_heads = kv_head * GROUP + tl.minimum(group_heads, GROUP - 1)  # rows past the group repeat its last head
-        merged_top = tl.full([PADDED_GROUP], float("-inf"), tl.float32)
-        merged_mass = tl.zeros([PADDED_GROUP], tl.float32)
-        merged = tl.zeros([PADDED_GROUP, PADDED_DIM], tl.float32)
-        for base in range(0, num_pieces, MERGE_PIECES):
-            index = base + tl.arange(0, MERGE_PIECES)
-            present = (index < num_pieces)[:, None]
-            partials = ((first_partial + index).to(tl.int64) * num_heads)[:, None] + read_heads[None, :]
-            # .cg: from L2, where the others' stores are, never from a stale line of this multiprocessor's L1.
-            lse = tl.load(partial_lse_ptr + partials, mask=present, other=float("-inf"), cache_modifier=".cg")
-            partial = tl.load(
-                partial_out_ptr + partials[:, :, None] * HEAD_DIM + dims[None, None, :],
-                mask=present[:, :, None] & (dims < HEAD_DIM)[None, None, :],
-                other=0.0,
-                cache_modifier=".cg",
-            )
-            new_top = tl.maximum(merged_top, tl.max(lse, 0))
-            weights = tl.exp2(lse - new_top[None, :])
-            decay = tl.exp2(merged_top - new_top)
-            merged_mass = merged_mass * decay + tl.sum(weights, 0)
-            merged = merged * decay[:, None] + tl.sum(weights[:, :, None] * partial, 0)
-            merged_top = new_top
-        merged = merged / merged_mass[:, None]
         merged_ptrs = out_head_ptr + group_heads[:, None] * stride_out_head + dims[None, :]
         merged_mask = (group_heads < GROUP)[:, None] & (dims < HEAD_DIM)[None, :]
         tl.store(merged_ptrs, merged.to(out_ptr.dtype.element_ty), mask=merged_mask)

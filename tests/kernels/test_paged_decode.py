@@ -327,3 +327,6 @@ def test_what_does_not_fit_is_refused() -> None:
     ):
         with pytest.raises(ValueError, match="cache"):
             paged_decode_triton(qkv, None, None, 0.0, qkv, k_cache, v_cache, table, lens - 1, lens, plan, 1.0, out)
+    config = paged_decode_kernel.DecodeConfig(tile=2 * PIECE, num_warps=2, num_stages=2)
+    with pytest.raises(ValueError, match=f"tile={2 * PIECE}: must divide {PIECE}"):
+        paged_decode_triton(qkv, None, None, 0.0, qkv, cache, cache, table, lens - 1, lens, plan, 1.0, out, config)
