@@ -21,11 +21,12 @@ import torch
 
 from nanovllm.kernels.decode_merge import MERGE_ELEMENTS, merge_pieces
 from nanovllm.kernels.decode_plan import PIECE_FIELDS, PIECE_MULTIPLE, DecodePlan, multiprocessors
-from nanovllm.kernels.early_launch import LINE_BYTES, early_launch, fetch, wait_for_previous
+from nanovllm.kernels.early_launch import LINE_BYTES, early_launch, wait_for_previous
 from nanovllm.kernels.own_token import own_token
 from nanovllm.kernels.paged_kv import (
     LOG2_E,
     check_caches,
+    fetch_tile,
     kv_offsets,
     next_power_of_2,
     shared_memory_bytes,
@@ -138,29 +139,6 @@ def _tiles(cache: torch.Tensor, tile: int) -> TensorDescriptor | None:
 
 
 @triton.jit
-def _fetch(
-    k_ptr,
-    v_ptr,
-    blocks,
-    start,
-    end,
-    kv_head,
-    stride_block,
-    HEAD_DIM: tl.constexpr,
-    PADDED_DIM: tl.constexpr,
-    BLOCK_SIZE: tl.constexpr,
-    TILE: tl.constexpr,
-    LINE: tl.constexpr,
-):
-    """Have the L2 cache fetch a tile's keys and values."""
-    tokens = kv_offsets(blocks, start, kv_head, stride_block, HEAD_DIM, 1, BLOCK_SIZE, TILE)
-    lines = tokens + (tl.arange(0, PADDED_DIM // LINE) * LINE)[None, :]
-    is_token = (start + tl.arange(0, TILE) < end)[:, None]
-    fetch(k_ptr + lines, is_token)
-    fetch(v_ptr + lines, is_token)
-
-
-@triton.jit
 def _attend(q, k, v, valid, top, mass, acc, scale_log2):
     """A tile's step of the online softmax: `q [dim, heads]`, `k` and `v [TILE, dim]`, `acc [dim, heads]`.
 
@@ -245,9 +223,9 @@ def _decode_kernel(
         rest = begin + (tl.minimum(end, position) - begin) // TILE * TILE
     if FETCH and PADDED_DIM % LINE == 0:
         last = tile_blocks(table_ptr, rest, end, BLOCK_SIZE, TILE)
-        _fetch(k_ptr, v_ptr, last, rest, end, kv_head, stride_block, HEAD_DIM, PADDED_DIM, BLOCK_SIZE, TILE, LINE)
+        fetch_tile(k_ptr, v_ptr, last, rest, end, kv_head, stride_block, HEAD_DIM, PADDED_DIM, BLOCK_SIZE, TILE, LINE)
         if TILED:
-            _fetch(
+            fetch_tile(
                 k_ptr, v_ptr, blocks, begin, rest, kv_head, stride_block, HEAD_DIM, PADDED_DIM, BLOCK_SIZE, TILE, LINE
             )
     q = own_token(

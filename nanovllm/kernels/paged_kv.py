@@ -9,6 +9,7 @@ from functools import lru_cache
 
 import torch
 
+from nanovllm.kernels.early_launch import fetch
 from nanovllm.kernels.triton_shim import tl, triton
 
 LOG2_E = 1.4426950408889634  # kernels use exp2, the instruction there is; the factor goes into the softmax scale
@@ -84,3 +85,26 @@ def kv_offsets(
     else:
         slots = kv_head * BLOCK_SIZE + (start + lanes) % BLOCK_SIZE
         return (blocks * stride_block + slots * HEAD_DIM)[:, None] + dims[None, :]
+
+
+@triton.jit
+def fetch_tile(
+    k_ptr,
+    v_ptr,
+    blocks,
+    start,
+    end,
+    kv_head,
+    stride_block,
+    HEAD_DIM: tl.constexpr,
+    PADDED_DIM: tl.constexpr,
+    BLOCK_SIZE: tl.constexpr,
+    TILE: tl.constexpr,
+    LINE: tl.constexpr,
+):
+    """Have the L2 cache fetch a tile's keys and values."""
+    tokens = kv_offsets(blocks, start, kv_head, stride_block, HEAD_DIM, 1, BLOCK_SIZE, TILE)
+    lines = tokens + (tl.arange(0, PADDED_DIM // LINE) * LINE)[None, :]
+    is_token = (start + tl.arange(0, TILE) < end)[:, None]
+    fetch(k_ptr + lines, is_token)
+    fetch(v_ptr + lines, is_token)

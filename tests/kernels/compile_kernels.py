@@ -11,7 +11,7 @@ from triton.backends.compiler import GPUTarget
 from triton.runtime import driver
 from triton.runtime.jit import JITFunction
 
-from nanovllm.kernels import early_launch
+from nanovllm.kernels import early_launch, paged_decode_kernel
 from nanovllm.kernels.all_reduce import PeerBuffers, make_inboxes, one_shot_add_rms_norm, one_shot_all_reduce
 from nanovllm.kernels.decode_plan import DecodePlan, plan_decode_triton
 from nanovllm.kernels.logprobs import summarize_triton
@@ -112,6 +112,8 @@ def call_sampler(dtype: torch.dtype) -> None:
 if __name__ == "__main__":
     names = compile_instead_of_launching()
     call_linear_kernels()
+    call_attention_kernels(128, 256, torch.bfloat16, has_norm=True)
+    paged_decode_kernel.multiprocessors = lambda device: 132  # few programs for each
     call_attention_kernels(128, 256, torch.bfloat16, has_norm=True)
     call_attention_kernels(80, 48, torch.float32, has_norm=False)
     call_sampler(torch.bfloat16)

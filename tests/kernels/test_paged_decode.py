@@ -305,6 +305,14 @@ def test_plan_kernel_equals_its_reference(seed: int, device: str) -> None:
     assert torch.equal(actual.arrivals, expected.arrivals)
 
 
+@pytest.mark.parametrize(("num_seqs", "piece"), [(1, 64), (4, 64), (5, 128), (8, 128), (16, 256), (17, 512), (64, 512)])
+def test_few_sequences_are_cut_finer_so_that_every_multiprocessor_has_a_piece(num_seqs: int, piece: int) -> None:
+    plan = DecodePlan.allocate(num_seqs, 16, 8, 8, "cpu", target_pieces=1000)
+    plan.multiprocessors = 132
+    plan_decode(torch.full((num_seqs,), 4096, dtype=torch.int32), 8, plan)
+    assert plan.pieces[0, 1:3].tolist() == [0, piece]
+
+
 def test_what_does_not_fit_is_refused() -> None:
     plan = empty_plan(2, 4, PIECE)
     with pytest.raises(ValueError, match="up to 2 sequences"):
