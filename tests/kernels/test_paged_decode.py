@@ -218,6 +218,25 @@ def test_offsets_past_two_to_the_31_elements(block_size: int, device: str) -> No
     torch.testing.assert_close(k_cache[2, :, 12].cpu(), small.keys[0][-1], rtol=0, atol=0)
 
 
+def test_tiles_past_two_to_the_31_elements(device: str) -> None:
+    """Of a contiguous cache, whose tiles the copy engine takes; of 100 tokens that is one, and the rest are loaded."""
+    num_kv_heads, block_size, head_dim = 2, 128, 64
+    last = 2**31 // (num_kv_heads * block_size * head_dim)
+    size = (last + 1, num_kv_heads, block_size, head_dim)
+    k_cache, v_cache = (torch.empty(size, dtype=torch.bfloat16, device=device) for _ in range(2))
+    small = make_case(0, [100], num_kv_heads, head_dim, block_size, torch.bfloat16, device)
+    source = int(small.block_table[small.rows[0], 0])
+    k_cache[last], v_cache[last] = small.k_cache[source], small.v_cache[source]
+    table = torch.full_like(small.block_table, last)
+    qkv, out = decode_inputs(small, 2, 0)
+    plan = plan_decode_triton(small.seq_lens, num_kv_heads, make_plan(small, 2, target_pieces=1, min_piece=2 * PIECE))
+    where = (table, small.rows, small.seq_lens)
+    paged_decode_triton(
+        qkv, None, None, 0.0, torch.empty(1, 0, device=device), k_cache, v_cache, *where, plan, 0.2, out
+    )
+    assert_decode_is_dense_attention(small, qkv, out, 0.2)
+
+
 def test_one_captured_graph_serves_every_length_mix(device: str) -> None:
     if device == "cpu":
         pytest.skip("CUDA graphs need CUDA")
