@@ -5,7 +5,6 @@ before it left its tokens, so the host is on the path of no token.
 """
 
 import logging
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -26,42 +25,13 @@ from nanovllm.worker.input_batch import InputBatch
 from nanovllm.worker.logit_extras import LogitExtras, LogprobsOnTheWay, ask_for_the_most
 from nanovllm.worker.memory import DeviceMemory, cache_bytes_left, cache_bytes_per_block, zeros_on_demand
 from nanovllm.worker.resolve import resolve_device, resolve_dtype, resolve_max_model_len
-from nanovllm.worker.step_plan import NewRow, StepPlan, TokenLogprobs
+from nanovllm.worker.step_handle import StepHandle
+from nanovllm.worker.step_plan import NewRow, StepPlan
 
 logger = logging.getLogger(__name__)
 
 DEFAULT_CPU_CACHE_BYTES = 4 << 30
 MAX_STEPS_IN_FLIGHT = 2  # one runs while the host reads the tokens of the one before
-
-
-@dataclass(slots=True)
-class StepHandle:
-    """A launched step. Whatever is read from it waits for it."""
-
-    sampled: torch.Tensor  # [num_samples] int32, on the host
-    done: torch.cuda.Event | None
-    extras: LogprobsOnTheWay | None = None
-
-    def is_done(self) -> bool:
-        return self.done is None or self.done.query()
-
-    def tokens(self) -> list[int]:
-        self._wait()
-        return self.sampled.tolist()
-
-    def logprobs(self) -> list[TokenLogprobs | None]:
-        """Of each sampled token, None where the plan's `logprobs` did not ask."""
-        self._wait()
-        return self.extras.samples() if self.extras else [None] * len(self.sampled)
-
-    def prompt_logprobs(self) -> list[list[TokenLogprobs]]:
-        """Of the tokens of each of the plan's `prompt_logprobs`."""
-        self._wait()
-        return self.extras.spans() if self.extras else []
-
-    def _wait(self) -> None:
-        if self.done is not None:
-            self.done.synchronize()
 
 
 class ModelRunner:

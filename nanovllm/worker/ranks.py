@@ -32,10 +32,9 @@ from nanovllm.config import Config
 from nanovllm.errors import RankError
 from nanovllm.kernels import all_reduce
 from nanovllm.layers.linear import PeerLostError, TensorParallel
-from nanovllm.models.loader import build_outline
 from nanovllm.worker.follower import follow
 from nanovllm.worker.groups import Meeting, join_group
-from nanovllm.worker.resolve import resolve_device, resolve_dtype
+from nanovllm.worker.resolve import require_cut, resolve_device, resolve_dtype
 
 GRACE = 2.0  # seconds in which the reason of a lost connection, seen by another rank, arrives here
 TICK = 0.5  # seconds between two looks at whether rank 0 has waited too long
@@ -315,22 +314,6 @@ class Followers:
             if process.pid is not None:
                 process.kill()
         self.tp.abort()  # frees a device that waits for them
-
-
-def require_cut(config: Config, hf_config: Any, model_cls: type) -> None:
-    """Raises ValueError, saying why, if the model cannot be cut into so many parts or there are too few devices."""
-    size = config.tensor_parallel_size
-    build_outline(hf_config, model_cls, TensorParallel(0, size))
-    if resolve_device(config.device) == "cuda":
-        if torch.cuda.device_count() < size:
-            raise ValueError(
-                f"tensor_parallel_size={size} must be at most the number of CUDA devices, {torch.cuda.device_count()}"
-            )
-        if torch.cuda.current_device() != 0:  # a thread of the engine's own would begin with 0 anyway
-            raise ValueError(
-                f"tensor_parallel_size={size} takes the devices from 0 on, but device {torch.cuda.current_device()} is "
-                "current: choose devices with CUDA_VISIBLE_DEVICES"
-            )
 
 
 def _limit_sending(link: Connection, seconds: float) -> None:

@@ -1,11 +1,13 @@
-"""What "auto" and None mean for this machine and this checkpoint."""
+"""What "auto" and None mean for this machine and this checkpoint, and into how many ranks they can be cut."""
 
 from typing import Any
 
 import torch
 
 from nanovllm.config import Config
+from nanovllm.layers.linear import TensorParallel
 from nanovllm.layers.rotary_embedding import rope_parameters
+from nanovllm.models.loader import build_outline
 
 
 def resolve_device(device: str) -> str:
@@ -37,3 +39,19 @@ def resolve_max_model_len(config: Config, hf_config: Any) -> int:
     if config.max_model_len > limit:
         raise ValueError(f"max_model_len={config.max_model_len} must be at most the model's {limit}")
     return config.max_model_len
+
+
+def require_cut(config: Config, hf_config: Any, model_cls: type) -> None:
+    """Raises ValueError, saying why, if the model cannot be cut into so many parts or there are too few devices."""
+    size = config.tensor_parallel_size
+    build_outline(hf_config, model_cls, TensorParallel(0, size))
+    if resolve_device(config.device) == "cuda":
+        if torch.cuda.device_count() < size:
+            raise ValueError(
+                f"tensor_parallel_size={size} must be at most the number of CUDA devices, {torch.cuda.device_count()}"
+            )
+        if torch.cuda.current_device() != 0:  # a thread of the engine's own would begin with 0 anyway
+            raise ValueError(
+                f"tensor_parallel_size={size} takes the devices from 0 on, but device {torch.cuda.current_device()} is "
+                "current: choose devices with CUDA_VISIBLE_DEVICES"
+            )
