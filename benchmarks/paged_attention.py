@@ -5,7 +5,7 @@
 Decode is timed on the length mix of the headline workload (256 requests, prompts and outputs uniform in 100..1024) at
 four of its steps, on long contexts, and on a few short streams; prefill on whole prompts. One line per set of launch
 parameters, the default first. Every timed launch reads other blocks than the ones before it, so that nothing comes out
-of L2. The last line is JSON.
+of L2. The engine's own cut and stages go by the number of sequences. The last line is JSON.
 """
 
 import argparse
@@ -30,7 +30,7 @@ from benchmarks.attention_timing import (
 from benchmarks.ceilings import measure_ceilings
 from benchmarks.workloads import PRESETS, draw
 from nanovllm.kernels import decode_plan, paged_decode_kernel, paged_prefill
-from nanovllm.kernels.paged_kv import shared_memory_bytes
+from nanovllm.kernels.device import shared_memory_bytes
 from nanovllm.kernels.triton_shim import triton
 
 SHAPE = AttentionShape(num_heads=16, num_kv_heads=8, head_dim=128, dtype=torch.bfloat16)
@@ -51,23 +51,23 @@ def decode_scenarios() -> dict[str, list[int]]:
 def bench_decode(pool: Pool, bandwidth: float, quick: bool) -> list[dict]:
     """Decode attention over launch parameters and cutting parameters; prints a table."""
     scenarios = decode_scenarios()
-    default = paged_decode_kernel.decode_config(SHAPE.head_dim, 2, shared_memory_bytes(torch.device("cuda")))
     num_sms = torch.cuda.get_device_properties("cuda").multi_processor_count
     config = paged_decode_kernel.DecodeConfig
-    cut = (decode_plan.PROGRAMS_PER_SM, decode_plan.MIN_PIECE)
-    variants = [(256, default, *cut), (64, default, *cut), (16, default, *cut)]
+    variants = [(block_size, None, None, None) for block_size in (256, 64, 16)]
     tiles, warps, stages = ((64,), (2, 4), (2, 3)) if quick else ((32, 64), (1, 2, 4), (2, 3, 4))
-    variants += [(256, config(t, w, s), *cut) for t in tiles for w in warps for s in stages]
+    variants += [(256, config(t, w, s), None, None) for t in tiles for w in warps for s in stages]
     programs, pieces = ((2, 4), (128, 512)) if quick else ((2, 3, 4, 8), (64, 128, 256, 512))
-    variants += [(256, default, p, m) for p in programs for m in pieces]
+    variants += [(256, None, p, m) for p in programs for m in pieces]
     variants = list(dict.fromkeys(variants))
 
     print(f"\npaged_decode, 16 heads on {SHAPE.num_kv_heads}, TB/s (read: {bandwidth / 1e12:.2f}); short streams in us")
     print("block tile warps stages prog/SM piece " + " ".join(f"{name:>7}" for name in scenarios))
     results = []
     for block_size, launch, programs_per_sm, min_piece in variants:
-        row = {"block_size": block_size, **asdict(launch), "programs_per_sm": programs_per_sm, "min_piece": min_piece}
-        cut = {"target_pieces": -(-programs_per_sm * num_sms // SHAPE.num_kv_heads), "min_piece": min_piece}
+        row, cut = {"block_size": block_size, **(asdict(launch) if launch else {})}, {}
+        if programs_per_sm:
+            row |= {"programs_per_sm": programs_per_sm, "min_piece": min_piece}
+            cut = {"target_pieces": -(-programs_per_sm * num_sms // SHAPE.num_kv_heads), "min_piece": min_piece}
         cells = []
         try:
             for name, lengths in scenarios.items():
@@ -78,11 +78,8 @@ def bench_decode(pool: Pool, bandwidth: float, quick: bool) -> list[dict]:
         except triton.runtime.errors.OutOfResources as error:
             cells.append(f"does not fit: {error}"[:60])
         results.append(row)
-        print(
-            f"{block_size:5} {launch.tile:4} {launch.num_warps:5} {launch.num_stages:6} {programs_per_sm:7} "
-            f"{min_piece:5} " + " ".join(cells),
-            flush=True,
-        )
+        shown = [row.get(name, "-") for name in ("tile", "num_warps", "num_stages", "programs_per_sm", "min_piece")]
+        print("{:5} {:>4} {:>5} {:>6} {:>7} {:>5} ".format(block_size, *shown) + " ".join(cells), flush=True)
     return results
 
 

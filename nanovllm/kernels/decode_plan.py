@@ -6,14 +6,14 @@ head, slot) in every layer: its grid depends on shapes alone, and one captured C
 The device takes slots in order, so long pieces come before short ones, which fill up the end (Graham, 1969, "Bounds on
 multiprocessing timing anomalies": longest processing time first).
 
-Bytes: 4 per sequence read by each program, 20 per slot written; a few microseconds a step.
+Bytes: 4 per sequence read by each program, 24 per slot written; a few microseconds a step.
 """
 
 from dataclasses import dataclass
-from functools import lru_cache
 
 import torch
 
+from nanovllm.kernels.device import multiprocessors
 from nanovllm.kernels.early_launch import early_launch, wait_for_previous
 from nanovllm.kernels.triton_shim import tl, triton
 
@@ -81,11 +81,13 @@ class DecodePlan:
             arrivals=torch.zeros(max_seqs, num_kv_heads, dtype=torch.int32, device=device),
         )
 
-
-@lru_cache
-def multiprocessors(device: torch.device) -> int:
-    """How many the device has; a CPU counts as one."""
-    return torch.cuda.get_device_properties(device).multi_processor_count if device.type == "cuda" else 1
+    def require(self, num_seqs: int, num_kv_heads: int) -> None:
+        """Raises ValueError when this is for fewer sequences or other heads."""
+        max_seqs, heads = self.arrivals.shape
+        if num_seqs > max_seqs or num_kv_heads != heads:
+            raise ValueError(
+                f"plan is for up to {max_seqs} sequences of {heads} kv heads, the step has {num_seqs} of {num_kv_heads}"
+            )
 
 
 def plan_decode(seq_lens: torch.Tensor, num_kv_heads: int, plan: DecodePlan) -> DecodePlan:
@@ -98,11 +100,7 @@ def plan_decode(seq_lens: torch.Tensor, num_kv_heads: int, plan: DecodePlan) -> 
     sum(ceil(len / size)) <= S + total / size.
     Raises ValueError when `plan` was allocated for fewer sequences or other heads.
     """
-    if seq_lens.shape[0] > plan.arrivals.shape[0] or num_kv_heads != plan.arrivals.shape[1]:
-        raise ValueError(
-            f"plan is for up to {plan.arrivals.shape[0]} sequences of {plan.arrivals.shape[1]} kv heads, "
-            f"the step has {seq_lens.shape[0]} of {num_kv_heads}"
-        )
+    plan.require(seq_lens.shape[0], num_kv_heads)
     return (plan_decode_triton if seq_lens.is_cuda else plan_decode_reference)(seq_lens, num_kv_heads, plan)
 
 
@@ -131,7 +129,7 @@ def plan_decode_reference(seq_lens: torch.Tensor, num_kv_heads: int, plan: Decod
 def _min_piece(plan: DecodePlan, num_seqs: int) -> int:
     """Half of `plan.min_piece` where there are no more heads of sequences than multiprocessors, and so on."""
     programs, piece = num_seqs * plan.arrivals.shape[1], plan.min_piece
-    while programs <= plan.multiprocessors and piece > PIECE_MULTIPLE:
+    while 0 < programs <= plan.multiprocessors and piece > PIECE_MULTIPLE:
         programs, piece = 2 * programs, piece // 2
     return piece
 

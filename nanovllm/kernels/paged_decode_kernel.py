@@ -20,7 +20,8 @@ from functools import lru_cache
 import torch
 
 from nanovllm.kernels.decode_merge import MERGE_ELEMENTS, merge_pieces
-from nanovllm.kernels.decode_plan import PIECE_FIELDS, PIECE_MULTIPLE, DecodePlan, multiprocessors
+from nanovllm.kernels.decode_plan import PIECE_FIELDS, PIECE_MULTIPLE, DecodePlan
+from nanovllm.kernels.device import multiprocessors, shared_memory_bytes
 from nanovllm.kernels.early_launch import LINE_BYTES, early_launch, wait_for_previous
 from nanovllm.kernels.own_token import own_token
 from nanovllm.kernels.paged_kv import (
@@ -29,7 +30,6 @@ from nanovllm.kernels.paged_kv import (
     fetch_tile,
     kv_offsets,
     next_power_of_2,
-    shared_memory_bytes,
     tile_blocks,
 )
 from nanovllm.kernels.triton_shim import TensorDescriptor, tl, triton
@@ -37,8 +37,10 @@ from nanovllm.kernels.triton_shim import TensorDescriptor, tl, triton
 # Measured on an H100 and an H200: docs/performance.md; benchmarks/paged_attention.py measures alternatives.
 TILE_BYTES = 16 * 1024  # of K a loop iteration: 64 tokens of 128 bf16
 MAX_STAGES = 3  # of the load pipeline
-MANY = 4  # programs a multiprocessor, from which on it has enough to do meanwhile, and 2 stages suffice
-FEW = 2  # programs a multiprocessor, up to which they wait together: a later one would ask for lines twice in a row
+# Programs a multiprocessor, were no sequence cut: how many pieces there are is known on the device only.
+MANY = 4  # from which on it has enough to do meanwhile, and 2 stages suffice
+FEW = 2  # up to which they wait together: a later one would ask for lines twice in a row
+MIN_TILE = 16  # tokens: what a dot sums over
 NUM_WARPS = 2
 MIN_COLUMNS = 8  # of the second factor that matrix units take: heads, padded
 
@@ -59,7 +61,7 @@ def decode_config(head_dim: int, itemsize: int, shared_memory: int, is_many: boo
     `is_many`: a multiprocessor has MANY programs or more.
     """
     token_bytes = next_power_of_2(head_dim) * itemsize
-    tile = max(16, min(PIECE_MULTIPLE, TILE_BYTES // token_bytes))
+    tile = max(MIN_TILE, min(PIECE_MULTIPLE, TILE_BYTES // token_bytes))
     # n stages are n-1 buffers of K and V in flight; 12 KiB are left to the query and to layout conversions.
     fitting = 1 + (shared_memory - 12 * 1024) // (2 * tile * token_bytes)
     num_warps = NUM_WARPS if itemsize <= 2 else 2 * NUM_WARPS  # float32 dots run on ordinary registers: spread them
@@ -85,19 +87,20 @@ def paged_decode_triton(
 ) -> None:
     """`paged_decode` in one launch; `config` overrides the default launch parameters.
 
-    Raises ValueError for caches whose layouts differ or are not contiguous within a block, for one norm of two, and for
-    a tile that does not divide all pieces.
+    Raises ValueError for caches whose layouts differ or are not contiguous within a block, for one norm of two, for a
+    plan of fewer sequences or other heads, and for a tile that does not divide all pieces.
     """
     check_caches(out, k_cache, v_cache)
     if (q_weight is None) != (k_weight is None):
         raise ValueError("q_weight and k_weight must both be given, or neither")
     num_seqs, num_heads, head_dim = out.shape
     _, num_kv_heads, block_size, _ = k_cache.shape
+    plan.require(num_seqs, num_kv_heads)
     load = num_seqs * num_kv_heads / multiprocessors(qkv.device)
     if config is None:
         config = decode_config(head_dim, qkv.element_size(), shared_memory_bytes(qkv.device), is_many=load >= MANY)
-    if PIECE_MULTIPLE % config.tile:
-        raise ValueError(f"tile={config.tile}: must divide {PIECE_MULTIPLE}")
+    if config.tile < MIN_TILE or PIECE_MULTIPLE % config.tile:
+        raise ValueError(f"tile={config.tile}: must divide {PIECE_MULTIPLE} and be at least {MIN_TILE}")
     early = early_launch(qkv)
     group = num_heads // num_kv_heads
     padded_dim, padded_group = next_power_of_2(head_dim), next_power_of_2(group)
@@ -132,7 +135,8 @@ def _tiles(cache: torch.Tensor, tile: int) -> TensorDescriptor | None:
     """A cache as tiles of `tile` tokens that the copy engine takes; None where there is none, or it could not."""
     (*_, block_size, head_dim), device = cache.shape, cache.device
     has_engine = device.type != "cuda" or torch.cuda.get_device_capability(device) >= (9, 0)
-    if not has_engine or not cache.is_contiguous() or block_size % tile or head_dim * cache.element_size() % 16:
+    is_aligned = (cache.data_ptr() | head_dim * cache.element_size()) % 16 == 0
+    if not has_engine or not cache.is_contiguous() or block_size % tile or not is_aligned:
         return None
     shape, strides = [cache.numel() // head_dim, head_dim], [head_dim, 1]
     return TensorDescriptor(cache, shape, strides, [tile, next_power_of_2(head_dim)])

@@ -5,22 +5,12 @@ tokens that lies in one block is a single run of memory behind a single look-up 
 block stride passes 2^31 in any cache worth having, hence int64 from there on.
 """
 
-from functools import lru_cache
-
 import torch
 
 from nanovllm.kernels.early_launch import fetch
 from nanovllm.kernels.triton_shim import tl, triton
 
 LOG2_E = 1.4426950408889634  # kernels use exp2, the instruction there is; the factor goes into the softmax scale
-
-
-@lru_cache
-def shared_memory_bytes(device: torch.device) -> int:
-    """Shared memory one program may use: 227 KiB on an H100, 99 KiB on consumer cards."""
-    if device.type != "cuda":
-        return 227 * 1024
-    return torch.cuda.get_device_properties(device).shared_memory_per_block_optin
 
 
 def next_power_of_2(n: int) -> int:

@@ -21,13 +21,13 @@ from functools import lru_cache
 import torch
 
 from nanovllm.kernels.cpu_attention import paged_prefill_cpu
+from nanovllm.kernels.device import shared_memory_bytes
 from nanovllm.kernels.paged_kv import (
     LOG2_E,
     check_caches,
     gather_kv,
     kv_offsets,
     next_power_of_2,
-    shared_memory_bytes,
     tile_blocks,
 )
 from nanovllm.kernels.triton_shim import tl, triton

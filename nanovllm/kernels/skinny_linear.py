@@ -19,8 +19,8 @@ from typing import NamedTuple
 import torch
 import torch.nn.functional as F
 
+from nanovllm.kernels.device import multiprocessors, shared_memory_bytes
 from nanovllm.kernels.early_launch import LINE_BYTES, early_launch, fetch, wait_for_previous
-from nanovllm.kernels.paged_kv import shared_memory_bytes
 from nanovllm.kernels.silu_mul import silu, silu_mul
 from nanovllm.kernels.triton_shim import TensorDescriptor, tl, triton
 
@@ -62,7 +62,7 @@ LARGE_TILINGS = {
     16: (Tiling(16, 64, 128, 4), Tiling(16, 64, 128, 4, 3072), Tiling(16, 64, 128, 3)),
     32: (Tiling(32, 64, 128, 4), Tiling(32, 64, 128, 4, 3072), Tiling(32, 64, 128, 3)),
     64: (Tiling(64, 64, 128, 4), Tiling(64, 64, 128, 4), None),
-    96: (None, None, None),
+    96: (None, None, None),  # a library's was the faster in all three
     128: (None, Tiling(128, 64, 128, 4), None),
 }
 
@@ -80,10 +80,8 @@ def skinny_linear(
     instead, `[parts, tokens, N]` in float32. Sums are in float32. What the kernels are not for (many rows, float32, a
     CPU, an odd K) goes to `F.linear`.
     """
-    n, k = weight.shape
-    if 0 < len(x) <= MAX_ROWS and x.is_cuda and x.element_size() == 2 and _is_regular(x, k):
-        if len(x) == 1 or _tiling(len(x), n, k, gated, in_parts):
-            return skinny_linear_triton(x, weight, bias, gated, in_parts)
+    if x.is_cuda and _can_take(x, weight, bias, gated, in_parts):
+        return skinny_linear_triton(x, weight, bias, gated, in_parts)
     out = F.linear(x, weight, bias)
     return silu_mul(out) if gated else out
 
@@ -98,9 +96,18 @@ def _tiling(num_tokens: int, n: int, k: int, gated: bool, in_parts: bool) -> Til
     return of_gated if gated else of_parts if in_parts else plain
 
 
-def _is_regular(x: torch.Tensor, k: int) -> bool:
-    """Whether rows have a multiple of K_MULTIPLE columns side by side, and begin where a tile may be copied from."""
-    return k % K_MULTIPLE == 0 and x.stride(1) == 1 and (x.stride(0) | x.storage_offset()) % 8 == 0
+def _can_take(x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None, gated: bool, in_parts: bool) -> bool:
+    """Whether the kernels are for this: few rows, of K_MULTIPLE columns side by side, that begin where a tile may be
+    copied from."""
+    num_tokens, (n, k) = len(x), weight.shape
+    is_small = 0 < num_tokens <= MAX_ROWS and x.element_size() == 2
+    is_product = x.shape[1] == k and x.dtype == weight.dtype and (bias is None or bias.shape == (n,))
+    is_whole = not (gated and (in_parts or n % 2))  # the gate needs the sums and its half
+    is_regular = k % K_MULTIPLE == 0 and x.stride(1) == 1 and x.stride(0) % 8 == 0 and weight.is_contiguous()
+    is_aligned = (x.data_ptr() | weight.data_ptr()) % 16 == 0
+    if not (is_small and is_product and is_whole and is_regular and is_aligned):
+        return False
+    return num_tokens == 1 or _tiling(num_tokens, n, k, gated, in_parts) is not None
 
 
 def skinny_linear_triton(
@@ -110,18 +117,16 @@ def skinny_linear_triton(
     gated: bool = False,
     in_parts: bool = False,
 ) -> torch.Tensor:
-    """`skinny_linear` as one launch, of 16-bit elements.
-
-    Raises ValueError for a K that is not a multiple of 256, rows that are not contiguous, and a product of several rows
-    that has no tiles.
-    """
+    """`skinny_linear` as one launch. Raises ValueError for what that leaves to the library."""
     num_tokens, (n, k) = len(x), weight.shape
-    tiling = _tiling(num_tokens, n, k, gated, in_parts)
-    if tiling is None and num_tokens != 1 or not _is_regular(x, k) or not weight.is_contiguous():
+    if not _can_take(x, weight, bias, gated, in_parts):
         raise ValueError(
-            f"x {list(x.shape)} and weight {list(weight.shape)}, {gated=}, {in_parts=}: must have tiles, contiguous "
-            f"rows that begin at multiples of 16 bytes, and a multiple of {K_MULTIPLE} columns"
+            f"x {list(x.shape)} {x.dtype}, weight {list(weight.shape)} {weight.dtype}, bias "
+            f"{None if bias is None else list(bias.shape)}, {gated=}, {in_parts=}: must be a product of 1 to "
+            f"{MAX_ROWS} rows that has tiles, of 16-bit elements, with a multiple of {K_MULTIPLE} columns side by "
+            "side, in rows that begin at multiples of 16 bytes"
         )
+    tiling = _tiling(num_tokens, n, k, gated, in_parts)
     halves = 2 if gated else 1
     n_out = n // halves
     if num_tokens == 1:
@@ -152,9 +157,8 @@ def skinny_linear_triton(
 @lru_cache
 def _parts(programs: int, k: int, longest: int, device: torch.device) -> int:
     """Into how many equal parts to split K: the fewest that nearly fill the device, or as many as there can be."""
-    multiprocessors = torch.cuda.get_device_properties(device).multi_processor_count if device.type == "cuda" else 132
     possible = [p for p in range(1, max(k // MIN_PART, 1) + 1) if k % (p * PART_MULTIPLE) == 0]
-    enough = (p for p in possible if programs * p >= FULL * multiprocessors and k // p <= longest)
+    enough = (p for p in possible if programs * p >= FULL * multiprocessors(device) and k // p <= longest)
     return next(enough, possible[-1])
 
 

@@ -113,7 +113,8 @@ if __name__ == "__main__":
     names = compile_instead_of_launching()
     call_linear_kernels()
     call_attention_kernels(128, 256, torch.bfloat16, has_norm=True)
-    paged_decode_kernel.multiprocessors = lambda device: 132  # few programs for each
+    call_attention_kernels(128, 256, torch.float32, has_norm=True)
+    paged_decode_kernel.multiprocessors = lambda device: 1  # many programs for each
     call_attention_kernels(128, 256, torch.bfloat16, has_norm=True)
     call_attention_kernels(80, 48, torch.float32, has_norm=False)
     call_sampler(torch.bfloat16)

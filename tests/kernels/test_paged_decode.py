@@ -1,6 +1,7 @@
 """Promises of the decode plan and of decode attention, kept by the kernel (interpreted on a CPU) and the reference."""
 
 import random
+from functools import partial
 
 import pytest
 import torch
@@ -327,7 +328,6 @@ def test_plan_kernel_equals_its_reference(seed: int, device: str) -> None:
 @pytest.mark.parametrize(("num_seqs", "piece"), [(1, 64), (4, 64), (5, 128), (8, 128), (16, 256), (17, 512), (64, 512)])
 def test_few_sequences_are_cut_finer_so_that_every_multiprocessor_has_a_piece(num_seqs: int, piece: int) -> None:
     plan = DecodePlan.allocate(num_seqs, 16, 8, 8, "cpu", target_pieces=1000)
-    plan.multiprocessors = 132
     plan_decode(torch.full((num_seqs,), 4096, dtype=torch.int32), 8, plan)
     assert plan.pieces[0, 1:3].tolist() == [0, piece]
 
@@ -354,6 +354,21 @@ def test_what_does_not_fit_is_refused() -> None:
     ):
         with pytest.raises(ValueError, match="cache"):
             paged_decode_triton(qkv, None, None, 0.0, qkv, k_cache, v_cache, table, lens - 1, lens, plan, 1.0, out)
-    config = paged_decode_kernel.DecodeConfig(tile=2 * PIECE, num_warps=2, num_stages=2)
-    with pytest.raises(ValueError, match=f"tile={2 * PIECE}: must divide {PIECE}"):
-        paged_decode_triton(qkv, None, None, 0.0, qkv, cache, cache, table, lens - 1, lens, plan, 1.0, out, config)
+    launch = partial(paged_decode_triton, qkv, None, None, 0.0, qkv, cache, cache, table, lens - 1, lens)
+    with pytest.raises(ValueError, match="of 1 kv heads, the step has 1 of 2"):
+        launch(plan, 1.0, out)
+    with pytest.raises(ValueError, match="up to 0 sequences"):
+        launch(DecodePlan.allocate(0, 4, 2, 8, "cpu"), 1.0, out)
+    for tile in (0, 8, 48, 2 * PIECE):
+        config = paged_decode_kernel.DecodeConfig(tile=tile, num_warps=2, num_stages=2)
+        with pytest.raises(ValueError, match=f"tile={tile}: must divide {PIECE} and be at least 16"):
+            launch(DecodePlan.allocate(1, 4, 2, 8, "cpu"), 1.0, out, config)
+
+
+def test_only_caches_that_the_copy_engine_can_take_are_its_tiles() -> None:
+    memory = torch.zeros(1 + 3 * 2 * 64 * 8)
+    cache, unaligned = (memory[start:][: 3 * 2 * 64 * 8].view(3, 2, 64, 8) for start in (0, 1))
+    assert paged_decode_kernel._tiles(cache, 64) is not None
+    assert paged_decode_kernel._tiles(cache, 48) is None
+    assert paged_decode_kernel._tiles(cache[:, :1], 64) is None
+    assert paged_decode_kernel._tiles(unaligned, 64) is None

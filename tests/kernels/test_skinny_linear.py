@@ -16,12 +16,12 @@ SHAPES = [
     (16, 40, 3072),
     (17, 33, 512),
     (33, 24, 768),
+    (60, 40, 512),
     (70, 40, 256),
+    (100, 72, 512),
     (130, 72, 512),
     (193, 65, 256),
 ]
-WEIGHTS = [(4096, 1024), (1024, 2048), (6144, 1024), (1024, 3072)]
-GPU_SHAPES = [(m, n, k) for m in (1, 3, 16, 31, 64, 65, 128, 129, 256) for n, k in WEIGHTS]
 
 
 def draw(shape: tuple[int, int, int], dtype: torch.dtype, device: str) -> tuple[torch.Tensor, ...]:
@@ -72,7 +72,7 @@ def multiply(x: torch.Tensor, weight: torch.Tensor, *args: object, **options: bo
     asked = [options.get(name, False) for name in ("gated", "in_parts")]
     if len(x) == 1 or kernels._tiling(len(x), *weight.shape, *asked):
         return kernels.skinny_linear_triton(x, weight, *args, **options)
-    with pytest.raises(ValueError, match="must have tiles"):
+    with pytest.raises(ValueError, match="that has tiles"):
         kernels.skinny_linear_triton(x, weight, *args, **options)
     pytest.skip("a product for the library, and refused")
 
@@ -111,17 +111,33 @@ def test_parts_sum_to_the_product_and_only_one_has_the_bias(shape, dtype: torch.
 
 
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="too large for the interpreter")
-@pytest.mark.parametrize("shape", GPU_SHAPES)
-def test_the_product_is_rounded_once_at_a_models_sizes(shape: tuple[int, int, int], device: str):
-    x, weight, bias = draw(shape, torch.bfloat16, device)
-    assert_is_rounded_product(multiply(x, weight, bias), x, weight, bias)
-    assert_parts_sum_to_the_product(multiply(x, weight, bias, in_parts=True), x, weight, bias)
-    assert_is_rounded_swiglu(multiply(x, weight, bias, gated=True), x, weight, bias)
+@pytest.mark.parametrize("num_tokens", [1, 3, 16, 31, 48, 64, 65, 128, 129, 256])
+@pytest.mark.parametrize("kind", ["plain", "in_parts", "gated"])
+def test_the_product_is_rounded_once_at_a_models_sizes(num_tokens: int, kind: str, device: str):
+    options = {} if kind == "plain" else {kind: True}
+    exact = {"plain": assert_is_rounded_product, "in_parts": assert_parts_sum_to_the_product}
+    for n, k in [(4096, 1024), (1024, 2048), (6144, 1024), (1024, 3072)]:
+        x, weight, bias = draw((num_tokens, n, k), torch.bfloat16, device)
+        exact.get(kind, assert_is_rounded_swiglu)(multiply(x, weight, bias, **options), x, weight, bias)
+
+
+def test_products_have_the_tiles_that_were_chosen_for_them(monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.undo()  # the real bounds of large and narrow weights
+    for (n, k), table in [
+        ((4096, 1024), kernels.TILINGS),
+        ((8192, 4096), kernels.LARGE_TILINGS),
+        ((4096, 4096), {most: (None, in_parts, None) for most, (_, in_parts, _) in kernels.LARGE_TILINGS.items()}),
+        ((32768, 4096), {}),
+    ]:
+        for num_tokens in (2, 16, 17, 32, 33, 48, 49, 64, 65, 96, 97, 128, 129, 192, 193, 256, 257):
+            row = next((tilings for most, tilings in table.items() if num_tokens <= most), (None, None, None))
+            assert tuple(kernels._tiling(num_tokens, n, k, g, p) for g, p in ((0, 0), (0, 1), (1, 0))) == row
 
 
 def test_what_the_kernel_is_not_for_is_left_to_the_library(device: str, monkeypatch: pytest.MonkeyPatch):
     monkeypatch.setattr(kernels, "skinny_linear_triton", lambda *args: pytest.fail("the kernel was called"))
     x, weight, bias = (t.to(device) for t in draw((3, 8, 256), torch.float32, "cpu"))
+    assert kernels._can_take(x.bfloat16(), weight.bfloat16(), bias.bfloat16(), False, False)
     for a, w in [
         (x, weight),  # float32
         (x[:, :100].bfloat16(), weight[:, :100].bfloat16()),  # an odd K
@@ -129,6 +145,7 @@ def test_what_the_kernel_is_not_for_is_left_to_the_library(device: str, monkeypa
         (x.bfloat16().repeat(90, 1), weight.bfloat16()),  # many rows
         (x.bfloat16().repeat(1, 2)[:, 3 : 3 + 256], weight.bfloat16()),  # rows that begin at odd places
     ]:
+        assert not any(kernels._can_take(a, w, None, gated, parts) for gated, parts in ((0, 0), (0, 1), (1, 0)))
         assert torch.equal(kernels.skinny_linear(a, w), torch.nn.functional.linear(a, w))
         assert torch.equal(kernels.skinny_linear(a, w, in_parts=True), torch.nn.functional.linear(a, w))
         expected = silu_mul(torch.nn.functional.linear(a, w))
@@ -158,11 +175,32 @@ def test_tiles_fit_the_devices_shared_memory(kib: int):
                 assert depth == min(tiling.depth, max(2, columns // tile_k))
 
 
-def test_bad_shapes_are_refused(device: str):
-    x, weight, _ = draw((3, 8, 256), torch.bfloat16, device)
-    with pytest.raises(ValueError, match="multiple of 256"):
-        kernels.skinny_linear_triton(x[:, :100], weight[:, :100])
-    with pytest.raises(ValueError, match="must have tiles"):
-        kernels.skinny_linear_triton(x.repeat(86, 1), weight)
-    with pytest.raises(ValueError, match="begin at multiples of 16 bytes"):
-        kernels.skinny_linear_triton(x.repeat(1, 2)[:, 3 : 3 + 256], weight)
+def test_what_the_kernels_cannot_take_is_refused(device: str):
+    x, weight, bias = draw((3, 8, 256), torch.bfloat16, device)
+    x, many = x.contiguous(), x.repeat(86, 1)
+    unaligned = torch.zeros(weight.numel() + 1, dtype=x.dtype, device=device)[1:].view_as(weight)
+    refused = {
+        "an odd K": (x[:, :128].contiguous(), weight[:, :128].contiguous(), None, False, False),
+        "another K": (x, torch.zeros(8, 512, dtype=x.dtype, device=device), None, False, False),
+        "no rows": (x[:0], weight, None, False, False),
+        "many rows": (many, weight, None, False, False),
+        "rows that begin at odd places": (x.repeat(1, 2)[:, 3 : 3 + 256], weight, None, False, False),
+        "a weight that begins at an odd place": (x, unaligned, None, False, False),
+        "a weight in columns": (x, weight.T.contiguous().T, None, False, False),
+        "float32": (x.float(), weight.float(), None, False, False),
+        "two dtypes": (x, weight.half(), None, False, False),
+        "a short bias": (x, weight, bias[:5], False, False),
+        "half of an odd number": (x, weight[:7], None, True, False),
+        "a gate of sums to come": (x, weight, None, True, True),
+    }
+    kernels.skinny_linear_triton(x, weight, bias)
+    for name, arguments in refused.items():
+        with pytest.raises(ValueError, match="must be a product of 1 to 256 rows that has tiles"):
+            pytest.fail(f"{name} was taken: {kernels.skinny_linear_triton(*arguments)}")
+
+
+def test_a_product_that_fits_no_weight_is_an_error(device: str):
+    x, weight, bias = draw((3, 8, 256), torch.bfloat16, device)
+    for arguments in [(x, weight.repeat(1, 2)), (x, weight, bias[:5])]:
+        with pytest.raises(RuntimeError):
+            kernels.skinny_linear(*arguments)

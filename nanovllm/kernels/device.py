@@ -1,0 +1,22 @@
+"""What a device has, by which kernels choose how to be launched; a CPU, where they are interpreted, is an H100."""
+
+from functools import lru_cache
+
+import torch
+
+H100_MULTIPROCESSORS = 132
+H100_SHARED_MEMORY = 227 * 1024
+
+
+@lru_cache
+def multiprocessors(device: torch.device) -> int:
+    """How many the device has."""
+    is_cuda = device.type == "cuda"
+    return torch.cuda.get_device_properties(device).multi_processor_count if is_cuda else H100_MULTIPROCESSORS
+
+
+@lru_cache
+def shared_memory_bytes(device: torch.device) -> int:
+    """Shared memory one program may use: 227 KiB on an H100, 99 KiB on consumer cards."""
+    is_cuda = device.type == "cuda"
+    return torch.cuda.get_device_properties(device).shared_memory_per_block_optin if is_cuda else H100_SHARED_MEMORY
