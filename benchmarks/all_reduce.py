@@ -43,6 +43,7 @@ from nanovllm.kernels.all_reduce import (
     one_shot_all_reduce,
     one_shot_all_reduce_reference,
 )
+from nanovllm.kernels.device import multiprocessors
 from nanovllm.kernels.rms_norm import add_rms_norm
 from nanovllm.kernels.triton_shim import tl, triton
 from nanovllm.worker.peer_memory import connect_peers
@@ -288,7 +289,7 @@ def copy_by_engine() -> float:
 
 def copy_by_kernel() -> float:
     """Bytes per second that a kernel on device 0 stores into device 1's memory."""
-    programs = 8 * torch.cuda.get_device_properties(0).multi_processor_count
+    programs = 8 * multiprocessors(torch.device("cuda", 0))
     return time_copies(lambda here, there: _copy_kernel[(programs,)](here, there, here.numel(), BLOCK=2048))
 
 

@@ -30,7 +30,7 @@ from benchmarks.attention_timing import (
 from benchmarks.ceilings import measure_ceilings
 from benchmarks.workloads import PRESETS, draw
 from nanovllm.kernels import decode_plan, paged_decode_kernel, paged_prefill
-from nanovllm.kernels.device import shared_memory_bytes
+from nanovllm.kernels.device import multiprocessors, shared_memory_bytes
 from nanovllm.kernels.triton_shim import triton
 
 SHAPE = AttentionShape(num_heads=16, num_kv_heads=8, head_dim=128, dtype=torch.bfloat16)
@@ -51,7 +51,7 @@ def decode_scenarios() -> dict[str, list[int]]:
 def bench_decode(pool: Pool, bandwidth: float, quick: bool) -> list[dict]:
     """Decode attention over launch parameters and cutting parameters; prints a table."""
     scenarios = decode_scenarios()
-    num_sms = torch.cuda.get_device_properties("cuda").multi_processor_count
+    num_sms = multiprocessors(torch.device("cuda"))
     config = paged_decode_kernel.DecodeConfig
     variants = [(block_size, None, None, None) for block_size in (256, 64, 16)]
     tiles, warps, stages = ((64,), (2, 4), (2, 3)) if quick else ((32, 64), (1, 2, 4), (2, 3, 4))

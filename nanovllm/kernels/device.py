@@ -9,6 +9,14 @@ H100_SHARED_MEMORY = 227 * 1024
 
 
 @lru_cache
+def is_hopper(device: torch.device) -> bool:
+    """Whether it is NVIDIA's Hopper or later: a kernel may be started early, and an engine copies tiles (TMA)."""
+    if device.type != "cuda":
+        return True
+    return bool(torch.version.cuda) and torch.cuda.get_device_capability(device) >= (9, 0)
+
+
+@lru_cache
 def multiprocessors(device: torch.device) -> int:
     """How many the device has."""
     is_cuda = device.type == "cuda"

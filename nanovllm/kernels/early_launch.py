@@ -16,6 +16,7 @@ from typing import Any
 
 import torch
 
+from nanovllm.kernels.device import is_hopper
 from nanovllm.kernels.triton_shim import tl, triton
 
 LINE_BYTES = 128  # of the L2 cache
@@ -28,7 +29,7 @@ def early_launch(tensor: torch.Tensor) -> dict[str, Any]:
 
 @lru_cache
 def _options(device: torch.device) -> dict[str, Any]:
-    can = device.type == "cuda" and torch.version.cuda and torch.cuda.get_device_capability(device) >= (9, 0)
+    can = device.type == "cuda" and is_hopper(device)
     return {"EARLY": True, "launch_pdl": True} if can else {"EARLY": False}
 
 

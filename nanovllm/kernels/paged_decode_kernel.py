@@ -21,7 +21,7 @@ import torch
 
 from nanovllm.kernels.decode_merge import MERGE_ELEMENTS, merge_pieces
 from nanovllm.kernels.decode_plan import PIECE_FIELDS, PIECE_MULTIPLE, DecodePlan
-from nanovllm.kernels.device import multiprocessors, shared_memory_bytes
+from nanovllm.kernels.device import is_hopper, multiprocessors, shared_memory_bytes
 from nanovllm.kernels.early_launch import LINE_BYTES, early_launch, wait_for_previous
 from nanovllm.kernels.own_token import own_token
 from nanovllm.kernels.paged_kv import (
@@ -133,10 +133,9 @@ def paged_decode_triton(
 
 def _tiles(cache: torch.Tensor, tile: int) -> TensorDescriptor | None:
     """A cache as tiles of `tile` tokens that the copy engine takes; None where there is none, or it could not."""
-    (*_, block_size, head_dim), device = cache.shape, cache.device
-    has_engine = device.type != "cuda" or torch.cuda.get_device_capability(device) >= (9, 0)
+    *_, block_size, head_dim = cache.shape
     is_aligned = (cache.data_ptr() | head_dim * cache.element_size()) % 16 == 0
-    if not has_engine or not cache.is_contiguous() or block_size % tile or not is_aligned:
+    if not is_hopper(cache.device) or not cache.is_contiguous() or block_size % tile or not is_aligned:
         return None
     shape, strides = [cache.numel() // head_dim, head_dim], [head_dim, 1]
     return TensorDescriptor(cache, shape, strides, [tile, next_power_of_2(head_dim)])

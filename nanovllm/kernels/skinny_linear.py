@@ -81,7 +81,7 @@ def skinny_linear(
     CPU, an odd K) goes to `F.linear`.
     """
     if x.is_cuda and _can_take(x, weight, bias, gated, in_parts):
-        return skinny_linear_triton(x, weight, bias, gated, in_parts)
+        return _launch(x, weight, bias, gated, in_parts)
     out = F.linear(x, weight, bias)
     return silu_mul(out) if gated else out
 
@@ -118,7 +118,6 @@ def skinny_linear_triton(
     in_parts: bool = False,
 ) -> torch.Tensor:
     """`skinny_linear` as one launch. Raises ValueError for what that leaves to the library."""
-    num_tokens, (n, k) = len(x), weight.shape
     if not _can_take(x, weight, bias, gated, in_parts):
         raise ValueError(
             f"x {list(x.shape)} {x.dtype}, weight {list(weight.shape)} {weight.dtype}, bias "
@@ -126,6 +125,14 @@ def skinny_linear_triton(
             f"{MAX_ROWS} rows that has tiles, of 16-bit elements, with a multiple of {K_MULTIPLE} columns side by "
             "side, in rows that begin at multiples of 16 bytes"
         )
+    return _launch(x, weight, bias, gated, in_parts)
+
+
+def _launch(
+    x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None, gated: bool, in_parts: bool
+) -> torch.Tensor:
+    """What the kernels can take, in one launch."""
+    num_tokens, (n, k) = len(x), weight.shape
     tiling = _tiling(num_tokens, n, k, gated, in_parts)
     halves = 2 if gated else 1
     n_out = n // halves
