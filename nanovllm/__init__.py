@@ -2,7 +2,7 @@
 
 from nanovllm.async_llm import AsyncLLM
 from nanovllm.demo import demo_model
-from nanovllm.errors import RankError
+from nanovllm.errors import EngineDeadError, RankError
 from nanovllm.llm import LLM
 from nanovllm.outputs import CompletionOutput, Logprob, RequestOutput, Score
 from nanovllm.sampling_params import RequestOutputKind, SamplingParams
@@ -12,6 +12,7 @@ __all__ = [
     "LLM",
     "AsyncLLM",
     "CompletionOutput",
+    "EngineDeadError",
     "Logprob",
     "RankError",
     "RequestOutput",

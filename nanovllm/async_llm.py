@@ -22,6 +22,7 @@ from nanovllm.engine.engine_thread import EngineThread
 from nanovllm.engine.llm_engine import StepStats
 from nanovllm.engine.processor import Processor, Prompt, as_request_ids
 from nanovllm.engine.request import Request, is_last
+from nanovllm.errors import EngineDeadError
 from nanovllm.outputs import RequestOutput
 from nanovllm.sampling_params import SamplingParams
 
@@ -49,12 +50,17 @@ class AsyncLLM:
             raise ValueError(f"max_waiting={max_waiting!r} must be None or an integer >= 1")
         self._turns = Turns(max_waiting)
         self._is_closing = False
-        self._thread = EngineThread(Processor(Config.from_options(model, options)))
         self._tokenizing = ThreadPoolExecutor(1, thread_name_prefix="nanovllm-tokenizer")
         self._streams: dict[str, Stream] = {}
         self._reader: Reader | None = None
+        self._thread = EngineThread(Processor(Config.from_options(model, options)))
         # The threads know nothing of this object: dropping it, or leaving the interpreter, ends them.
         weakref.finalize(self, _shut_down, self._thread, self._tokenizing)
+        try:
+            self._thread.start()
+        except BaseException:
+            self.close()  # the error's traceback keeps it alive
+            raise
 
     def generate(
         self, prompt: Prompt, sampling_params: SamplingParams | None = None, request_id: str | None = None
@@ -72,7 +78,8 @@ class AsyncLLM:
 
         Raises:
             TypeError, ValueError: the prompt cannot run, or a request of that id is running.
-            RuntimeError: the engine failed under the request, which the `__cause__` explains, or it is closed.
+            RuntimeError: the engine failed under the request, which the `__cause__` explains.
+            EngineDeadError: it is closed, or has failed for good.
         """
         return self._run(lambda: prompt, sampling_params, request_id)
 
@@ -112,10 +119,10 @@ class AsyncLLM:
         if not isinstance(request_id, str):
             raise TypeError(f"request_id={request_id!r:.80} must be a string or None")
         if self._is_closing:
-            raise RuntimeError("the engine is closed")
+            raise EngineDeadError("the engine is closed")
+        self._thread.check()
         stream = Stream(self._reader_of_this_loop(), self._turns, params.output_kind)
-        if self._streams.setdefault(request_id, stream) is not stream:
-            raise ValueError(f"request_id={request_id!r} is that of a request which is still running")
+        self._register(request_id, stream)
         request = None
         is_finished = False
         try:
@@ -125,6 +132,7 @@ class AsyncLLM:
                 return self._processor.make_request(make_prompt(), params, request_id=request_id, is_streaming=True)
 
             request = await self._in_tokenizer_thread(make_request)
+            stream.abandon = partial(self._thread.abort, request)
             self._thread.submit(request, stream.put)
             stream.has_entered.set_result(None)
             if stream.must_abort:
@@ -139,10 +147,24 @@ class AsyncLLM:
         finally:
             self._turns.leave(stream)
             stream.has_entered.cancel()
-            del self._streams[request_id]
+            if self._streams.get(request_id) is stream:
+                del self._streams[request_id]
             if request is not None and not is_finished:
                 self._thread.abort(request)
         yield output  # the last: nothing is left of the request, whether the reader comes back or not
+
+    def _register(self, request_id: str, stream: Stream) -> None:
+        """Raises ValueError if a request of that id is running for a reader who may still come."""
+        other = self._streams.setdefault(request_id, stream)
+        if other is stream:
+            return
+        if not other.is_abandoned:
+            raise ValueError(f"request_id={request_id!r} is that of a request which is still running")
+        self._turns.leave(other)
+        other.has_entered.cancel()
+        if other.abandon is not None:
+            other.abandon()  # before the engine hears of the new one
+        self._streams[request_id] = stream
 
     async def abort(self, request_id: str | Iterable[str]) -> None:
         """End requests before their time; their readers get a last output, which says so. Unknown ids are passed by.
@@ -165,7 +187,7 @@ class AsyncLLM:
 
     async def reset_prefix_cache(self) -> None:
         """Forget all cached prefixes. Requests that run keep their blocks."""
-        await self._between_steps(lambda engine: engine.block_manager.forget_content())
+        await self._between_steps(lambda engine: engine.forget_cache())
 
     async def load_weights(self, named_tensors: Iterable[tuple[str, "torch.Tensor"]]) -> None:  # noqa: F821
         """As `LLM.load_weights`: requests must have ended."""
@@ -193,15 +215,31 @@ class AsyncLLM:
         return self._thread.is_running and not self._is_closing
 
     @property
+    def is_stopped(self) -> bool:
+        """Whether it takes no requests: it was closed, or has failed for good."""
+        return not self.is_running
+
+    @property
     def errored(self) -> bool:
-        """Whether the engine's thread has died. A step that fails does not kill it: see `generate`."""
-        return self._thread.error is not None
+        """Whether it has failed for good. After a step that fails it serves the next request: see `generate`."""
+        return self.dead_error is not None
+
+    @property
+    def dead_error(self) -> EngineDeadError | None:
+        """What each request gets since the engine has failed for good; None if it has not."""
+        return self._thread.error
+
+    async def check_health(self) -> None:
+        """Raises EngineDeadError if it takes no requests."""
+        self._thread.check()
 
     def close(self, drain: bool = False) -> None:
         """Abort all requests, or with `drain` let those end that the engine has been given; then give the memory back.
 
         Blocks; may be called again.
         """
+        if self._thread.is_elsewhere:
+            return  # it is the parent's, and so are its threads
         self._is_closing = True
         _shut_down(self._thread, self._tokenizing, drain)
         self._tokenizing.shutdown()
@@ -212,6 +250,8 @@ class AsyncLLM:
 
         With `drain` all requests come to their end whose iteration has begun, also those that wait for their turn.
         """
+        if self._thread.is_elsewhere:
+            return
         try:
             if drain:
                 await asyncio.sleep(0)  # tasks that were made just before begin
@@ -237,7 +277,8 @@ class AsyncLLM:
     def _processor(self) -> Processor:
         processor = self._thread.processor
         if processor is None:
-            raise RuntimeError("this AsyncLLM is closed")
+            raise EngineDeadError("this AsyncLLM is closed")
+        processor.engine.require_own_process()
         return processor
 
     def _reader_of_this_loop(self) -> Reader:
@@ -250,7 +291,7 @@ class AsyncLLM:
         try:
             future = asyncio.get_running_loop().run_in_executor(self._tokenizing, function)
         except RuntimeError as error:
-            raise RuntimeError("the engine is closed") from error
+            raise EngineDeadError("the engine is closed") from error
         return await future
 
     async def _between_steps(self, function: Callable[..., Any], *arguments: Any) -> None:
@@ -272,6 +313,8 @@ class AsyncLLM:
 
 
 def _shut_down(thread: EngineThread, tokenizing: ThreadPoolExecutor, drain: bool = False) -> None:
+    if thread.is_elsewhere:
+        return
     thread.close(drain)
     thread.join()
     tokenizing.shutdown(wait=False)

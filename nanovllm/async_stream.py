@@ -7,6 +7,7 @@ when it is taken. So the engine's thread does the same few things for a token wh
 import asyncio
 import threading
 from collections import deque
+from collections.abc import Callable
 from concurrent.futures import Future
 
 from nanovllm.engine.request import Progress, is_last
@@ -43,11 +44,13 @@ class Stream:
     Attributes:
         must_abort: somebody has asked for it before the engine was given the request.
         has_entered: done when the engine has been given the request, cancelled if it never will be.
+        abandon: ends the request, once the engine has been given it.
     """
 
     def __init__(self, reader: Reader, turns: "Turns", output_kind: RequestOutputKind) -> None:
         self.must_abort = False
         self.has_entered: Future[None] = Future()
+        self.abandon: Callable[[], None] | None = None
         self.reader = reader
         self._turns = turns
         self._is_final_only = output_kind is RequestOutputKind.FINAL_ONLY
@@ -56,9 +59,14 @@ class Stream:
         self._is_announced = False
         self._has_begun = False
 
+    @property
+    def is_abandoned(self) -> bool:
+        """Whether its event loop was closed over the task that reads it, which therefore never comes to its end."""
+        return self.reader.loop.is_closed()
+
     async def entered_or_gone(self) -> None:
         """Wait until the engine has been given the request, or never will be."""
-        if not self.reader.loop.is_closed():
+        if not self.is_abandoned:
             await asyncio.wait([asyncio.wrap_future(self.has_entered)])
 
     def put(self, item: list[Progress] | BaseException) -> None:
@@ -66,6 +74,9 @@ class Stream:
         if not self._has_begun:
             self._has_begun = True
             self._turns.leave(self)
+        if self.is_abandoned and self.abandon is not None:
+            self.abandon()
+            self.abandon = None
         if self._is_final_only and not isinstance(item, BaseException) and not is_last(item):
             return
         self._latest.append(item)
@@ -114,10 +125,10 @@ class Turns:
 
     def _let_in(self) -> None:
         if len(self._inside) >= self._most:  # a loop that was closed over its tasks keeps no turn
-            self._inside = {stream for stream in self._inside if not stream.reader.loop.is_closed()}
+            self._inside = {stream for stream in self._inside if not stream.is_abandoned}
         while self._outside and len(self._inside) < self._most:
             stream = next(iter(self._outside))
             turn = self._outside.pop(stream)
-            if not stream.reader.loop.is_closed() and turn.set_running_or_notify_cancel():
+            if not stream.is_abandoned and turn.set_running_or_notify_cancel():
                 self._inside.add(stream)
                 turn.set_result(None)

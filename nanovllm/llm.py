@@ -2,7 +2,8 @@
 
 import gc
 import sys
-from collections.abc import Iterable, Iterator
+import weakref
+from collections.abc import Generator, Iterable, Iterator
 from collections.abc import Sequence as ListLike
 from time import perf_counter
 from typing import Any
@@ -11,8 +12,11 @@ from nanovllm.chat import chat_prompts
 from nanovllm.config import Config
 from nanovllm.engine import rollout
 from nanovllm.engine.llm_engine import LLMEngine, StepStats
+from nanovllm.engine.one_caller import OneCaller
 from nanovllm.engine.processor import Processor, Prompt, as_list_of_prompts, as_request_ids, one_for_each
 from nanovllm.engine.request import Request
+from nanovllm.errors import EngineDeadError
+from nanovllm.output_stream import OutputStream
 from nanovllm.outputs import RequestOutput, Score
 from nanovllm.sampling_params import SamplingParams
 
@@ -21,8 +25,10 @@ class LLM:
     """A model with its engine.
 
     `LLM("/path/to/Qwen3-0.6B", enforce_eager=True)`; the options are those of `nanovllm.config.Config`. Use it as a
-    context manager, call `close()`, or drop the last reference: each gives the device's memory back. For one thread at
-    a time; `AsyncLLM` is for many callers.
+    context manager, call `close()`, or drop the last reference: each gives the device's memory back.
+
+    Threads may take turns. A call that begins while another is under way raises RuntimeError, and the other goes on:
+    `AsyncLLM` is for many callers. Only `stats`, `check_health` and `get_tokenizer` may be called at any time.
 
     Raises:
         TypeError, ValueError: an option is unknown, or its value is not allowed.
@@ -32,6 +38,9 @@ class LLM:
     _processor: Processor | None = None  # so that close() works on one whose construction failed
 
     def __init__(self, model: str, **options: Any) -> None:
+        self._one_caller = OneCaller()
+        self._started: dict[Request, Any] = {}  # those of the call under way, or of one whose cleanup was interrupted
+        self._streams: dict[weakref.ref[OutputStream], list[Request]] = {}
         self._processor = Processor(Config.from_options(model, options))
 
     @property
@@ -129,11 +138,17 @@ class LLM:
         Raises: as `generate`, here and not at the first output.
         """
         pairs = self._pair(prompts, sampling_params)
-        return self._stream(list(self._make_requests(pairs, is_streaming=True)))
+        with self._one_caller:
+            self._enter()
+            requests = list(self._make_requests(pairs, is_streaming=True))
+            stream = OutputStream(self._stream(requests), self._one_caller, self._end_left_streams)
+            self._streams[weakref.ref(stream)] = requests
+            return stream
 
     def encode_prompt(self, prompt: Prompt) -> list[int]:
         """The token ids as which `generate` takes a prompt."""
-        return self._open().encode(prompt)[1]
+        with self._one_caller:
+            return self._enter().encode(prompt)[1]
 
     def get_tokenizer(self) -> Any:
         """The `transformers` tokenizer. Raises ValueError if the engine was made without one."""
@@ -141,12 +156,15 @@ class LLM:
 
     def abort(self, request_id: str | Iterable[str]) -> None:
         """End requests, between two outputs of a stream, before their time. Unknown and finished ids are passed by."""
-        processor = self._open()
-        processor.abort(processor.find(as_request_ids(request_id)))
+        request_ids = as_request_ids(request_id)
+        with self._one_caller:
+            processor = self._enter()
+            processor.abort(processor.find(request_ids))
 
     def reset_prefix_cache(self) -> None:
         """Forget all cached prefixes. Requests that run keep their blocks."""
-        self.engine.block_manager.forget_content()
+        with self._one_caller:
+            self._enter().engine.forget_cache()
 
     def load_weights(self, named_tensors: Iterable[tuple[str, "torch.Tensor"]]) -> None:  # noqa: F821
         """Write new weights over the old ones, as after an optimizer step, and empty the prefix cache.
@@ -161,7 +179,8 @@ class LLM:
                 the wrong shape. Of a list nothing has been written then; of a generator what came before (see the
                 error's notes). Either way the engine serves on.
         """
-        rollout.load_weights(self.engine, named_tensors)
+        with self._one_caller:
+            rollout.load_weights(self._enter().engine, named_tensors)
 
     def sleep(self, level: int = 1) -> None:
         """Give the device's memory back: the cache is dropped, and the weights go to host memory (level 1) or nowhere
@@ -172,7 +191,8 @@ class LLM:
         Raises:
             ValueError: level is not 1 or 2; RuntimeError: requests are unfinished, or the host has no room.
         """
-        rollout.sleep(self.engine, level)
+        with self._one_caller:
+            rollout.sleep(self._enter().engine, level)
 
     def wake_up(self) -> None:
         """Take the device's memory again. After `sleep(2)` call `load_weights()` before anything else.
@@ -180,20 +200,29 @@ class LLM:
         Raises:
             torch.OutOfMemoryError: others hold the memory; the engine sleeps on, and may be woken again.
         """
-        rollout.wake_up(self.engine)
+        with self._one_caller:
+            rollout.wake_up(self._enter().engine)
 
     @property
     def is_sleeping(self) -> bool:
         return self.engine.runner.sleep_level > 0
 
     def stats(self) -> StepStats:
-        """Counters since the engine started, and the state of its cache and queue."""
+        """Counters since the engine started, and the state of its cache and queue. May be called in any thread."""
         return self.engine.current_stats()
 
+    def check_health(self) -> None:
+        """Raises EngineDeadError if the engine serves nothing any more. May be called in any thread."""
+        self.engine.check_health()
+
     def close(self) -> None:
-        """Give the memory back; a stream that is open raises RuntimeError at its next step. May be called again."""
+        """Give the memory back; a stream that is open raises RuntimeError at its next step. May be called again.
+
+        Raises: RuntimeError: another thread is in a call.
+        """
         if self._processor is None:
             return
+        self._one_caller.require_no_other_thread()
         is_cuda = self._processor.engine.runner.is_cuda
         self._processor.engine.close()
         self._processor = None
@@ -215,8 +244,26 @@ class LLM:
 
     def _open(self) -> Processor:
         if self._processor is None:
-            raise RuntimeError("this LLM is closed")
+            raise EngineDeadError("this LLM is closed")
         return self._processor
+
+    def _enter(self) -> Processor:
+        """The processor, for who has come in alone: whole, and rid of requests for which nobody waits any more."""
+        processor = self._open()
+        processor.engine.require_own_process()
+        processor.abort(self._started)
+        self._started = {}
+        self._end_left_streams()
+        return processor
+
+    def _end_left_streams(self) -> None:
+        """End the requests of streams that are over, if need be. Called between two steps."""
+        for ref, requests in list(self._streams.items()):
+            stream = ref()
+            if stream is None or stream.is_over:
+                if self._processor is not None:
+                    self._processor.abort(requests)
+                del self._streams[ref]
 
     def _pair(self, prompts: Any, sampling_params: Any) -> list[tuple[Prompt, SamplingParams]]:
         prompts = as_list_of_prompts(prompts)
@@ -229,11 +276,18 @@ class LLM:
             yield self._open().make_request(prompt, params, name=f"prompts[{i}]", is_streaming=is_streaming)
 
     def _run(self, pairs: list[tuple[Prompt, SamplingParams]], use_tqdm: bool) -> list[RequestOutput]:
-        processor = self._open()
+        with self._one_caller:
+            return self._run_alone(self._enter(), pairs, use_tqdm)
+
+    def _run_alone(
+        self, processor: Processor, pairs: list[tuple[Prompt, SamplingParams]], use_tqdm: bool
+    ) -> list[RequestOutput]:
         outputs: dict[Request, Any] = {}  # None while it is unfinished
+        self._started = outputs
         progress = _Progress(len(pairs), processor.engine.stats, enabled=use_tqdm)
 
         def step() -> None:
+            self._end_left_streams()
             finished = [request for request in processor.step() if request.is_finished and request in outputs]
             outputs.update((r, r.output(r.progress())) for r in finished)  # while the device works on the next step
             progress.update(len(finished))
@@ -253,24 +307,24 @@ class LLM:
                     step()
         finally:
             processor.abort(outputs)
+            self._started = {}
             progress.close()
         return list(outputs.values())
 
-    def _stream(self, requests: list[Request]) -> Iterator[RequestOutput]:
-        try:
+    def _stream(self, requests: list[Request]) -> Generator[RequestOutput, None, None]:
+        """What `OutputStream` runs, one output a call. Whoever has waited for one may find the engine closed."""
+        processor = self._enter()
+        for request in requests:
+            processor.add(request)
+        del processor  # a stream that nobody reads keeps no closed engine's memory
+        while requests:
             for request in requests:
-                self._open().add(request)
-            while requests:
-                for request in requests:
-                    if request.has_output:
-                        request.has_news = False
-                        yield request.output(request.progress())
-                requests = [r for r in requests if r.has_news or not r.is_finished]
-                if any(not request.is_finished for request in requests):
-                    self._open().step()
-        finally:
-            if self._processor is not None:  # it may have been closed between two outputs
-                self._processor.abort(requests)
+                if request.has_output:
+                    request.has_news = False
+                    yield request.output(request.progress())
+            requests = [r for r in requests if r.has_news or not r.is_finished]
+            if any(not request.is_finished for request in requests):
+                self._enter().step()
 
 
 class _Progress:

@@ -46,7 +46,7 @@ def are_gone(pids: list[int], seconds: float = 5.0) -> bool:
 
 
 def rank_processes() -> set[int]:
-    """Processes that multiprocessing has spawned from this one, by the kernel's books and not by ours."""
+    """The ranks that were started by this process, by the kernel's books and not by ours."""
     found = set()
     for stat in Path("/proc").glob("[0-9]*/stat"):
         try:
@@ -54,7 +54,7 @@ def rank_processes() -> set[int]:
             command = (stat.parent / "cmdline").read_text()
         except (FileNotFoundError, ProcessLookupError):
             continue
-        if parent == os.getpid() and "spawn_main" in command:
+        if parent == os.getpid() and "nanovllm.worker.follower" in command:
             found.add(int(stat.parent.name))
     return found
 

@@ -523,7 +523,7 @@ class TestFailure:
             assert llm.errored and not llm.is_running
             with pytest.raises(RuntimeError, match="the engine is dead.*broken"):
                 await last(llm.generate(PROMPTS[0], GREEDY))
-            with pytest.raises(RuntimeError, match="closed"):
+            with pytest.raises(RuntimeError, match="the engine is dead.*broken"):
                 await llm.reset_prefix_cache()
             await llm.aclose()
 

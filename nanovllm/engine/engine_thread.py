@@ -5,15 +5,17 @@ thread sleeps on a condition. It waits for nobody: a listener is called here and
 """
 
 import logging
+import os
 import threading
 from collections import deque
 from collections.abc import Callable
 from concurrent.futures import Future
-from contextlib import suppress
 from typing import Any
 
+from nanovllm.engine.forks import FORKED
 from nanovllm.engine.processor import Processor
 from nanovllm.engine.request import Progress, Request
+from nanovllm.errors import EngineDeadError
 
 logger = logging.getLogger(__name__)
 
@@ -21,36 +23,66 @@ Listener = Callable[[list[Progress] | BaseException], None]
 
 
 class EngineThread:
-    """Runs a `Processor`. Its methods may be called from any thread.
+    """Runs a `Processor`, from `start` on. Its methods may be called from any thread.
+
+    In a child that was forked off the thread's process there is no such thread: what would ask it for something raises
+    EngineDeadError, and closing does nothing.
 
     Attributes:
-        error: what has ended the thread, if it is dead although nobody closed it.
+        processor: None when its memory has been given back.
         ended: done when the thread does nothing any more.
     """
 
     def __init__(self, processor: Processor) -> None:
-        self.processor = processor
-        self.error: BaseException | None = None
+        self.processor: Processor | None = processor
+        self._death: BaseException | None = None  # what has ended the thread, although nobody closed it
+        self._pid = os.getpid()
         self._commands: deque[Callable[[], None]] = deque()
         self._listeners: dict[Request, Listener] = {}
         self._wakeup = threading.Condition()
         self._is_closing = False
         self.ended: Future[None] = Future()
         self._thread = threading.Thread(target=self._run, name="nanovllm-engine", daemon=True)
+
+    def start(self) -> None:
         self._thread.start()
+
+    @property
+    def is_elsewhere(self) -> bool:
+        """Whether this is a child that was forked off the thread's process."""
+        return os.getpid() != self._pid
+
+    @property
+    def error(self) -> EngineDeadError | None:
+        """Why nothing is served any more, although nobody closed it. The one truth of the engine's health."""
+        if self.is_elsewhere:
+            return EngineDeadError(FORKED)
+        if self._death is not None:
+            error = EngineDeadError(f"the engine is dead: {self._death!r}")
+            error.__cause__ = self._death
+            return error
+        processor = self.processor
+        return None if processor is None or self._is_closing else processor.engine.error
 
     @property
     def is_running(self) -> bool:
         """Whether it takes requests."""
-        return not self._is_closing and not self.ended.done()
+        return not self._is_closing and not self.ended.done() and self.error is None
+
+    def check(self) -> None:
+        """Raises EngineDeadError if it takes no requests."""
+        if not self.is_running:
+            raise self.error or EngineDeadError("the engine is closed")
 
     def submit(self, request: Request, listener: Listener) -> None:
         """Let a request run. Its listener gets its progress whenever there is more of it; the last says finished.
 
         If it cannot run, or the engine fails under way, the listener gets the error, and that is the last.
 
+        A listener that raises loses its request, and nobody else's.
+
         Raises:
-            RuntimeError: the engine is closed.
+            EngineDeadError: the engine is closed, or has failed for good.
         """
 
         def add() -> None:
@@ -58,16 +90,18 @@ class EngineThread:
                 self.processor.add(request)
                 self._listeners[request] = listener
             except BaseException as error:
-                listener(error)
+                _say(listener, error)
 
+        self.check()
         with self._wakeup:  # so that nothing comes in behind the closing
             is_posted = self.is_running and self._post(add)
         if not is_posted:
-            raise RuntimeError("the engine is closed" if self.error is None else f"the engine is dead: {self.error!r}")
+            self.check()
 
     def abort(self, request: Request) -> None:
         """End a request before its time. Its listener is told so, unless it has ended already."""
-        self._post(lambda: self._abort([request]))
+        if not self.is_elsewhere:
+            self._post(lambda: self._abort([request]))
 
     def abort_ids(self, request_ids: Any) -> Future[None]:
         """The same by id; the future is done when the requests' blocks are free."""
@@ -84,12 +118,16 @@ class EngineThread:
                 except BaseException as error:
                     future.set_exception(error)
 
+        if self.is_elsewhere:
+            raise EngineDeadError(FORKED)
         if not self._post(run):
-            future.set_exception(RuntimeError("the engine is closed"))
+            future.set_exception(self.error or EngineDeadError("the engine is closed"))
         return future
 
     def close(self, drain: bool = False) -> None:
         """Take no more requests, and let those that run end, or abort them. `ended` says when it is done."""
+        if self.is_elsewhere:
+            return
         with self._wakeup:
             self._is_closing = True
             self._wakeup.notify()
@@ -98,7 +136,9 @@ class EngineThread:
 
     def join(self) -> None:
         """Wait for the end."""
-        if threading.current_thread() is not self._thread:  # which may be where garbage is collected
+        has_started = self._thread.ident is not None
+        # The current thread may be where garbage is collected.
+        if has_started and not self.is_elsewhere and threading.current_thread() is not self._thread:
             self._thread.join()
 
     def _post(self, command: Callable[[], None]) -> bool:
@@ -122,12 +162,14 @@ class EngineThread:
 
     def _die(self, error: BaseException) -> None:
         """Tell everyone, also those whose commands have not been run yet."""
-        self.error = error
+        self._death = error
         with self._wakeup:
             self.ended.set_result(None)  # no more come
         for command in self._commands:
-            with suppress(BaseException):
+            try:
                 command()
+            except BaseException:
+                logger.exception("a command to an engine's thread that has died")
         self._fail(error)
 
     def _wait(self) -> bool:
@@ -144,7 +186,7 @@ class EngineThread:
         try:
             for request in self.processor.step():
                 self._tell(request)
-        except BaseException as error:  # the engine has put itself in order, and serves the next request
+        except BaseException as error:  # the engine has put itself in order, and serves the next if it can
             self.processor.abort(list(self._listeners))
             self._fail(error)
 
@@ -158,12 +200,25 @@ class EngineThread:
         listener = self._listeners[request]
         if request.is_finished:
             del self._listeners[request]
-        listener(request.progress())
+        if not _say(listener, request.progress()) and not request.is_finished:
+            del self._listeners[request]
+            self.processor.abort([request])
 
     def _fail(self, error: BaseException) -> None:
         listeners = list(self._listeners.values())
         self._listeners.clear()
+        kind = RuntimeError if self.error is None else EngineDeadError
         for listener in listeners:
-            failure = RuntimeError(f"the engine failed, and with it this request: {error!r}")
+            failure = kind(f"the engine failed, and with it this request: {error!r}")
             failure.__cause__ = error
-            listener(failure)
+            _say(listener, failure)
+
+
+def _say(listener: Listener, item: list[Progress] | BaseException) -> bool:
+    """Whether the listener has taken it."""
+    try:
+        listener(item)
+    except Exception:
+        logger.exception("a listener has failed")
+        return False
+    return True

@@ -5,6 +5,7 @@ only that there will be one for each sequence. Their values stay on the device, 
 late is that a sequence has stopped: by then one surplus token is in flight, and is dropped when it arrives.
 """
 
+import os
 import random
 import weakref
 from collections import deque
@@ -14,9 +15,11 @@ from dataclasses import dataclass, replace
 from itertools import count
 
 from nanovllm.config import Config
-from nanovllm.engine.block_manager import BlockManager
+from nanovllm.engine.block_manager import BlockManager, CacheStats
+from nanovllm.engine.forks import FORKED, keep_in_children
 from nanovllm.engine.scheduler import ScheduledStep, Scheduler
 from nanovllm.engine.sequence import Sequence
+from nanovllm.errors import EngineDeadError
 from nanovllm.sampling_params import MAX_STOP_IDS, SamplingParams
 
 
@@ -43,7 +46,15 @@ class _StepInFlight:
 
 
 class LLMEngine:
-    """Requests in, finished sequences out. Not thread-safe: one caller at a time."""
+    """Requests in, finished sequences out. Not thread-safe: one caller at a time.
+
+    A KeyboardInterrupt may come between any two instructions, and a second one while the first is being handled. So
+    whatever changes the books marks them first (`begin_change`) and, when it is through, as whole. Whoever finds them
+    marked begins anew.
+    """
+
+    is_changing = False  # somebody is changing the books, or has been interrupted in it
+    _device_error = ""  # what it says since it has failed for good
 
     def __init__(self, config: Config) -> None:
         from nanovllm.models.loader import load_eos_token_ids, load_hf_config, resolve_model_path
@@ -51,14 +62,17 @@ class LLMEngine:
         from nanovllm.worker.ranks import Followers
 
         self.config = config
+        self._pid = os.getpid()
         self.model_path = resolve_model_path(config.model, config.revision)
         hf_config, model_class = load_hf_config(self.model_path)
-        self.followers = Followers(config, hf_config, model_class, self.model_path)
-        # Dropping the engine, a failure below and leaving the interpreter end them like close().
+        self.followers = Followers(config)
+        # Dropping the engine, an interrupt amid the construction and leaving the interpreter end them like close().
         weakref.finalize(self, self.followers.close)
+        keep_in_children(self)
+        self.followers.start(hf_config, model_class, self.model_path)
         with self.followers.doing("build", wait=True):
             self.runner = ModelRunner(config, hf_config, model_class, self.model_path, self.followers.tp)
-        self.eos_token_ids = load_eos_token_ids(self.model_path, hf_config)
+            self.eos_token_ids = load_eos_token_ids(self.model_path, hf_config)
         self.vocab_size: int = hf_config.vocab_size
         self.max_model_len = self.runner.max_model_len
         self._make_scheduler()
@@ -79,6 +93,28 @@ class LLMEngine:
     def has_unfinished_requests(self) -> bool:
         return bool(self._unfinished or self._in_flight)
 
+    @property
+    def error(self) -> EngineDeadError | None:
+        """Why the engine serves nothing any more; None while it does. May be asked in any thread."""
+        if os.getpid() != self._pid:
+            return EngineDeadError(FORKED)
+        if self._device_error:
+            return EngineDeadError(
+                f"the device has failed for good: {self._device_error}\nOnly a new process can use it again"
+            )
+        return self.followers.error
+
+    def require_own_process(self) -> None:
+        """Raises EngineDeadError in a child that was forked off the engine's process."""
+        if os.getpid() != self._pid:
+            raise EngineDeadError(FORKED)
+
+    def check_health(self) -> None:
+        """Raises EngineDeadError if the engine serves nothing any more."""
+        error = self.error
+        if error is not None:
+            raise error
+
     def make_sequence(
         self,
         token_ids: list[int],
@@ -93,9 +129,9 @@ class LLMEngine:
 
         Raises:
             ValueError: naming the prompt as `name`, what is wrong with it, and what is allowed.
-            RuntimeError: the engine sleeps, its weights were dropped, or one of its ranks has failed.
+            RuntimeError: the engine sleeps, or its weights were dropped; EngineDeadError: see `error`.
         """
-        self.followers.check()
+        self.check_health()
         if self.runner.not_ready:
             raise RuntimeError(self.runner.not_ready)
         if not token_ids:
@@ -147,8 +183,10 @@ class LLMEngine:
             raise RuntimeError(self.runner.not_ready)
         if seq.request_id in self._unfinished:
             raise ValueError(f"request_id={seq.request_id!r} is that of a request which is still running")
+        self.begin_change()
         self._unfinished[seq.request_id] = seq
         self.scheduler.add(seq)
+        self.is_changing = False
 
     def abort(self, seqs: Iterable[Sequence]) -> None:
         """End requests before their time. Those that have finished, or were never added, are left alone."""
@@ -158,11 +196,19 @@ class LLMEngine:
 
     def finish(self, seq: Sequence, reason: str, stop_reason: int | str | None = None) -> None:
         """End a request before its time, or one that has just ended for another reason than it seemed."""
+        self.begin_change()
         seq.finish(reason, stop_reason)
         if self._unfinished.get(seq.request_id) is seq:
             del self._unfinished[seq.request_id]
             self.scheduler.finish(seq)
         self._drop_surplus()
+        self.is_changing = False
+
+    def forget_cache(self) -> None:
+        """Forget all cached prefixes. Requests that run keep their blocks."""
+        self.begin_change()
+        self.block_manager.forget_content()
+        self.is_changing = False
 
     def has_idle_device(self) -> bool:
         """Whether there is a device that has nothing to do: the next step would be launched and not waited for."""
@@ -172,8 +218,10 @@ class LLMEngine:
         """Launch one step, and return the sequences that an earlier one has finished.
 
         If anything fails, every unfinished request is aborted, the cache is emptied, and the error goes on: the
-        engine serves the next request; unless it has lost a rank, which is the end of it (RankError).
+        engine serves the next request; unless it has lost a rank or its device for good, which is the end of it
+        (EngineDeadError).
         """
+        self.begin_change()
         self.advanced = []
         try:
             launched = self._launch_next()
@@ -182,10 +230,15 @@ class LLMEngine:
                 finished += self._read_tokens(self._in_flight.popleft())
             self._drop_surplus()
             self.followers.check()  # what a lost rank has left on the device is worth nothing
-            return finished
-        except BaseException:
-            self._reset()
+        except Exception as error:
+            self.reset()
+            self._look_after_device(error)
             raise
+        except BaseException:
+            self.reset()
+            raise
+        self.is_changing = False
+        return finished
 
     def _launch_next(self) -> bool:
         """Plan and launch a step. False if there is nothing to compute before more tokens have arrived."""
@@ -236,24 +289,54 @@ class LLMEngine:
                 # What has been here before, of a prompt that was preempted under way, comes again.
                 seq.prompt_logprobs[position : position + len(values)] = values
 
-    def _reset(self) -> None:
-        """After a failure nobody knows how far the host's books and the device have come: begin anew."""
+    def begin_change(self) -> None:
+        """The books are whole when this returns, and marked as changing until `is_changing` is False again."""
+        if self.is_changing:
+            self.reset()
+        self.is_changing = True
+
+    def reset(self) -> None:
+        """After a failure nobody knows how far the host's books and the device have come: begin anew.
+
+        All requests are aborted, and the cache is emptied. It may be interrupted, and then done again.
+        """
+        self.is_changing = True
         for seq in self._unfinished.values():
-            seq.finish("abort")
-        self._unfinished.clear()
+            if not seq.is_finished:
+                seq.finish("abort")
         self._in_flight.clear()
-        cache_stats, num_preemptions = self.block_manager.stats, self.scheduler.num_preemptions
-        self._make_scheduler()
-        self.block_manager.stats, self.scheduler.num_preemptions = cache_stats, num_preemptions
+        self._make_scheduler(self.block_manager.stats, self.scheduler.num_preemptions)
+        self._unfinished.clear()
+        self.is_changing = False
+
+    def _look_after_device(self, error: Exception) -> None:
+        """After a step that has failed by `error`. Raises EngineDeadError if the device has failed for good.
+
+        After a "device-side assert" or an "illegal memory access" CUDA answers the process with errors for ever.
+        """
+        if isinstance(error, EngineDeadError):
+            return
+        try:
+            self.runner.check_device()
+        except Exception as lasting:
+            self._device_error = str(lasting) or repr(lasting)
+            raise EngineDeadError(str(self.error)) from error
 
     def close(self) -> None:
-        """End the other ranks, if there are any."""
+        """End the other ranks, if there are any. In a forked child nothing, for they are the parent's."""
         self.followers.close()
 
-    def _make_scheduler(self) -> None:
+    def leave_to_parent(self) -> None:
+        """Called in a child that was just forked, see `engine/forks.py`."""
+        self.followers.leave_to_parent()
+
+    def _make_scheduler(self, cache_stats: CacheStats | None = None, num_preemptions: int = 0) -> None:
         config, runner = self.config, self.runner
-        self.block_manager = BlockManager(runner.num_blocks, runner.block_size, config.enable_prefix_caching)
-        self.scheduler = Scheduler(self.block_manager, config.max_num_seqs, config.max_num_batched_tokens)
+        block_manager = BlockManager(runner.num_blocks, runner.block_size, config.enable_prefix_caching)
+        block_manager.stats = cache_stats or block_manager.stats
+        scheduler = Scheduler(block_manager, config.max_num_seqs, config.max_num_batched_tokens)
+        scheduler.num_preemptions = num_preemptions
+        self.block_manager, self.scheduler = block_manager, scheduler
 
     def current_stats(self) -> StepStats:
         """Counters up to now, with the state of the cache and the queue."""

@@ -24,17 +24,22 @@ Prompt = str | list[int] | dict[str, Any]
 
 
 class Processor:
-    """An engine with its tokenizer. Not thread-safe, except for `make_request`, beside which the others may run."""
+    """An engine with its tokenizer. Not thread-safe, except for `make_request`, beside which the others may run.
+
+    Its books are marked while they are changed, as the engine's are, and put in order by whoever finds them so.
+    """
+
+    _is_changing = False
 
     def __init__(self, config: Config) -> None:
         self.engine = LLMEngine(config)
         try:
             path = str(self.engine.model_path)
             self._tokenizer = None if config.skip_tokenizer_init else load_tokenizer(config, path)
+            self._decoder = None if self._tokenizer is None else TokenDecoder(self._tokenizer)
         except BaseException:
             self.engine.close()  # the error's traceback keeps it alive
             raise
-        self._decoder = None if self._tokenizer is None else TokenDecoder(self._tokenizer)
         self._requests: dict[str, Request] = {}  # the unfinished
         self._owner: dict[Sequence, tuple[Request, Completion]] = {}
 
@@ -128,14 +133,17 @@ class Processor:
         """Let a request run. Raises ValueError if another of its id is running."""
         if request.request_id in self._requests:
             raise ValueError(f"request_id={request.request_id!r} is that of a request which is still running")
+        self._begin_change()
         self._requests[request.request_id] = request
         try:
             for completion in request.completions:
                 self._owner[completion.seq] = (request, completion)
                 self.engine.add(completion.seq)
-        except BaseException:
-            self.abort([request])
+        except Exception:
+            self._abort([request])
+            self._is_changing = False
             raise
+        self._is_changing = False
 
     def find(self, request_ids: Iterable[str]) -> list[Request]:
         """The unfinished requests among those named."""
@@ -143,6 +151,11 @@ class Processor:
 
     def abort(self, requests: Iterable[Request]) -> None:
         """End requests before their time. Those that have finished, or were never added, are left alone."""
+        self._begin_change()
+        self._abort(requests)
+        self._is_changing = False
+
+    def _abort(self, requests: Iterable[Request]) -> None:
         for request in requests:
             if self._requests.get(request.request_id) is request:
                 self.engine.abort(completion.seq for completion in request.completions)
@@ -158,6 +171,7 @@ class Processor:
 
         If it fails, all requests are aborted, and the error goes on; the next request is served.
         """
+        self._begin_change()
         try:
             self.engine.step()
             changed: dict[Request, None] = {}
@@ -166,12 +180,30 @@ class Processor:
                 if completion.detokenizer is not None:
                     self._follow(completion)
                 changed[request] = None
-            return [request for request in changed if self._has_news(request)]
+            advanced = [request for request in changed if self._has_news(request)]
         except BaseException:
-            self.engine.abort(list(self._owner))
-            for request in list(self._requests.values()):
-                self._forget(request)
+            self._reset()
             raise
+        self._is_changing = False
+        return advanced
+
+    def _begin_change(self) -> None:
+        """As `LLMEngine.begin_change`."""
+        if self._is_changing or self.engine.is_changing:
+            self._reset()
+        self._is_changing = True
+
+    def _reset(self) -> None:
+        """Abort all requests, and begin anew: the books may be in any state. May be interrupted, and done again."""
+        self._is_changing = True
+        self.engine.reset()
+        for request in list(self._requests.values()):
+            for completion in request.completions:
+                if not completion.seq.is_finished:  # the engine had not been given it yet
+                    completion.seq.finish("abort")
+            self._forget(request)
+        self._owner.clear()
+        self._is_changing = False
 
     def _has_news(self, request: Request) -> bool:
         """After a step that has brought it tokens."""
@@ -185,7 +217,7 @@ class Processor:
     def _forget(self, request: Request) -> None:
         request.has_news = True
         request.metrics.finished_time = time.monotonic()
-        del self._requests[request.request_id]
+        self._requests.pop(request.request_id, None)
         for completion in request.completions:
             self._owner.pop(completion.seq, None)
 

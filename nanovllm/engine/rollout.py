@@ -34,6 +34,7 @@ def load_weights(engine: LLMEngine, named_tensors: Iterable[tuple[str, "torch.Te
             yield name, followers.share(name, tensor, runner.device, runner.dtype)
 
     refusal: Exception | None = None
+    engine.begin_change()  # however this ends, what is cached is of other weights
     try:
         with followers.doing("load_weights", wait=True):
             try:
@@ -44,7 +45,7 @@ def load_weights(engine: LLMEngine, named_tensors: Iterable[tuple[str, "torch.Te
                 refusal = error
             followers.tell("no_more_tensors")
     finally:
-        engine.block_manager.forget_content()
+        engine.forget_cache()
     if refusal is not None:
         raise refusal
 
@@ -54,9 +55,14 @@ def sleep(engine: LLMEngine, level: int) -> None:
 
     require_level(level)
     _require_idle(engine, "sleep()")
-    with engine.followers.doing("sleep", level, wait=True):
-        sleep(engine.runner, level)
-    engine.block_manager.forget_content()
+    engine.begin_change()
+    try:
+        with engine.followers.doing("sleep", level, wait=True):
+            sleep(engine.runner, level)
+    except Exception:
+        engine.is_changing = False  # all is as before
+        raise
+    engine.forget_cache()
 
 
 def wake_up(engine: LLMEngine) -> None:

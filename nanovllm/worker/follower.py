@@ -15,8 +15,6 @@ import traceback
 from collections.abc import Iterator
 from datetime import timedelta
 from multiprocessing.connection import Connection
-from pathlib import Path
-from typing import Any
 
 import torch
 
@@ -33,20 +31,12 @@ PR_SET_PDEATHSIG = 1
 Inbox = queue.SimpleQueue[tuple[str, tuple, bool]]  # command, arguments, whether it must be reported as done
 
 
-def follow(
-    rank: int,
-    parent: int,
-    link: Connection,
-    num_threads: int,
-    config: Config,
-    hf_config: Any,
-    model_cls: type,
-    path: Path,
-) -> None:
-    """A follower's whole life."""
+def follow(rank: int, parent: int, fd: int) -> None:
+    """A follower's whole life. `fd` is its end of the socket, which first brings what the model is made of."""
     end_with_parent(parent)
-    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is rank 0's to answer
-    # The order of a CPU's sums depends on the number of threads, and all ranks must draw the same tokens.
+    link = Connection(fd)
+    config: Config
+    num_threads, config, hf_config, model_cls, path = pickle.loads(link.recv_bytes())
     torch.set_num_threads(num_threads)
     logging.getLogger("nanovllm").setLevel(logging.ERROR)  # the rest rank 0 says too
     inbox: Inbox = queue.SimpleQueue()

@@ -119,6 +119,11 @@ class ModelRunner:
         extras = self._run_extras(plan, hidden, logits) if has_extras else None
         return self._fetch(plan, shape, slot, extras)
 
+    def check_device(self) -> None:
+        """Wait for the device. Raises what it says if it has failed for good; on a CPU nothing does."""
+        if self.is_cuda:
+            torch.cuda.synchronize()
+
     def _run_extras(self, plan: StepPlan, hidden: torch.Tensor, logits: torch.Tensor | None) -> LogprobsOnTheWay:
         """What the step's rows ask beyond the plain part."""
         if logits is None and plan.num_samples:  # a graph does not keep its own, which would take GBs

@@ -4,10 +4,12 @@ Rank 0 is the caller's process: it plans and runs its own share of the model. Ev
 follows: it receives each `StepPlan` over an anonymous socket pair, into which nobody else can write, and launches it.
 All ranks compute the same tokens, so none are sent, and rank 0 waits for nobody but in the layers' collectives.
 
-A rank owns nothing that outlives it, no file, no port beyond loopback's, so it is ended by killing it. A thread in rank
-0 watches them: one that dies or raises ends them all, and rank 0, if it waits for that one in a collective, gets an
-error from the closed connection. Ranks end with rank 0, however that ends: their socket is at its end, and on Linux
-the kernel signals them besides (a child that somebody forked off rank 0 may hold the socket open).
+A rank is started as a program of its own, which gets all it needs over its socket: it does not run the user's script
+again, as multiprocessing's "spawn" would have it do, so the script needs no `if __name__ == "__main__":`, and may come
+from a pipe. A rank owns nothing that outlives it, no file, no port beyond loopback's, so it is ended by killing it. A
+thread in rank 0 watches them: one that dies or raises ends them all, and rank 0, if it waits for that one in a
+collective, gets an error from the closed connection. Ranks end with rank 0, however that ends: their socket is at its
+end, and on Linux the kernel signals them besides.
 """
 
 import os
@@ -15,13 +17,15 @@ import pickle
 import shutil
 import socket
 import struct
+import subprocess
+import sys
 import tempfile
 import threading
 import time
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from datetime import timedelta
-from multiprocessing import connection, get_context
+from multiprocessing import Pipe, connection, spawn
 from multiprocessing.connection import Connection
 from pathlib import Path
 from typing import Any
@@ -32,12 +36,21 @@ from nanovllm.config import Config
 from nanovllm.errors import RankError
 from nanovllm.kernels import all_reduce
 from nanovllm.layers.linear import PeerLostError, TensorParallel
-from nanovllm.worker.follower import follow
 from nanovllm.worker.groups import Meeting, join_group
 from nanovllm.worker.resolve import require_cut, resolve_device, resolve_dtype
 
 GRACE = 2.0  # seconds in which the reason of a lost connection, seen by another rank, arrives here
 TICK = 0.5  # seconds between two looks at whether rank 0 has waited too long
+PACKAGES = str(Path(__file__).parents[2])  # the folder that has this package
+
+# What a rank's interpreter runs. Ctrl-C is rank 0's to answer, also during the imports, which take seconds.
+PROGRAM = """
+import signal, sys
+signal.signal(signal.SIGINT, signal.SIG_IGN)
+sys.path[:] = {path!r}
+from nanovllm.worker.follower import follow
+follow({rank}, {parent}, {fd})
+"""
 
 
 class Followers:
@@ -46,44 +59,62 @@ class Followers:
     Attributes:
         tp: rank 0's place among all.
         bytes_sent: over all pipes since the start.
-
-    Raises:
-        ValueError: the model cannot be cut so, or there are too few devices; RankError: a rank could not start.
+        num_threads: of a CPU, on which each rank computes. The order of a sum depends on it, and all ranks must draw
+            the same tokens.
     """
 
-    def __init__(self, config: Config, hf_config: Any = None, model_cls: Any = None, path: Path | None = None) -> None:
+    def __init__(self, config: Config) -> None:
         self.size = config.tensor_parallel_size
         self.tp = TensorParallel()
         self.bytes_sent = 0
-        self._processes: list[Any] = []  # rank r's at r - 1, as in the other lists
-        if self.size == 1:
-            return
-        require_cut(config, hf_config, model_cls)
+        self.num_threads = threads_of_a_rank(self.size)
+        self._config = config
+        self._pid = os.getpid()
         self._timeout = config.tensor_parallel_timeout
         self._waits_since: float | None = None  # rank 0, for its device
+        self._under_way = ""  # the command that `doing` is doing, or in which it has been interrupted
+        self._links: list[Connection] = []  # rank r's at r - 1
+        self._watcher: threading.Thread | None = None
         self._changed = threading.Condition()  # guards what the watching thread changes:
+        self._processes: list[subprocess.Popen[bytes]] = []  # as far as they have been started
         self._error = ""
         self._is_closed = False
         self._reports: dict[int, tuple[str, bool]] = {}
         self._num_acks = [0] * (self.size - 1)
         self._num_expected = 1
-        context = get_context("spawn")
-        pipes = [context.Pipe() for _ in range(1, self.size)]
+
+    def start(self, hf_config: Any, model_cls: Any, path: Path) -> None:
+        """Start the ranks, and connect them.
+
+        Raises:
+            ValueError: the model cannot be cut so, or there are too few devices; RankError: a rank could not start.
+        """
+        if self.size == 1:
+            return
+        config = self._config
+        require_cut(config, hf_config, model_cls)
+        pipes = [Pipe() for _ in range(1, self.size)]
         self._links = [ours for ours, _ in pipes]
-        for rank, (ours, theirs) in enumerate(pipes, start=1):
-            _limit_sending(ours, config.tensor_parallel_timeout)
-            args = (rank, os.getpid(), theirs, torch.get_num_threads(), config, hf_config, model_cls, path)
-            self._processes.append(context.Process(target=follow, args=args, name=f"nanovllm-rank-{rank}", daemon=True))
+        for link in self._links:
+            _limit_sending(link, self._timeout)
+        orders = pickle.dumps((self.num_threads, config, hf_config, model_cls, path), pickle.HIGHEST_PROTOCOL)
         self._watcher = threading.Thread(
-            target=self._start_and_watch, args=([theirs for _, theirs in pipes],), name="nanovllm-ranks", daemon=True
+            target=self._start_and_watch, args=([theirs for _, theirs in pipes], orders), name="nanovllm-ranks"
         )
-        self._watcher.start()
+        self._watcher.daemon = True
         try:
+            self._watcher.start()
             self._await_acks()
             self._join(resolve_device(config.device), hf_config.hidden_size, resolve_dtype(config.dtype, hf_config))
         except BaseException:
             self.close()
             raise
+
+    @property
+    def error(self) -> RankError | None:
+        """Why the ranks do nothing any more, if so. May be asked in any thread."""
+        reason = self._error or ("the engine is closed, and with it its ranks" if self._is_closed else "")
+        return RankError(reason) if reason and self.size > 1 else None
 
     @contextmanager
     def doing(self, command: str, *args: Any, wait: bool = False) -> Iterator[None]:
@@ -94,15 +125,17 @@ class Followers:
 
         Raises: RankError; and whatever the body raises, unless a lost rank is its cause.
         """
-        if not self._processes:
+        if self.size == 1:
             yield
             return
         self.check()
+        self._under_way = command
         try:
-            self._send(command, args, wait)
-            yield
-            if wait:
-                self._await_acks()
+            with self._few_threads():
+                self._send(command, args, wait)
+                yield
+                if wait:
+                    self._await_acks()
         except BaseException as error:
             # What the device reports after a rank was lost has its cause in that.
             is_lost = isinstance(error, (PeerLostError, RankError))
@@ -112,10 +145,21 @@ class Followers:
             if is_lost:
                 raise RankError(self._error) from error
             raise
+        self._under_way = ""
+
+    @contextmanager
+    def _few_threads(self) -> Iterator[None]:
+        """Rank 0 computes on as many threads as each of the others, and leaves its caller his number."""
+        before = torch.get_num_threads()
+        torch.set_num_threads(self.num_threads)
+        try:
+            yield
+        finally:
+            torch.set_num_threads(before)
 
     def tell(self, command: str, *args: Any) -> None:
         """Within `doing`: a part of what the followers are doing. Raises PeerLostError."""
-        if self._processes:
+        if self.size > 1:
             self._send(command, args, must_ack=False)
 
     def share(self, name: str, tensor: torch.Tensor, device: str, dtype: torch.dtype) -> torch.Tensor:
@@ -123,7 +167,7 @@ class Followers:
 
         What a rank needs of memory for it is the whole tensor, one at a time.
         """
-        if not self._processes:
+        if self.size == 1:
             return tensor
         tensor = tensor.detach().to(device, dtype).contiguous()
         self.tell("tensor", name, tuple(tensor.shape))
@@ -142,7 +186,7 @@ class Followers:
 
         Raises: RankError, in place of what a lost rank has made of the wait.
         """
-        if not self._processes:
+        if self.size == 1:
             yield
             return
         self._waits_since = time.monotonic()
@@ -159,19 +203,32 @@ class Followers:
             self._waits_since = None
 
     def check(self) -> None:
-        """Raises RankError if a rank has failed, or all were ended by `close`."""
-        if self._processes and (self._error or self._is_closed):
-            raise RankError(self._error or "the engine is closed, and with it its ranks")
+        """Raises RankError if a rank has failed, or all were ended by `close`, or a command was broken off."""
+        if self._under_way:  # a second interrupt came before the first had ended the ranks
+            self._fail(f"rank 0 was interrupted in {self._under_way}")
+        self._raise_error()
+
+    def _raise_error(self) -> None:
+        error = self.error
+        if error is not None:
+            raise error
 
     def close(self) -> None:
-        """End all ranks, and wait for their ends. May be called again, from any thread."""
-        if not self._processes:
+        """End all ranks, and wait for their ends. May be called again, from any thread.
+
+        In a child that was forked off rank 0 nothing happens: the ranks are not the child's.
+        """
+        if self._watcher is None or os.getpid() != self._pid:
             return
-        with self._changed:
-            self._is_closed = True
+        self._is_closed = True  # and if an interrupt comes here, the watching thread ends them
         self._kill()
-        if threading.current_thread() is not self._watcher:  # where garbage may be collected
+        if threading.current_thread() is not self._watcher and self._watcher.ident:  # garbage may be collected anywhere
             self._watcher.join()
+
+    def leave_to_parent(self) -> None:
+        """In a child that was just forked: close its copies of the sockets, so that the ranks see rank 0's end."""
+        for link in self._links:
+            link.close()
 
     def _send(self, command: str, args: tuple, must_ack: bool) -> None:
         self._num_expected += must_ack
@@ -186,7 +243,7 @@ class Followers:
     def _await_acks(self) -> None:
         with self._changed:
             self._changed.wait_for(lambda: self._error or min(self._num_acks) >= self._num_expected)
-        self.check()
+        self._raise_error()
 
     def _join(self, device: str, hidden_size: int, dtype: torch.dtype) -> None:
         """Connect the ranks. They meet at a file, which exists for as long as that takes."""
@@ -226,29 +283,32 @@ class Followers:
             raise error
         return result
 
-    def _start_and_watch(self, their_ends: list[Connection]) -> None:
+    def _start_and_watch(self, their_ends: list[Connection], orders: bytes) -> None:
         """A thread of its own, for as long as there are ranks: Linux takes its end for that of their parent."""
         try:
-            for process, theirs in zip(self._processes, their_ends, strict=True):
-                process.start()
-                theirs.close()
+            for rank, theirs in enumerate(their_ends, start=1):
+                self._processes.append(_start_rank(rank, theirs))
+                self._links[rank - 1].send_bytes(orders)
         except BaseException as error:
             self._fail(f"a rank could not be started: {error!r}")
-        alive = {rank for rank, process in enumerate(self._processes, start=1) if process.pid is not None}
+        for theirs in their_ends:
+            theirs.close()
+        alive = set(range(1, len(self._processes) + 1))
         listening = set(alive)
-        if self._is_closed:  # before the first of them was there to be killed
-            self._kill()
         while alive:
-            sentinels = [self._processes[rank - 1].sentinel for rank in alive]
-            ready = connection.wait([*sentinels, *(self._links[rank - 1] for rank in listening)], TICK)
+            if self._is_closed or self._error:  # again, lest one was started since, or who would kill was interrupted
+                self._kill()
+            connection.wait([self._links[rank - 1] for rank in listening], TICK)
             self._limit_wait()
             for rank in sorted(alive):
                 process = self._processes[rank - 1]
-                has_ended = process.sentinel in ready
                 if rank in listening and not self._listen(rank):
-                    listening.remove(rank)
-                if has_ended:
-                    process.join()
+                    listening.remove(rank)  # its socket is at its end: it is ending
+                if rank not in listening:
+                    with suppress(subprocess.TimeoutExpired):
+                        process.wait(TICK)
+                if process.poll() is not None:
+                    self._listen(rank)  # what it had to say
                     alive.remove(rank)
                     self._note_end(rank, process, not alive)
         for link in self._links:
@@ -277,14 +337,11 @@ class Followers:
             return False
         return True
 
-    def _note_end(self, rank: int, process: Any, was_last: bool) -> None:
+    def _note_end(self, rank: int, process: subprocess.Popen[bytes], was_last: bool) -> None:
         if rank not in self._reports:
-            code = process.exitcode
+            code = process.returncode
             how = f"was killed by signal {-code}" if code < 0 else f"exited with code {code}"
-            hint = ""
-            if code > 0 and not self._num_acks[rank - 1]:
-                hint = "; a script that makes an LLM must do so under `if __name__ == '__main__':`"
-            self._fail(f"rank {rank} (process {process.pid}) {how}{hint}")
+            self._fail(f"rank {rank} (process {process.pid}) {how}")
         elif was_last:
             self._fail(f"rank 0 kept the others waiting for more than {self._timeout:g} s")
 
@@ -310,10 +367,28 @@ class Followers:
         self._kill()
 
     def _kill(self) -> None:
-        for process in self._processes:
-            if process.pid is not None:
-                process.kill()
+        if os.getpid() != self._pid:
+            return
+        for process in list(self._processes):
+            process.kill()
         self.tp.abort()  # frees a device that waits for them
+
+
+def threads_of_a_rank(size: int) -> int:
+    """How many of a CPU's threads each of `size` ranks gets: a share of those that this process would take alone.
+
+    OMP_NUM_THREADS is meant for each process, as everywhere, and is not shared out.
+    """
+    num_threads = torch.get_num_threads()
+    return num_threads if os.environ.get("OMP_NUM_THREADS") else max(1, num_threads // size)
+
+
+def _start_rank(rank: int, link: Connection) -> "subprocess.Popen[bytes]":
+    """Start `nanovllm.worker.follower.follow` in an interpreter like this one, with its end of the socket."""
+    path = [*map(str, sys.path), PACKAGES]
+    program = PROGRAM.format(rank=rank, parent=os.getpid(), fd=link.fileno(), path=path)
+    command = [os.fsdecode(spawn.get_executable()), "-c", program]
+    return subprocess.Popen(command, stdin=subprocess.DEVNULL, pass_fds=[link.fileno()])
 
 
 def _limit_sending(link: Connection, seconds: float) -> None:

@@ -7,6 +7,7 @@ were stale, lost, shared wrongly or written by two. The next token is a function
 must answer is known beforehand, whoever shares its batch.
 """
 
+import os
 import random
 from collections import deque
 from itertools import count, pairwise
@@ -71,8 +72,14 @@ class SimulatedDevice:
         self.slots: list[int | None] = [None] * (num_blocks * block_size)
         self.launched: StepPlan | None = None
         self.fail_next = False
+        self.is_lost = False  # all that it is asked to do fails, as on CUDA after an illegal memory access
+
+    def check_device(self) -> None:
+        if self.is_lost:
+            raise RuntimeError("CUDA error: an illegal memory access was encountered")
 
     def launch(self, plan: StepPlan) -> SimpleNamespace:
+        self.check_device()
         if self.fail_next:
             self.fail_next = False
             raise RuntimeError("injected device failure")
@@ -179,6 +186,7 @@ def make_engine(
     engine.advanced = []
     engine._ids = count()
     engine._random = random.Random(0)
+    engine._pid = os.getpid()
     engine._make_scheduler()
     return engine
 

@@ -1,0 +1,72 @@
+"""Refuses the second of two calls that overlap: an engine's books are for one thread at a time.
+
+Threads may take turns. The second call gets an error instead of waiting, since who calls one `LLM` from several threads
+wants them to share its batches, for which `AsyncLLM` is made; waiting would only hide it.
+"""
+
+import sys
+import threading
+from types import FrameType
+
+HELD_BY_ANOTHER = (
+    "another thread is in a call of this LLM, which takes one call at a time: let the threads take turns, or use "
+    "AsyncLLM, which serves many callers at once"
+)
+HELD_BY_ITSELF = (
+    "this thread is in a call of this LLM already, and makes another from within it (in a signal handler, or in a "
+    "generator given to load_weights): let the first return, or use AsyncLLM, which serves many callers at once"
+)
+
+
+class OneCaller:
+    """`with one_caller:` around what no two may do at once. Raises RuntimeError if somebody is inside.
+
+    The frame that is inside is remembered, not a locked lock: a KeyboardInterrupt may come just before the block is
+    entered or after it is left, and a frame that no thread executes any more holds nobody up.
+    """
+
+    def __init__(self) -> None:
+        self._inside: dict[str, FrameType] = {}  # no entry or one; setdefault is atomic
+        self._removing = threading.Lock()
+
+    def __enter__(self) -> None:
+        thread_id = self._try_enter(sys._getframe(1))
+        if thread_id is not None:
+            raise RuntimeError(HELD_BY_ITSELF if thread_id == threading.get_ident() else HELD_BY_ANOTHER)
+
+    def __exit__(self, *exc_info: object) -> None:
+        self.leave()
+
+    def enter_if_free(self) -> bool:
+        """Whether the caller is inside now, and has to call `leave`. False: somebody else is."""
+        return self._try_enter(sys._getframe(1)) is None
+
+    def leave(self) -> None:
+        self._inside.clear()
+
+    def require_no_other_thread(self) -> None:
+        """Raises RuntimeError if another thread is inside. This one may be."""
+        holder = self._inside.get("frame")
+        if holder is not None and _thread_that_executes(holder) not in (None, threading.get_ident()):
+            raise RuntimeError(HELD_BY_ANOTHER)
+
+    def _try_enter(self, frame: FrameType) -> int | None:
+        """None: the frame is inside now. Otherwise the id of the thread that is."""
+        while (holder := self._inside.setdefault("frame", frame)) is not frame:
+            thread_id = _thread_that_executes(holder)
+            if thread_id is not None:
+                return thread_id
+            with self._removing:
+                if self._inside.get("frame") is holder:
+                    self._inside.clear()
+        return None
+
+
+def _thread_that_executes(frame: FrameType) -> int | None:
+    for thread_id, innermost in sys._current_frames().items():
+        caller: FrameType | None = innermost
+        while caller is not None:
+            if caller is frame:
+                return thread_id
+            caller = caller.f_back
+    return None
