@@ -377,10 +377,11 @@ class Followers:
 def threads_of_a_rank(size: int) -> int:
     """How many of a CPU's threads each of `size` ranks gets: a share of those that this process would take alone.
 
-    OMP_NUM_THREADS is meant for each process, as everywhere, and is not shared out.
+    A number that comes from OMP_NUM_THREADS is meant for each process, as everywhere, and is not shared out.
     """
     num_threads = torch.get_num_threads()
-    return num_threads if os.environ.get("OMP_NUM_THREADS") else max(1, num_threads // size)
+    of_each = os.environ.get("OMP_NUM_THREADS", "").split(",")[0].strip()
+    return num_threads if of_each == str(num_threads) else max(1, num_threads // size)
 
 
 def _start_rank(rank: int, link: Connection) -> "subprocess.Popen[bytes]":

@@ -1,0 +1,144 @@
+"""Ctrl-C before any statement, and again while the first is being handled: the next call finds a whole engine."""
+
+import random
+import sys
+from collections import Counter
+from collections.abc import Callable, Iterator
+from contextlib import suppress
+from itertools import chain
+from typing import Any
+
+import pytest
+from engine.simulated_engine import Checker, expected_output, make_engine
+from interrupts import Interrupts
+
+import nanovllm.engine.block_manager
+import nanovllm.engine.llm_engine
+import nanovllm.engine.one_caller
+import nanovllm.engine.processor
+import nanovllm.engine.scheduler
+import nanovllm.engine.sequence
+import nanovllm.llm
+import nanovllm.output_stream
+from nanovllm import LLM, SamplingParams
+from nanovllm.engine.one_caller import OneCaller
+from nanovllm.engine.processor import Processor
+
+MODULES = [
+    nanovllm.engine.block_manager,
+    nanovllm.engine.llm_engine,
+    nanovllm.engine.one_caller,
+    nanovllm.engine.processor,
+    nanovllm.engine.scheduler,
+    nanovllm.engine.sequence,
+    nanovllm.llm,
+    nanovllm.output_stream,
+]
+MAX_MODEL_LEN = 24
+PARAMS = SamplingParams(temperature=0.0, max_tokens=6, ignore_eos=True, detokenize=False)
+TWO = SamplingParams(temperature=1.0, max_tokens=4, n=2, ignore_eos=True, detokenize=False)
+PROMPTS = [[1, 2, 3, 4, 1], [1, 2, 3, 4, 2, 2], [3], [4, 4, 4, 4, 4, 4, 4]]
+
+
+def make_llm(max_behind: int) -> LLM:
+    """An `LLM` over a simulated device with so few blocks that sequences are preempted."""
+    processor = Processor.__new__(Processor)
+    processor.engine = make_engine(
+        12, 4, max_num_seqs=4, max_num_batched_tokens=9, max_model_len=MAX_MODEL_LEN, max_behind=max_behind
+    )
+    processor._tokenizer = processor._decoder = None
+    processor._requests, processor._owner = {}, {}
+    llm = LLM.__new__(LLM)
+    llm._one_caller, llm._started, llm._streams = OneCaller(), {}, {}
+    llm._processor = processor
+    llm.close = lambda: None  # it has no device
+    return llm
+
+
+def work(llm: LLM, streams: list[Iterator[Any]]) -> None:
+    """A bit of everything that changes an engine's books."""
+    streams.append(llm.stream(PROMPTS[:2], [PARAMS, TWO]))
+    for _ in range(3):
+        check(next(streams[-1]))
+    for output in llm.generate(PROMPTS, [PARAMS, TWO, PARAMS, PARAMS], use_tqdm=False):
+        check(output)
+    streams.append(llm.stream(PROMPTS[2:], PARAMS))
+    llm.abort(next(streams[-1]).request_id)
+    llm.reset_prefix_cache()
+    check(next(streams[0]))
+    streams.pop(0).close()
+    for output in streams.pop():
+        check(output)
+
+
+def check(output: Any) -> None:
+    for completion in output.outputs:
+        tokens, reason = expected_output(output.prompt_token_ids, PARAMS, MAX_MODEL_LEN)
+        assert completion.token_ids == tokens[: len(completion.token_ids)]
+        assert completion.finish_reason in (None, reason, "abort")
+
+
+def interrupted(interrupts: Interrupts, gaps: list[int], llm: LLM) -> None:
+    """`work`, interrupted there, and then what the caller may rely on."""
+    streams: list[Iterator[Any]] = []
+    interrupts.arm(gaps)
+    with suppress(KeyboardInterrupt):  # which Python drops if it comes in a __del__
+        work(llm, streams)
+    assert len(interrupts.due) < len(gaps)
+    while True:  # what is due yet comes in the next call
+        try:
+            outputs = llm.generate(PROMPTS, PARAMS, use_tqdm=False)
+            break
+        except KeyboardInterrupt:
+            pass
+    interrupts.arm([])
+    for output in outputs:
+        check(output)
+        assert output.outputs[0].finish_reason == "length"
+    for output in chain(*streams):  # they have been ended, or go on
+        check(output)
+    del streams
+    llm.reset_prefix_cache()
+    engine, processor = llm.engine, llm._processor
+    Checker(engine).check_idle()
+    assert not engine.has_unfinished_requests and not engine.is_changing and not engine.block_manager._block_with
+    assert not processor._requests and not processor._owner and not llm._started and not llm._streams
+    assert not llm._one_caller._inside
+
+
+@pytest.fixture(params=[0, 1], ids=["read_at_once", "read_one_behind"])
+def ticking(
+    request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch
+) -> Iterator[tuple[Interrupts, Callable[[], LLM], list[tuple[str, int]]]]:
+    monkeypatch.setattr(sys, "unraisablehook", lambda unraisable: None)  # pytest's keeps what raised in its __del__
+    interrupts = Interrupts()
+    with interrupts.in_code_of(MODULES):
+        interrupts.arm([])
+        llm = make_llm(request.param)
+        interrupts.arm([])
+        streams: list[Iterator[Any]] = []
+        work(llm, streams)
+        yield interrupts, lambda: make_llm(request.param), list(interrupts.passed)
+
+
+def test_one_before_each_statement(ticking: Any) -> None:
+    interrupts, make, passed = ticking
+    draw = random.Random(0)
+    places: dict[tuple[str, int], list[int]] = {}
+    for index, statement in enumerate(passed):
+        places.setdefault(statement, []).append(index)
+    assert len({module for module, _ in places}) == len(MODULES) and len(places) > 200
+    for indices in places.values():
+        interrupted(interrupts, [indices[0]], make())
+        interrupted(interrupts, [draw.choice(indices)], make())
+
+
+def test_another_while_the_first_is_handled(ticking: Any) -> None:
+    interrupts, make, passed = ticking
+    draw = random.Random(1)
+    seen: Counter[tuple[str, int]] = Counter()
+    for _ in range(400):
+        gaps = [draw.randrange(len(passed)), *(draw.randrange(40) for _ in range(draw.randint(1, 3)))]
+        interrupted(interrupts, gaps, make())
+        seen[passed[gaps[0]]] += 1
+    assert len(seen) > 50
