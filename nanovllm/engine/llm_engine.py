@@ -7,12 +7,14 @@ late is that a sequence has stopped: by then one surplus token is in flight, and
 
 import os
 import random
+import threading
 import weakref
 from collections import deque
 from collections.abc import Iterable
 from contextlib import nullcontext
 from dataclasses import dataclass, replace
 from itertools import count
+from typing import Any
 
 from nanovllm.config import Config
 from nanovllm.engine.block_manager import BlockManager, CacheStats
@@ -21,6 +23,9 @@ from nanovllm.engine.scheduler import ScheduledStep, Scheduler
 from nanovllm.engine.sequence import Sequence
 from nanovllm.errors import EngineDeadError
 from nanovllm.sampling_params import MAX_STOP_IDS, SamplingParams
+
+
+LONGEST_STEP = 10.0  # seconds for which leaving the interpreter waits for one
 
 
 @dataclass(slots=True)
@@ -43,6 +48,15 @@ class StepStats:
 class _StepInFlight:
     scheduled: ScheduledStep
     handle: "StepHandle"  # noqa: F821 -- worker/ imports torch, which is loaded only when an engine is made
+
+
+def _end_steps(stepping: Any, pid: int) -> None:
+    """On leaving the interpreter: let the step that a daemon thread is at come to its end, and no other begin.
+
+    PyTorch aborts the process when a thread is ended within its code.
+    """
+    if os.getpid() == pid:
+        stepping.acquire(timeout=LONGEST_STEP)
 
 
 class LLMEngine:
@@ -68,6 +82,8 @@ class LLMEngine:
         self.followers = Followers(config)
         # Dropping the engine, an interrupt amid the construction and leaving the interpreter end them like close().
         weakref.finalize(self, self.followers.close)
+        self._stepping = threading.RLock()
+        weakref.finalize(self, _end_steps, self._stepping, self._pid)  # runs before the one above
         keep_in_children(self)
         self.followers.start(hf_config, model_class, self.model_path)
         with self.followers.doing("build", wait=True):
@@ -221,6 +237,10 @@ class LLMEngine:
         engine serves the next request; unless it has lost a rank or its device for good, which is the end of it
         (EngineDeadError).
         """
+        with self._stepping:
+            return self._step()
+
+    def _step(self) -> list[Sequence]:
         self.begin_change()
         self.advanced = []
         try:

@@ -9,6 +9,7 @@ must answer is known beforehand, whoever shares its batch.
 
 import os
 import random
+import threading
 from collections import deque
 from itertools import count, pairwise
 from types import SimpleNamespace
@@ -187,6 +188,7 @@ def make_engine(
     engine._ids = count()
     engine._random = random.Random(0)
     engine._pid = os.getpid()
+    engine._stepping = threading.RLock()
     engine._make_scheduler()
     return engine
 
