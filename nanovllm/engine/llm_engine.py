@@ -24,7 +24,6 @@ from nanovllm.engine.sequence import Sequence
 from nanovllm.errors import EngineDeadError
 from nanovllm.sampling_params import MAX_STOP_IDS, SamplingParams
 
-
 LONGEST_STEP = 10.0  # seconds for which leaving the interpreter waits for one
 
 
