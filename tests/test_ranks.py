@@ -48,7 +48,7 @@ def test_a_killed_rank_fails_its_engine_and_not_the_one_beside_it(
         answers(other)
 
 
-@pytest.mark.parametrize("seed", range(20))
+@pytest.mark.parametrize("seed", range(12))
 def test_a_rank_killed_at_any_moment_is_an_error_and_leaves_nothing(
     seed: int, checkpoint: Callable[..., Path], make_tp: Callable[..., LLM]
 ) -> None:
@@ -144,12 +144,11 @@ def test_what_fails_in_rank_0_during_construction_is_raised_as_it_is(
 SCRIPT = """
 import signal, sys, time
 from nanovllm import LLM, SamplingParams
-if __name__ == "__main__":
-    llm = LLM(sys.argv[1], device="cpu", dtype="float32", skip_tokenizer_init=True, tensor_parallel_size=2,
-              num_kvcache_blocks=64, max_num_seqs=4)
-    print(*(process.pid for process in llm.engine.followers._processes), flush=True)
-    while True:
-        llm.generate([[1, 2, 3]], SamplingParams(max_tokens=200), use_tqdm=False)
+llm = LLM(sys.argv[1], device="cpu", dtype="float32", skip_tokenizer_init=True, tensor_parallel_size=2,
+          num_kvcache_blocks=64, max_num_seqs=4)
+print(*(process.pid for process in llm.engine.followers._processes), flush=True)
+while True:
+    llm.generate([[1, 2, 3]], SamplingParams(max_tokens=200), use_tqdm=False)
 """
 
 

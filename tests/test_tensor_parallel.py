@@ -13,6 +13,7 @@ from leftovers import rank_processes
 from safetensors.torch import load_file
 
 from nanovllm import LLM, SamplingParams
+from nanovllm.worker.ranks import threads_of_a_rank
 
 pytestmark = pytest.mark.skipif(sys.platform != "linux", reason="reads /proc")
 
@@ -48,6 +49,40 @@ def test_tokens_are_those_of_one_rank(
     assert llm.is_sleeping
     llm.wake_up()
     assert answers(llm) == expected
+
+
+@pytest.mark.parametrize(
+    ("of_torch", "of_environment", "of_a_rank"),
+    [(8, None, 4), (5, None, 2), (1, None, 1), (6, "6", 6), (6, "6,2", 6), (8, "2", 4), (8, "", 4)],
+)
+def test_a_rank_gets_its_share_of_the_threads_unless_they_were_meant_for_each(
+    of_torch: int, of_environment: str | None, of_a_rank: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(torch, "get_num_threads", lambda: of_torch)
+    monkeypatch.delenv("OMP_NUM_THREADS", raising=False)
+    if of_environment is not None:
+        monkeypatch.setenv("OMP_NUM_THREADS", of_environment)
+    assert threads_of_a_rank(2) == of_a_rank
+
+
+def test_rank_0_computes_on_its_share_and_leaves_its_caller_his_number(
+    checkpoint: Callable[..., Path], make_tp: Callable[..., LLM], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.delenv("OMP_NUM_THREADS", raising=False)
+    before = torch.get_num_threads()
+    torch.set_num_threads(4)
+    try:
+        llm = make_tp(checkpoint("plain"), tensor_parallel_size=2)
+        seen, launch = [], llm.engine.runner.launch
+        llm.engine.runner.launch = lambda plan: seen.append(torch.get_num_threads()) or launch(plan)
+        answers(llm)
+        assert set(seen) == {2} and torch.get_num_threads() == 4
+        llm.engine.runner.launch = None
+        with pytest.raises(TypeError):
+            answers(llm)
+        assert torch.get_num_threads() == 4
+    finally:
+        torch.set_num_threads(before)
 
 
 @pytest.fixture(scope="session")

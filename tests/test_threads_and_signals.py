@@ -1,4 +1,4 @@
-"""Several threads, forked children, Ctrl-C twice, and engines that are dead: each is told apart, and nothing is lost."""
+"""Several threads, forked children, Ctrl-C twice, engines that are dead: each is told apart, and nothing is lost."""
 
 import asyncio
 import gc
