@@ -125,6 +125,21 @@ def test_a_rank_that_stalls_while_rank_0_waits_for_its_device_is_named_too(
     assert are_gone(pids)
 
 
+def test_a_second_interrupt_before_the_ranks_have_been_ended_ends_them_at_the_next_call(
+    checkpoint: Callable[..., Path], make_tp: Callable[..., LLM]
+) -> None:
+    llm = make_tp(checkpoint("plain"), tensor_parallel_size=2)
+    followers, pids = llm.engine.followers, rank_pids(llm)
+    llm.engine.runner.launch = followers._fail = interrupt
+    with pytest.raises(KeyboardInterrupt):
+        answers(llm)
+    del llm.engine.runner.launch, followers._fail
+    assert all(map(is_running, pids))  # and nobody knows how far they have come
+    with pytest.raises(RankError, match="rank 0 was interrupted in launch"):
+        answers(llm)
+    assert are_gone(pids)
+
+
 def test_a_size_that_does_not_fit_the_heads_is_refused_before_anything_starts(
     checkpoint: Callable[..., Path], make_tp: Callable[..., LLM], monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -1,8 +1,8 @@
 """What becomes of an engine in a child that the user's program forks: it stays as it is, and nobody can use it.
 
-The child has a copy of the parent's memory, but not its threads, and the ranks are not its children. To take the
-engine down there would kill the parent's ranks, or wait for threads that are not there (gloo's are joined when its
-group goes). So it is kept for ever: a page that is never written costs the child nothing.
+The child has a copy of the parent's memory, but neither its threads nor its device, and the ranks are not its children.
+To take the engine down there would kill the parent's ranks, and have libraries (gloo, CUDA) take down what is the
+parent's too. So it is kept for ever: a page that is never written costs the child nothing.
 """
 
 import ctypes

@@ -242,7 +242,7 @@ class Followers:
 
     def _await_acks(self) -> None:
         with self._changed:
-            self._changed.wait_for(lambda: self._error or min(self._num_acks) >= self._num_expected)
+            self._changed.wait_for(lambda: self._error or self._is_closed or min(self._num_acks) >= self._num_expected)
         self._raise_error()
 
     def _join(self, device: str, hidden_size: int, dtype: torch.dtype) -> None:
@@ -275,7 +275,7 @@ class Followers:
 
         threading.Thread(target=run, name="nanovllm-join", daemon=True).start()
         with self._changed:
-            self._changed.wait_for(lambda: outcome or self._error)
+            self._changed.wait_for(lambda: outcome or self._error or self._is_closed)
         if not outcome:
             raise PeerLostError("a rank has failed")
         result, error = outcome[0]
@@ -311,6 +311,8 @@ class Followers:
                     self._listen(rank)  # what it had to say
                     alive.remove(rank)
                     self._note_end(rank, process, not alive)
+        with self._changed:
+            self._changed.notify_all()  # a signal's handler may have closed under who waits for an answer
         for link in self._links:
             link.close()
 

@@ -29,7 +29,12 @@ def sleep(runner: ModelRunner, level: int) -> None:
     require_level(level)
     if level <= runner.sleep_level:
         return
-    _put_away(runner, level)
+    before, runner.not_ready = runner.not_ready, "sleep() was interrupted: call it again, then wake_up()"
+    try:
+        _put_away(runner, level)
+    except Exception:
+        runner.not_ready = before
+        raise
     runner.sleep_level = level
     runner.not_ready = "the engine sleeps: call wake_up() first"
 

@@ -263,3 +263,26 @@ def test_may_be_closed_asleep(level: int, checkpoint: Callable[..., Path], make_
     llm.close()
     with pytest.raises(RuntimeError, match="closed"):
         llm.wake_up()
+
+
+@pytest.mark.parametrize("level", [1, 2])
+def test_sleep_that_was_interrupted_may_be_called_again(
+    level: int, checkpoint: Callable[..., Path], make_llm: Callable[..., LLM], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    llm = make_llm(checkpoint("plain"))
+    before = tokens(llm)
+
+    def interrupt() -> None:
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch:
+        patch.setattr(llm.engine.runner, "stop", interrupt)
+        with pytest.raises(KeyboardInterrupt):
+            llm.sleep(level)
+    with pytest.raises(RuntimeError, match=r"sleep\(\) was interrupted: call it again"):
+        tokens(llm)
+    llm.sleep(level)
+    llm.wake_up()
+    if level == 2:
+        llm.load_weights(tensors_of(checkpoint("plain")))
+    assert tokens(llm) == before
