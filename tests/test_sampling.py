@@ -24,13 +24,15 @@ TOLERANCE = 2e-3
 NUM_DRAWS = 3000
 NEEDS_GPU = [pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device")]
 DEVICES = ["cpu", pytest.param("cuda", marks=NEEDS_GPU)]
-# What the engine may do to a request: chunks, preemption, one step ahead
+# What the engine may do to a request: chunks, preemption, one step ahead, padding and replays
 SITUATIONS: list[dict[str, Any]] = [
     {},
     {"max_behind": 1},
     {"max_num_batched_tokens": 33},
     {"num_kvcache_blocks": 12, "max_behind": 1},
     {"num_kvcache_blocks": 12, "max_num_batched_tokens": 33, "max_num_seqs": 5, "max_behind": 1},
+    {"max_behind": 1, "with_graphs": True},
+    {"num_kvcache_blocks": 12, "max_num_batched_tokens": 300, "max_behind": 1, "with_graphs": True},
 ]
 
 EVERYTHING = SamplingParams(
