@@ -22,8 +22,8 @@ class CompletionOutput:
     token_ids: list[int]
     cumulative_logprob: float | None = None
     logprobs: list[dict[int, Logprob]] | None = None  # one for each of token_ids
-    finish_reason: str | None = None  # "stop" | "length" | "abort"; None while it runs
-    stop_reason: int | str | None = None  # the stop token id or the stop string; None if it was an EOS
+    finish_reason: str | None = None  # "stop" | "length" | "abort" | "error"; None while it runs
+    stop_reason: int | str | None = None  # the stop token id or the stop string, None if it was an EOS; or the error
 
 
 @dataclass(slots=True)

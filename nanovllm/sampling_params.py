@@ -10,6 +10,8 @@ from typing import Any
 # float32, so that all agree on which temperature is below it.
 MIN_TEMPERATURE = 2.0**-17
 MAX_STOP_IDS = 64  # stop ids that min_tokens can hold back: the width of a device-resident row
+# What the sampler gives instead of a token where it has none to draw: a logit is NaN, or all are -inf.
+NAN_LOGITS, NO_TOKEN_LEFT = -1, -2
 
 
 class RequestOutputKind(Enum):

@@ -5,6 +5,7 @@ only that there will be one for each sequence. Their values stay on the device, 
 late is that a sequence has stopped: by then one surplus token is in flight, and is dropped when it arrives.
 """
 
+import logging
 import random
 import weakref
 from collections import deque
@@ -17,7 +18,14 @@ from nanovllm.config import Config
 from nanovllm.engine.block_manager import BlockManager
 from nanovllm.engine.scheduler import ScheduledStep, Scheduler
 from nanovllm.engine.sequence import Sequence
-from nanovllm.sampling_params import MAX_STOP_IDS, SamplingParams
+from nanovllm.sampling_params import MAX_STOP_IDS, NAN_LOGITS, NO_TOKEN_LEFT, SamplingParams
+
+logger = logging.getLogger(__name__)
+
+WHY_NO_TOKEN = {
+    NAN_LOGITS: "the model's logits are NaN: its weights are damaged, or its numbers overflow in this dtype",
+    NO_TOKEN_LEFT: "no token is left to draw: the request's parameters, or the model's logits, rule out all",
+}
 
 
 @dataclass(slots=True)
@@ -214,15 +222,24 @@ class LLMEngine:
         for seq, token_id, of_token in zip(samples, token_ids, logprobs, strict=True):
             if seq.is_finished:
                 continue  # a surplus token
-            if of_token is not None:
-                seq.append_logprobs(of_token)
-            seq.append_token(token_id)
+            if token_id < 0:
+                self._fail(seq, WHY_NO_TOKEN[token_id])
+            else:
+                if of_token is not None:
+                    seq.append_logprobs(of_token)
+                seq.append_token(token_id)
             self.advanced.append(seq)
             if seq.is_finished:
                 self.scheduler.finish(seq)
                 del self._unfinished[seq.request_id]
                 finished.append(seq)
         return finished
+
+    def _fail(self, seq: Sequence, reason: str) -> None:
+        """End a sequence that has no next token. Nobody else shall find its blocks: NaN may be in them."""
+        logger.error("request %s has ended with an error: %s", seq.request_id, reason)
+        self.block_manager.forget(seq)
+        seq.finish("error", reason)
 
     def _drop_surplus(self) -> None:
         """With nobody left, no one waits for what is in flight: the runner sees to its buffers."""

@@ -14,6 +14,7 @@ import torch
 from nanovllm.kernels.logit_edits import RowEdits, edit_logits, send
 from nanovllm.kernels.logprobs import token_logprobs, unpack
 from nanovllm.kernels.sample import sample
+from nanovllm.sampling_params import NAN_LOGITS
 from nanovllm.worker.input_batch import InputBatch
 from nanovllm.worker.step_plan import LogitEdits, NewRow, PromptSpan, StepPlan, TokenLogprobs
 
@@ -110,7 +111,8 @@ class LogitExtras:
             edit_logits(x, edits, batch.token_ids[rows.long(), :max_len], lens, max_len)
             drawn = torch.empty_like(rows)
             sample(x, rows, lens, batch.params, batch.token_ids, drawn)
-            sampled[entries] = drawn
+            # The edits may have hidden a NaN.
+            sampled[entries] = torch.where(sampled[entries] == NAN_LOGITS, NAN_LOGITS, drawn)
         for i in asking:
             self._lengths[plan.rows[i]] += 1
 
@@ -120,7 +122,7 @@ class LogitExtras:
         for num_top, asking in _by_num_top(plan.logprobs, self._vocab_size):
             for piece in _pieces(asking, self._vocab_size + SORTED_COST * num_top):
                 entries = send(piece, torch.int64, logits.device)
-                packed = token_logprobs(logits[entries], sampled[entries], num_top)
+                packed = token_logprobs(logits[entries], sampled[entries].clamp(min=0), num_top)
                 out.pieces.append((False, piece, _to_host(packed)))
 
     def _prompt_logprobs(self, plan: StepPlan, hidden: torch.Tensor, out: LogprobsOnTheWay) -> None:

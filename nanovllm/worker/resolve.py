@@ -5,14 +5,23 @@ from typing import Any
 import torch
 
 from nanovllm.config import Config
+from nanovllm.kernels.triton_shim import HAS_TRITON
 from nanovllm.layers.linear import TensorParallel
 from nanovllm.layers.rotary_embedding import rope_parameters
 from nanovllm.models.loader import build_outline
 
 
 def resolve_device(device: str) -> str:
-    """ "auto" is CUDA where there is one. Raises ValueError when "cuda" is asked for and absent."""
+    """ "auto" is CUDA where there is one.
+
+    Raises:
+        ValueError: "cuda" is asked for and absent. RuntimeError: CUDA is there without Triton, whose kernels it needs.
+    """
     has_cuda = torch.cuda.is_available()
+    if has_cuda and device != "cpu" and not HAS_TRITON:
+        raise RuntimeError(
+            "PyTorch sees a CUDA device, but Triton is not installed: `pip install triton`, or device='cpu'"
+        )
     if device == "cuda" and not has_cuda:
         raise ValueError("device='cuda' but PyTorch sees no CUDA device; use device='cpu' or 'auto'")
     return device if device != "auto" else "cuda" if has_cuda else "cpu"
