@@ -1,4 +1,4 @@
-"""Steps that are padded and replayed as on a GPU answer as steps that run as they are, whatever comes together in one.
+"""Steps that are padded and replayed, as on a GPU, answer as steps that run as they are, whatever meets in one step.
 
 Which step may replay a graph is decided by what it asks, never by the shape that it happens to have.
 """
@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 from checkpoints import VOCAB_SIZE, random_prompts
 
 from nanovllm import LLM, SamplingParams
@@ -16,6 +17,9 @@ from nanovllm.engine.sequence import Sequence
 from nanovllm.worker.cuda_graph import MAX_CHUNKS, StepShape
 from nanovllm.worker.step_plan import StepPlan
 
+NEEDS_GPU = [pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device")]
+DEVICES = ["cpu", pytest.param("cuda", marks=NEEDS_GPU)]
+REPLAYED, IN_TURN = {"max_behind": 1, "with_graphs": True}, {"max_behind": 0, "enforce_eager": True}
 GREEDY = SamplingParams(temperature=0.0, max_tokens=12, ignore_eos=True)
 ROOMY = {"max_num_seqs": 2 * MAX_CHUNKS, "num_kvcache_blocks": 512}
 
@@ -41,19 +45,21 @@ def has_shape_of_a_graph(llm: LLM, plan: StepPlan) -> bool:
     return StepShape.of(plan) in llm.engine.runner.shapes.with_chunks()
 
 
+@pytest.mark.parametrize("device", DEVICES)
 @pytest.mark.parametrize("asked", [{"logprobs": 1}, {"prompt_logprobs": 0}, {"repetition_penalty": 1.3}], ids=str)
 def test_extras_in_a_step_that_has_the_shape_of_a_graph(
-    asked: dict[str, Any], checkpoint: Callable[..., Path], make_llm: Callable[..., LLM]
+    asked: dict[str, Any], device: str, checkpoint: Callable[..., Path], make_llm: Callable[..., LLM]
 ) -> None:
     """16 sequences decode, and 16 prompts of 16 tokens arrive that ask for more than a graph gives."""
     prompts = random_prompts([16] * 2 * MAX_CHUNKS)
     params = SamplingParams(temperature=0.0, max_tokens=12, ignore_eos=True, **asked)
     arrivals = [(0, prompt, GREEDY) for prompt in prompts[:MAX_CHUNKS]]
     arrivals += [(3, prompt, params) for prompt in prompts[MAX_CHUNKS:]]
-    llm = make_llm(checkpoint("plain"), 1, with_graphs=True, **ROOMY)
+    options = {**ROOMY, "device": device}
+    llm = make_llm(checkpoint("plain"), **REPLAYED, **options)
     seqs, plans = run(llm, arrivals)
     assert any(has_shape_of_a_graph(llm, plan) for plan in plans)
-    for seq, expected in zip(seqs, run(make_llm(checkpoint("plain"), 0, **ROOMY), arrivals)[0], strict=True):
+    for seq, expected in zip(seqs, run(make_llm(checkpoint("plain"), **IN_TURN, **options), arrivals)[0], strict=True):
         assert seq.token_ids == expected.token_ids
         for ours, theirs in ((seq.logprobs, expected.logprobs), (seq.prompt_logprobs, expected.prompt_logprobs)):
             for one, other in zip(ours or [], theirs or [], strict=True):
@@ -62,17 +68,18 @@ def test_extras_in_a_step_that_has_the_shape_of_a_graph(
                     assert one.logprobs == pytest.approx(other.logprobs, abs=1e-4)
 
 
+@pytest.mark.parametrize("device", DEVICES)
 def test_a_prompt_cut_short_in_a_step_that_has_the_shape_of_a_graph(
-    checkpoint: Callable[..., Path], make_llm: Callable[..., LLM]
+    device: str, checkpoint: Callable[..., Path], make_llm: Callable[..., LLM]
 ) -> None:
     """The budget leaves 256 tokens beside 16 decodes: 15 whole prompts, and a part of one, which must not sample."""
-    options = {**ROOMY, "max_num_batched_tokens": 256 + MAX_CHUNKS}
+    options = {**ROOMY, "max_num_batched_tokens": 256 + MAX_CHUNKS, "device": device}
     prompts = random_prompts([15] * (2 * MAX_CHUNKS - 1) + [90])
     arrivals = [(0 if i < MAX_CHUNKS else 3, prompt, GREEDY) for i, prompt in enumerate(prompts)]
-    llm = make_llm(checkpoint("plain"), 1, with_graphs=True, **options)
+    llm = make_llm(checkpoint("plain"), **REPLAYED, **options)
     seqs, plans = run(llm, arrivals)
     assert any(plan.num_samples < len(plan.rows) and has_shape_of_a_graph(llm, plan) for plan in plans)
-    expected, _ = run(make_llm(checkpoint("plain"), 0, **options), arrivals)
+    expected, _ = run(make_llm(checkpoint("plain"), **IN_TURN, **options), arrivals)
     assert [seq.token_ids for seq in seqs] == [seq.token_ids for seq in expected]
 
 
@@ -99,8 +106,8 @@ def test_random_schedules_replayed_answer_as_schedules_in_turn(
 
     bursts = sorted(rng.randint(0, 12) for _ in range(4))
     arrivals = [(burst, prompt(), params()) for burst in bursts for _ in range(rng.randint(1, 20))]
-    llm = make_llm(checkpoint("plain"), 1, with_graphs=True, **options)
+    llm = make_llm(checkpoint("plain"), **REPLAYED, **options)
     replayed, _ = run(llm, arrivals)
-    expected, _ = run(make_llm(checkpoint("plain"), 0, **options), arrivals)
+    expected, _ = run(make_llm(checkpoint("plain"), **IN_TURN, **options), arrivals)
     assert [seq.token_ids for seq in replayed] == [seq.token_ids for seq in expected]
     assert llm.engine.runner.graphs.num_replays["decodes"] > 0
