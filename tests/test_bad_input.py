@@ -251,11 +251,12 @@ def test_cuda_asked_for_and_absent_is_refused(checkpoint: Callable[..., Path], m
 
 
 def test_failed_construction_leaves_an_object_that_can_be_dropped() -> None:
-    for model in (None, 5, Path("model"), b"model", ["model"]):
-        with pytest.raises(TypeError, match="model=.* must be a string: a directory or a hub id"):
+    for model in (None, 5, b"model", ["model"]):
+        with pytest.raises(TypeError, match="model=.* must be a string or a path: a directory or a hub id"):
             LLM(model)
     for options in ({"nonsense": 1}, {"dtype": "int4"}):
         with pytest.raises((TypeError, ValueError)):
             LLM("model", **options)
-    with pytest.raises(OSError):
-        LLM("/no/such/directory")
+    for missing in ("/no/such/directory", Path("/no/such/directory")):
+        with pytest.raises(OSError):
+            LLM(missing)
