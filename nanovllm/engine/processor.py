@@ -55,6 +55,7 @@ class Processor:
     ) -> Request:
         """Check a request and give it its shape; `add` then lets it run.
 
+        `params` are the request's own, as `one_for_each` gives them: nobody assigns to them any more.
         With n > 1 the completions share the prompt's full blocks through the prefix cache, unless that is switched
         off. The first has the request's seed, the others have seeds that follow from it.
 
@@ -226,11 +227,13 @@ def as_list_of_prompts(prompts: Any) -> list[Prompt]:
 
 
 def one_for_each(sampling_params: Any, num_prompts: int) -> list[SamplingParams]:
-    """One for all, or one for each prompt, as a list. Raises TypeError, ValueError."""
+    """One for all, or one for each prompt, as a list of the requests' own: what the caller assigns to his later changes
+    nothing. Raises TypeError, ValueError.
+    """
     if sampling_params is None:
         sampling_params = SamplingParams()
     if isinstance(sampling_params, SamplingParams):
-        return [sampling_params] * num_prompts
+        return [sampling_params.clone()] * num_prompts
     if not isinstance(sampling_params, (list, tuple)) or not all(
         isinstance(p, SamplingParams) for p in sampling_params
     ):
@@ -239,7 +242,8 @@ def one_for_each(sampling_params: Any, num_prompts: int) -> list[SamplingParams]
         raise ValueError(
             f"sampling_params has {len(sampling_params)} entries for {num_prompts} prompts: give one, or one for each"
         )
-    return list(sampling_params)
+    own = {id(params): params.clone() for params in {id(p): p for p in sampling_params}.values()}
+    return [own[id(params)] for params in sampling_params]
 
 
 def as_request_ids(request_id: str | Iterable[str]) -> list[str]:
