@@ -8,7 +8,9 @@ From vLLM 0.8 to 0.33. A word that comes to be supported leaves this table for t
 """
 
 import difflib
-from typing import Any, NamedTuple
+import inspect
+from collections.abc import Callable
+from typing import Any, NamedTuple, NoReturn
 
 
 class Absent(NamedTuple):
@@ -249,8 +251,8 @@ _ARGUMENTS = {
     "tokenizers are called with their own defaults; SamplingParams has truncate_prompt_tokens": {
         "tokenization_kwargs": NONE,
     },
-    "prompts are text or token ids": {
-        "mm_processor_kwargs": NONE,
+    "prompts are text or token ids, given as such": {
+        "mm_processor_kwargs prompt_token_ids": NONE,
         "prompt_text": ANY,
     },
     "there is one engine, and nothing is traced": {
@@ -260,16 +262,31 @@ _ARGUMENTS = {
     },
 }
 
-# Methods of vLLM's `LLM` and `AsyncLLM` that are not here, and what to do instead.
-METHODS: dict[str, str] = {
-    "score": "the relevance of documents takes a model for pooling; how likely the model finds a text says "
-    "log_likelihood(prompts)",
+# Methods of `LLM` and `AsyncLLM`: what they would take, and what there is instead.
+_METHODS = {
+    "score": "the relevance of documents is told by a model for pooling; log_likelihood(prompts) tells how likely this "
+    "model finds a text",
     "embed": "it takes a model for pooling",
     "encode": "it takes a model for pooling; encode_prompt(prompt) gives token ids",
     "classify": "it takes a model for pooling",
     "reward": "it takes a model for pooling",
-    "beam_search": "there is no beam search; SamplingParams(n=…) draws several completions",
+    "beam_search": "SamplingParams(n=…) draws several completions",
 }
+
+
+class AbsentMethods:
+    """vLLM's methods for which there is nothing here: they raise NotImplementedError, with what there is instead."""
+
+
+def _absent(name: str, instead: str) -> Callable[..., NoReturn]:
+    def refuse(self: Any, *args: Any, **kwargs: Any) -> NoReturn:
+        raise NotImplementedError(f"{type(self).__name__}.{name}() is not here: {instead}")
+
+    return refuse
+
+
+for _name, _instead in _METHODS.items():
+    setattr(AbsentMethods, _name, _absent(_name, _instead))
 
 
 def _by_word(reasons: dict[str, dict[str, tuple[Any, ...]]]) -> dict[str, Absent]:
@@ -305,6 +322,13 @@ def check(owner: str, table: dict[str, Absent], given: dict[str, Any], known: li
         if not asks_for_nothing(value, nothing):
             allowed = " or ".join(map(repr, (None, *nothing)))
             raise ValueError(f"{name}={value!r:.80} must be {allowed}: {why}")
+
+
+def check_arguments(method: Callable[..., Any], given: dict[str, Any]) -> None:
+    """`check` for the arguments that a method has in `**vllm_arguments`."""
+    if given:
+        known = [name for name in inspect.signature(method).parameters if name not in ("self", "vllm_arguments")]
+        check(method.__qualname__, ARGUMENTS, given, known)
 
 
 def asks_for_nothing(value: Any, nothing: tuple[Any, ...]) -> bool:

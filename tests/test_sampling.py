@@ -334,7 +334,7 @@ class TestReproducible:
 
 
 def as_dict(params: SamplingParams) -> dict[str, Any]:
-    return {name: getattr(params, name) for name in SamplingParams.__slots__}
+    return {name: getattr(params, name) for name in SamplingParams.__dataclass_fields__}
 
 
 class TestRefusals:
@@ -363,13 +363,13 @@ class TestRefusals:
 
 
 @pytest.mark.parametrize("device", DEVICES)
-def test_score_gives_the_logprobs_of_each_prompt(
+def test_log_likelihood_gives_the_logprobs_of_each_prompt(
     device: str, make: Callable[..., LLM], checkpoint: Callable[..., Path]
 ) -> None:
     llm = make(device, max_num_batched_tokens=33)
     longest = random_prompts([llm.engine.max_model_len - 1], seed=4)[0]
     for prompts in ([*PROMPTS, longest], PROMPTS[3]):
-        scores = llm.score(prompts, use_tqdm=False)
+        scores = llm.log_likelihood(prompts, use_tqdm=False)
         prompts = prompts if isinstance(prompts[0], list) else [prompts]
         assert [score.token_ids for score in scores] == prompts
         for score, prompt in zip(scores, prompts, strict=True):
