@@ -143,11 +143,12 @@ class SamplingParams:
             self.seed = None
 
     def _check(self) -> None:
-        if len(vars(self)) > len(_DEFAULTS):
-            others = {name: value for name, value in vars(self).items() if name not in _DEFAULTS}
+        mine = vars(self)
+        if len(mine) > len(_DEFAULTS):
+            others = {name: value for name, value in mine.items() if name not in _DEFAULTS}
             check("SamplingParams", SAMPLING_FIELDS, others, list(_DEFAULTS))
         for name, (has_type, in_range, allowed) in _RULES.items():
-            value = getattr(self, name)
+            value = mine[name]
             if value is _DEFAULTS[name]:  # most are, and a request should not wait for them
                 continue
             if value is None and allowed.startswith("None or"):
