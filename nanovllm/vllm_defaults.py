@@ -60,7 +60,7 @@ _ENGINE_OPTIONS = {
         scheduler_delay_factor scheduler_reserve_full_isl shutdown_timeout sleep_mode_backend
         sleep_mode_offload_cudagraph sparse_indexer_topk_backend swa_bounded_replay swap_space
         tokenizer_pool_extra_config tokenizer_pool_size tokenizer_pool_type use_tqdm_on_load
-    use_v2_block_manager watchdog_config watermark
+        use_v2_block_manager watchdog_config watermark
         """: ANY,
     },
     "weights are not quantized, and the cache has their dtype": {
@@ -120,13 +120,13 @@ _ENGINE_OPTIONS = {
         allowed_local_media_path allowed_media_domains disable_chunked_mm_input disable_mm_preprocessor_cache
         enable_multimodal_encoder_data_parallel interleave_mm_strings language_model_only limit_mm_per_prompt
         media_io_kwargs mm_device_do_normalize mm_encoder_attn_backend mm_encoder_attn_dtype
-    mm_encoder_fp8_scale_save_margin mm_encoder_tp_mode mm_hasher_algorithm mm_ipc_gpu_memory_gb
+        mm_encoder_fp8_scale_save_margin mm_encoder_tp_mode mm_hasher_algorithm mm_ipc_gpu_memory_gb
         mm_processor_cache_gb mm_processor_cache_type mm_processor_device mm_shm_cache_max_object_size_mb
         mm_tensor_ipc skip_mm_profiling video_pruning_method
         """: ANY,
         "enable_mm_embeds enable_prompt_embeds mm_encoder_only tokens_only": OFF,
         """
-    io_processor_plugin mm_encoder_fp8_scale_path mm_encoder_fp8_scale_save_path mm_processor_kwargs
+        io_processor_plugin mm_encoder_fp8_scale_path mm_encoder_fp8_scale_save_path mm_processor_kwargs
         video_pruning_rate
         """: NONE,
     },
@@ -264,8 +264,8 @@ _ARGUMENTS = {
 
 # Methods of `LLM` and `AsyncLLM`: what they would take, and what there is instead.
 _METHODS = {
-    "score": "the relevance of documents is told by a model for pooling; log_likelihood(prompts) tells how likely this "
-    "model finds a text",
+    "score": "the relevance of documents is told by a model for pooling; LLM.log_likelihood(prompts), or "
+    "SamplingParams(prompt_logprobs=0), tells how likely this model finds a text",
     "embed": "it takes a model for pooling",
     "encode": "it takes a model for pooling; encode_prompt(prompt) gives token ids",
     "classify": "it takes a model for pooling",
