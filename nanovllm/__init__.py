@@ -4,7 +4,7 @@ from nanovllm.async_llm import AsyncLLM
 from nanovllm.demo import demo_model
 from nanovllm.errors import RankError
 from nanovllm.llm import LLM
-from nanovllm.outputs import CompletionOutput, Logprob, RequestOutput, Score
+from nanovllm.outputs import CompletionOutput, LogLikelihood, Logprob, RequestOutput
 from nanovllm.sampling_params import RequestOutputKind, SamplingParams
 
 __version__ = "0.1.0"
@@ -12,11 +12,11 @@ __all__ = [
     "LLM",
     "AsyncLLM",
     "CompletionOutput",
+    "LogLikelihood",
     "Logprob",
     "RankError",
     "RequestOutput",
     "RequestOutputKind",
     "SamplingParams",
-    "Score",
     "demo_model",
 ]

@@ -18,7 +18,7 @@ from nanovllm.config import Config
 from nanovllm.engine.block_manager import BlockManager
 from nanovllm.engine.scheduler import ScheduledStep, Scheduler
 from nanovllm.engine.sequence import Sequence
-from nanovllm.sampling_params import MAX_STOP_IDS, NAN_LOGITS, NO_TOKEN_LEFT, SamplingParams
+from nanovllm.sampling_params import NAN_LOGITS, NO_TOKEN_LEFT, SamplingParams
 
 logger = logging.getLogger(__name__)
 
@@ -97,7 +97,8 @@ class LLMEngine:
     ) -> Sequence:
         """Check a request and give it its shape. The engine is not touched: whatever cannot run is refused here.
 
-        `bad_words` are the token sequences of `params.bad_words`, see `nanovllm.bad_words`.
+        `params` are the request's own, which nobody assigns to any more. `bad_words` are the token sequences of
+        `params.bad_words`, see `nanovllm.bad_words`.
 
         Raises:
             ValueError: naming the prompt as `name`, what is wrong with it, and what is allowed.
@@ -116,16 +117,12 @@ class LLMEngine:
                 f"{name} has {len(token_ids)} tokens: with one to generate, they must fit "
                 f"max_model_len={self.max_model_len}"
             )
-        self._check_vocabulary(params, bad_words)
+        self._check_limits(params, bad_words)
         stop_ids = frozenset(params.stop_token_ids) | (frozenset() if params.ignore_eos else self.eos_token_ids)
-        if params.min_tokens and len(stop_ids) > MAX_STOP_IDS:
-            raise ValueError(f"min_tokens={params.min_tokens} works with at most {MAX_STOP_IDS} stop ids, EOS included")
-        if params.allowed_token_ids:
-            held_back = (stop_ids if params.min_tokens else frozenset()) | {w[0] for w in bad_words if len(w) == 1}
-            if held_back.issuperset(params.allowed_token_ids):
-                raise ValueError("bad_words and min_tokens, which holds back stop ids, leave none of allowed_token_ids")
-        if params.logit_bias:
-            params = replace(params)  # a dict of its own, which nobody changes once it has been checked
+        held_back = (stop_ids if params.min_tokens else frozenset()) | {w[0] for w in bad_words if len(w) == 1}
+        if held_back and all(i in held_back for i in params.allowed_token_ids or range(self.vocab_size)):
+            of = "allowed_token_ids" if params.allowed_token_ids else "the vocabulary"
+            raise ValueError(f"bad_words and min_tokens, which holds back stop ids, leave none of {of}")
         num_left = self.max_model_len - len(token_ids)
         seed = params.seed if params.seed is not None else self._random.getrandbits(64)
         return Sequence(
@@ -138,7 +135,7 @@ class LLMEngine:
             bad_words=bad_words,
         )
 
-    def _check_vocabulary(self, params: SamplingParams, bad_words: tuple[tuple[int, ...], ...]) -> None:
+    def _check_limits(self, params: SamplingParams, bad_words: tuple[tuple[int, ...], ...]) -> None:
         by_name = {
             "stop_token_ids": params.stop_token_ids,
             "logit_bias": params.logit_bias or (),
@@ -148,6 +145,12 @@ class LLMEngine:
         for name, token_ids in by_name.items():
             if token_ids and max(token_ids) >= self.vocab_size:
                 raise ValueError(f"{name} has {max(token_ids)}: ids must be in [0, {self.vocab_size})")
+        limit = self.config.max_logprobs
+        for name in ("logprobs", "prompt_logprobs"):
+            num_top = getattr(params, name)
+            num_top = self.vocab_size if num_top == -1 else num_top
+            if num_top is not None and 0 <= limit < num_top:
+                raise ValueError(f"{name}={getattr(params, name)} must be at most max_logprobs={limit}")
 
     def add(self, seq: Sequence) -> None:
         """Queue a request. Raises ValueError if one of its id is unfinished, RuntimeError as `make_sequence` does."""

@@ -55,6 +55,7 @@ class Processor:
     ) -> Request:
         """Check a request and give it its shape; `add` then lets it run.
 
+        `params` are the request's own, as `own_params` gives them: nobody assigns to them any more.
         With n > 1 the completions share the prompt's full blocks through the prefix cache, unless that is switched
         off. The first has the request's seed, the others have seeds that follow from it.
 
@@ -161,8 +162,10 @@ class Processor:
         try:
             self.engine.step()
             changed: dict[Request, None] = {}
+            now = time.monotonic()
             for seq in self.engine.advanced:
                 request, completion = self._owner[seq]
+                request.metrics.last_token_time = now
                 if completion.detokenizer is not None:
                     self._follow(completion)
                 changed[request] = None
@@ -225,21 +228,27 @@ def as_list_of_prompts(prompts: Any) -> list[Prompt]:
     return list(prompts)
 
 
-def one_for_each(sampling_params: Any, num_prompts: int) -> list[SamplingParams]:
-    """One for all, or one for each prompt, as a list. Raises TypeError, ValueError."""
+def own_params(sampling_params: Any) -> SamplingParams:
+    """A request's parameters: checked, and its own, whatever the caller assigns later. Raises TypeError, ValueError."""
     if sampling_params is None:
-        sampling_params = SamplingParams()
-    if isinstance(sampling_params, SamplingParams):
-        return [sampling_params] * num_prompts
-    if not isinstance(sampling_params, (list, tuple)) or not all(
-        isinstance(p, SamplingParams) for p in sampling_params
-    ):
+        return SamplingParams()
+    if not isinstance(sampling_params, SamplingParams):
+        raise TypeError(f"sampling_params={shorten(sampling_params)} must be a SamplingParams")
+    return sampling_params.clone()
+
+
+def one_for_each(sampling_params: Any, num_prompts: int) -> list[SamplingParams]:
+    """`own_params` of one for all, or of one for each prompt, as a list. Raises TypeError, ValueError."""
+    if not isinstance(sampling_params, (list, tuple)):
+        return [own_params(sampling_params)] * num_prompts
+    if not all(isinstance(p, SamplingParams) for p in sampling_params):
         raise TypeError(f"sampling_params={shorten(sampling_params)} must be a SamplingParams or a list of them")
     if len(sampling_params) != num_prompts:
         raise ValueError(
             f"sampling_params has {len(sampling_params)} entries for {num_prompts} prompts: give one, or one for each"
         )
-    return list(sampling_params)
+    own = {id(params): params.clone() for params in {id(p): p for p in sampling_params}.values()}
+    return [own[id(params)] for params in sampling_params]
 
 
 def as_request_ids(request_id: str | Iterable[str]) -> list[str]:

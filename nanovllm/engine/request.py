@@ -99,6 +99,7 @@ class Request:
             values = self.completions[0].seq.prompt_logprobs
             if values is not None and len(values) == len(self.prompt_token_ids):  # all have come
                 self.prompt_logprobs = [v and self._logprobs(v) for v in values]
+        self.metrics.num_generation_tokens = sum(completion.num_tokens for completion in progress)
         return RequestOutput(
             request_id=self.request_id,
             prompt=self.prompt,
