@@ -68,6 +68,7 @@ class AsyncLLM:
 
         Args:
             prompt: a string, a list of token ids, `{"prompt": …}` or `{"prompt_token_ids": …}`.
+            sampling_params: None: see `get_default_sampling_params`.
             request_id: a name by which to abort it; default: a random one.
 
         Raises:
@@ -105,14 +106,14 @@ class AsyncLLM:
     async def _run(
         self, make_prompt: Callable[[], Prompt], params: SamplingParams | None, request_id: str | None
     ) -> AsyncIterator[RequestOutput]:
-        params = SamplingParams() if params is None else params
-        if not isinstance(params, SamplingParams):
+        if not isinstance(params, SamplingParams | None):
             raise TypeError(f"sampling_params={params!r:.80} must be a SamplingParams")
         request_id = uuid4().hex if request_id is None else request_id
         if not isinstance(request_id, str):
             raise TypeError(f"request_id={request_id!r:.80} must be a string or None")
         if self._is_closing:
             raise RuntimeError("the engine is closed")
+        params = self.get_default_sampling_params() if params is None else params
         stream = Stream(self._reader_of_this_loop(), self._turns, params.output_kind)
         if self._streams.setdefault(request_id, stream) is not stream:
             raise ValueError(f"request_id={request_id!r} is that of a request which is still running")
@@ -162,6 +163,10 @@ class AsyncLLM:
     async def get_tokenizer(self) -> Any:
         """The `transformers` tokenizer. Raises ValueError if the engine was made without one."""
         return self._processor.tokenizer
+
+    def get_default_sampling_params(self) -> SamplingParams:
+        """As `LLM.get_default_sampling_params`."""
+        return self._processor.default_sampling_params()
 
     async def reset_prefix_cache(self) -> None:
         """Forget all cached prefixes. Requests that run keep their blocks."""

@@ -31,6 +31,8 @@ class Processor:
         try:
             path = str(self.engine.model_path)
             self._tokenizer = None if config.skip_tokenizer_init else load_tokenizer(config, path)
+            if self._tokenizer is not None:
+                self.engine.use_eos_of_tokenizer(self._tokenizer.eos_token_id)
         except BaseException:
             self.engine.close()  # the error's traceback keeps it alive
             raise
@@ -103,6 +105,10 @@ class Processor:
             if params.seed is not None:
                 seqs[i].seed = child_seed(params.seed, i)
         return seqs
+
+    def default_sampling_params(self) -> SamplingParams:
+        """How a request is sampled that comes without: fresh, for whoever gets it may change it."""
+        return SamplingParams(**self.engine.default_sampling)
 
     def encode(self, prompt: Prompt, name: str = "prompt") -> tuple[str | None, list[int]]:
         """A prompt's text, if it has one, and a fresh list of its token ids. Raises as `make_request` does."""
@@ -205,10 +211,21 @@ class Processor:
 
 
 def load_tokenizer(config: Config, model_path: str) -> Any:
+    """The `transformers` tokenizer. Raises OSError if there is none."""
     from transformers import AutoTokenizer
 
     source = config.tokenizer or model_path
-    return AutoTokenizer.from_pretrained(source, revision=config.revision, trust_remote_code=config.trust_remote_code)
+    advice = "give LLM a tokenizer=, or skip_tokenizer_init=True and token ids"
+    try:
+        tokenizer = AutoTokenizer.from_pretrained(
+            source, revision=config.revision, trust_remote_code=config.trust_remote_code
+        )
+    except Exception as error:
+        error.add_note(f"The tokenizer was looked for in {source}: {advice}")
+        raise
+    if len(tokenizer) <= len(tokenizer.get_added_vocab()):  # what transformers makes of a folder without its files
+        raise FileNotFoundError(f"no tokenizer in {source}: {advice}")
+    return tokenizer
 
 
 def child_seed(seed: int, index: int) -> int:
@@ -227,8 +244,6 @@ def as_list_of_prompts(prompts: Any) -> list[Prompt]:
 
 def one_for_each(sampling_params: Any, num_prompts: int) -> list[SamplingParams]:
     """One for all, or one for each prompt, as a list. Raises TypeError, ValueError."""
-    if sampling_params is None:
-        sampling_params = SamplingParams()
     if isinstance(sampling_params, SamplingParams):
         return [sampling_params] * num_prompts
     if not isinstance(sampling_params, (list, tuple)) or not all(
