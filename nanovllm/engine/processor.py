@@ -211,7 +211,7 @@ class Processor:
 
 
 def load_tokenizer(config: Config, model_path: str) -> Any:
-    """The `transformers` tokenizer. Raises OSError if there is none."""
+    """The `transformers` tokenizer. Raises OSError or ValueError, naming the source, if there is none that works."""
     from transformers import AutoTokenizer
 
     source = config.tokenizer or model_path
@@ -220,10 +220,11 @@ def load_tokenizer(config: Config, model_path: str) -> Any:
         tokenizer = AutoTokenizer.from_pretrained(
             source, revision=config.revision, trust_remote_code=config.trust_remote_code
         )
-    except Exception as error:
-        error.add_note(f"The tokenizer was looked for in {source}: {advice}")
-        raise
-    if len(tokenizer) <= len(tokenizer.get_added_vocab()):  # what transformers makes of a folder without its files
+    except Exception as error:  # of many types, few of which name the source
+        refusal = OSError if isinstance(error, OSError) else ValueError
+        raise refusal(f"the tokenizer in {source} cannot be loaded: {error}; {advice}") from error
+    # Of a folder without its files transformers makes a tokenizer with nothing but an EOS.
+    if len(tokenizer) <= len(tokenizer.get_added_vocab()) and not tokenizer.encode("a", add_special_tokens=False):
         raise FileNotFoundError(f"no tokenizer in {source}: {advice}")
     return tokenizer
 

@@ -68,7 +68,8 @@ def resolve_max_model_len(config: Config, hf_config: Any) -> int:
     if config.max_model_len is None:
         return own
     rope = rope_parameters(hf_config)
-    stretched = int(rope["original_max_position_embeddings"] * (rope.get("factor") or 1.0))
+    factor = 1.0 if rope["rope_type"] == "default" else rope["factor"]
+    stretched = int(rope["original_max_position_embeddings"] * factor)
     limit = max(own, stretched)
     if config.max_model_len > limit:
         raise ValueError(f"max_model_len={config.max_model_len} must be at most the model's {limit}")
