@@ -74,7 +74,7 @@ class AsyncLLM(AbsentMethods):
 
         Args:
             prompt: a string, a list of token ids, `{"prompt": …}` or `{"prompt_token_ids": …}`.
-            sampling_params: as they are at this call.
+            sampling_params: as they are at this call; None: see `get_default_sampling_params`.
             request_id: a name by which to abort it; default: a random one.
             vllm_arguments: vLLM's further ones (`lora_request`, …), where they ask for nothing: see `vllm_defaults`.
 
@@ -84,7 +84,8 @@ class AsyncLLM(AbsentMethods):
             RuntimeError: the engine failed under the request, which the `__cause__` explains, or it is closed.
         """
         check_arguments(AsyncLLM.generate, vllm_arguments)
-        return self._run(lambda: prompt, own_params(sampling_params), request_id)
+        params = None if sampling_params is None else own_params(sampling_params)
+        return self._run(lambda: prompt, params, request_id)
 
     def chat(
         self,
@@ -113,16 +114,18 @@ class AsyncLLM(AbsentMethods):
             )
 
         check_arguments(AsyncLLM.chat, vllm_arguments)
-        return self._run(make_prompt, own_params(sampling_params), request_id)
+        params = None if sampling_params is None else own_params(sampling_params)
+        return self._run(make_prompt, params, request_id)
 
     async def _run(
-        self, make_prompt: Callable[[], Prompt], params: SamplingParams, request_id: str | None
+        self, make_prompt: Callable[[], Prompt], params: SamplingParams | None, request_id: str | None
     ) -> AsyncIterator[RequestOutput]:
         request_id = uuid4().hex if request_id is None else request_id
         if not isinstance(request_id, str):
             raise TypeError(f"request_id={request_id!r:.80} must be a string or None")
         if self._is_closing:
             raise RuntimeError("the engine is closed")
+        params = self.get_default_sampling_params() if params is None else params
         stream = Stream(self._reader_of_this_loop(), self._turns, params.output_kind)
         if self._streams.setdefault(request_id, stream) is not stream:
             raise ValueError(f"request_id={request_id!r} is that of a request which is still running")
@@ -172,6 +175,10 @@ class AsyncLLM(AbsentMethods):
     async def get_tokenizer(self) -> Any:
         """The `transformers` tokenizer. Raises ValueError if the engine was made without one."""
         return self._processor.tokenizer
+
+    def get_default_sampling_params(self) -> SamplingParams:
+        """As `LLM.get_default_sampling_params`."""
+        return self._processor.default_sampling_params()
 
     async def reset_prefix_cache(self) -> None:
         """Forget all cached prefixes. Requests that run keep their blocks."""

@@ -41,6 +41,9 @@ class Config:
         tensor_parallel_timeout: seconds that one of them waits for another in a step before it gives up.
         load_format: "auto" and "safetensors" read the folder's files; "dummy" fills the config's shapes with random
             weights, for benchmarks.
+        generation_config: where the sampling comes from of requests without parameters, and the EOS ids: "auto" is the
+            model's generation_config.json; "vllm" takes only its EOS ids; otherwise a directory that has one.
+        override_generation_config: {key of that file: value}, as {"temperature": 0.5}, over what it says of sampling.
         seed: makes requests without a seed of their own repeatable.
         max_logprobs: log-probabilities of likeliest tokens that a request may ask for at each position; -1: any number.
 
@@ -67,6 +70,8 @@ class Config:
     tensor_parallel_size: int = 1
     tensor_parallel_timeout: float = 30.0
     load_format: LoadFormat = "auto"
+    generation_config: str = "auto"
+    override_generation_config: dict[str, Any] | None = None
     seed: int | None = None
     max_logprobs: int = -1
 
@@ -103,6 +108,10 @@ class Config:
                 raise TypeError(f"{option.name}={value!r} must be True or False")
             if option.type == str | None and not isinstance(value, str | None):
                 raise TypeError(f"{option.name}={value!r} must be a string or None")
+        if not isinstance(self.generation_config, str):
+            raise TypeError(f"generation_config={self.generation_config!r} must be 'auto', 'vllm' or a directory")
+        if not isinstance(self.override_generation_config, dict | None):
+            raise TypeError(f"override_generation_config={self.override_generation_config!r} must be a dict or None")
         for name in ("max_num_seqs", "max_num_batched_tokens", "tensor_parallel_size"):
             self._require_positive_int(name)
         for name in ("max_model_len", "kvcache_block_size", "num_kvcache_blocks", "kvcache_memory_bytes"):

@@ -55,7 +55,7 @@ class LLM(AbsentMethods):
 
         Args:
             prompts: a string, a list of token ids, `{"prompt": …}` or `{"prompt_token_ids": …}`, or a list of these.
-            sampling_params: one for all, or one for each prompt.
+            sampling_params: one for all, or one for each prompt; None: see `get_default_sampling_params`.
             use_tqdm: show a progress bar with the tokens per second; or what makes the bar, called as `tqdm` is.
             vllm_arguments: vLLM's further ones (`lora_request`, …), where they ask for nothing: see `vllm_defaults`.
 
@@ -151,6 +151,13 @@ class LLM(AbsentMethods):
         """The `transformers` tokenizer. Raises ValueError if the engine was made without one."""
         return self._open().tokenizer
 
+    def get_default_sampling_params(self) -> SamplingParams:
+        """How requests are sampled that come without: by the checkpoint's generation_config.json, see `Config`.
+
+        A fresh object, which may be changed and given to `generate`.
+        """
+        return self._open().default_sampling_params()
+
     def abort(self, request_id: str | Iterable[str]) -> None:
         """End requests, between two outputs of a stream, before their time. Unknown and finished ids are passed by."""
         processor = self._open()
@@ -164,14 +171,15 @@ class LLM(AbsentMethods):
         """Write new weights over the old ones, as after an optimizer step, and empty the prefix cache.
 
         Args:
-            named_tensors: (name, tensor) with the checkpoint's names and shapes, any dtype and device: all of them,
-                or some. The rest stays as it is, so that a model can come in several calls.
+            named_tensors: (name, tensor) with the checkpoint's names and shapes, in float32, bfloat16, float16 or
+                float64, on any device: all of them, or some. The rest stays as it is, so that a model can come in
+                several calls. Where the head is tied, `lm_head.weight` may come after or along with the embedding.
 
         Raises:
             RuntimeError: requests are unfinished, or the engine sleeps.
-            TypeError, ValueError: an entry is no such pair, or naming a tensor that is unexpected, there twice, or of
-                the wrong shape. Of a list nothing has been written then; of a generator what came before (see the
-                error's notes). Either way the engine serves on.
+            TypeError, ValueError: an entry is no such pair, or naming a tensor that is unexpected, there twice, of the
+                wrong shape or dtype, or a tied head unlike the embedding. Of a list nothing has been written then; of a
+                generator what came before (see the error's notes). Either way the engine serves on.
         """
         rollout.load_weights(self.engine, named_tensors)
 
@@ -232,6 +240,7 @@ class LLM(AbsentMethods):
 
     def _pair(self, prompts: Any, sampling_params: Any) -> list[tuple[Prompt, SamplingParams]]:
         prompts = as_list_of_prompts(prompts)
+        sampling_params = self.get_default_sampling_params() if sampling_params is None else sampling_params
         return list(zip(prompts, one_for_each(sampling_params, len(prompts)), strict=True))
 
     def _make_requests(

@@ -27,8 +27,8 @@ class CompletionOutput:
     cumulative_logprob: float | None = None
     logprobs: list[dict[int, Logprob]] | None = None  # one for each of token_ids
     routed_experts: None = field(default=None, repr=False)
-    finish_reason: str | None = None  # "stop" | "length" | "abort"; None while it runs
-    stop_reason: int | str | None = None  # the stop token id or the stop string; None if it was an EOS
+    finish_reason: str | None = None  # "stop" | "length" | "abort" | "error"; None while it runs
+    stop_reason: int | str | None = None  # the stop token id or the stop string, None if it was an EOS; or the error
     lora_request: None = field(default=None, repr=False)
 
     def finished(self) -> bool:

@@ -54,19 +54,28 @@ class LLMEngine:
     """Requests in, finished sequences out. Not thread-safe: one caller at a time."""
 
     def __init__(self, config: Config) -> None:
-        from nanovllm.models.loader import load_eos_token_ids, load_hf_config, resolve_model_path
+        from nanovllm.models.checkpoint_config import load_hf_config
+        from nanovllm.models.generation_config import load_default_sampling, load_eos_token_ids
+        from nanovllm.models.loader import resolve_model_path
+        from nanovllm.models.tied_head import TiedHead
         from nanovllm.worker.model_runner import MAX_STEPS_IN_FLIGHT, ModelRunner
         from nanovllm.worker.ranks import Followers
+        from nanovllm.worker.resolve import resolve_by_weights
 
         self.config = config
         self.model_path = resolve_model_path(config.model, config.revision)
         hf_config, model_class = load_hf_config(self.model_path)
+        self.eos_token_ids = load_eos_token_ids(config, self.model_path, hf_config)
+        self.eos_token_id: int | None = None  # the tokenizer's own, which is one of them; set by who has the tokenizer
+        self.default_sampling = load_default_sampling(config, self.model_path)
+        resolve_by_weights(config, hf_config, self.model_path)
         self.followers = Followers(config, hf_config, model_class, self.model_path)
         # Dropping the engine, a failure below and leaving the interpreter end them like close().
         weakref.finalize(self, self.followers.close)
         with self.followers.doing("build", wait=True):
             self.runner = ModelRunner(config, hf_config, model_class, self.model_path, self.followers.tp)
-        self.eos_token_ids = load_eos_token_ids(self.model_path, hf_config)
+        source = None if config.load_format == "dummy" else self.model_path
+        self.tied_head = TiedHead(self.runner.dtype, source) if hf_config.tie_word_embeddings else None
         self.vocab_size: int = hf_config.vocab_size
         self.max_model_len = self.runner.max_model_len
         self._make_scheduler()
@@ -118,7 +127,7 @@ class LLMEngine:
                 f"max_model_len={self.max_model_len}"
             )
         self._check_limits(params, bad_words)
-        stop_ids = frozenset(params.stop_token_ids) | (frozenset() if params.ignore_eos else self.eos_token_ids)
+        stop_ids = self.eos_token_ids.union(params.stop_token_ids)
         held_back = (stop_ids if params.min_tokens else frozenset()) | {w[0] for w in bad_words if len(w) == 1}
         if held_back and all(i in held_back for i in params.allowed_token_ids or range(self.vocab_size)):
             of = "allowed_token_ids" if params.allowed_token_ids else "the vocabulary"
@@ -131,9 +140,22 @@ class LLMEngine:
             params=params,
             max_len=len(token_ids) + min(num_left, params.max_tokens or num_left),
             stop_ids=stop_ids,
+            stop_reasons=self._stop_reasons(params),
             seed=seed & (2**64 - 1),
             bad_words=bad_words,
         )
+
+    def _stop_reasons(self, params: SamplingParams) -> dict[int, int | None]:
+        """The ids that end a sequence, and what each gives as `stop_reason`: itself, or None for the tokenizer's."""
+        if params.ignore_eos:
+            return {i: i for i in params.stop_token_ids}
+        return {i: None if i == self.eos_token_id else i for i in self.eos_token_ids.union(params.stop_token_ids)}
+
+    def use_eos_of_tokenizer(self, eos_token_id: int | None) -> None:
+        """Let the tokenizer's own EOS end sequences too. One outside the vocabulary is never drawn, and left out."""
+        if eos_token_id is not None and 0 <= eos_token_id < self.vocab_size:
+            self.eos_token_id = eos_token_id
+            self.eos_token_ids |= {eos_token_id}
 
     def _check_limits(self, params: SamplingParams, bad_words: tuple[tuple[int, ...], ...]) -> None:
         by_name = {

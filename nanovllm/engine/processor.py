@@ -31,6 +31,8 @@ class Processor:
         try:
             path = str(self.engine.model_path)
             self._tokenizer = None if config.skip_tokenizer_init else load_tokenizer(config, path)
+            if self._tokenizer is not None:
+                self.engine.use_eos_of_tokenizer(self._tokenizer.eos_token_id)
         except BaseException:
             self.engine.close()  # the error's traceback keeps it alive
             raise
@@ -104,6 +106,10 @@ class Processor:
             if params.seed is not None:
                 seqs[i].seed = child_seed(params.seed, i)
         return seqs
+
+    def default_sampling_params(self) -> SamplingParams:
+        """How a request is sampled that comes without: fresh, for whoever gets it may change it."""
+        return SamplingParams(**self.engine.default_sampling)
 
     def encode(self, prompt: Prompt, name: str = "prompt") -> tuple[str | None, list[int]]:
         """A prompt's text, if it has one, and a fresh list of its token ids. Raises as `make_request` does."""
@@ -208,10 +214,22 @@ class Processor:
 
 
 def load_tokenizer(config: Config, model_path: str) -> Any:
+    """The `transformers` tokenizer. Raises OSError or ValueError, naming the source, if there is none that works."""
     from transformers import AutoTokenizer
 
     source = config.tokenizer or model_path
-    return AutoTokenizer.from_pretrained(source, revision=config.revision, trust_remote_code=config.trust_remote_code)
+    advice = "give LLM a tokenizer=, or skip_tokenizer_init=True and token ids"
+    try:
+        tokenizer = AutoTokenizer.from_pretrained(
+            source, revision=config.revision, trust_remote_code=config.trust_remote_code
+        )
+    except Exception as error:  # of many types, few of which name the source
+        refusal = OSError if isinstance(error, OSError) else ValueError
+        raise refusal(f"the tokenizer in {source} cannot be loaded: {error}; {advice}") from error
+    # Of a folder without its files transformers makes a tokenizer with nothing but an EOS.
+    if len(tokenizer) <= len(tokenizer.get_added_vocab()) and not tokenizer.encode("a", add_special_tokens=False):
+        raise FileNotFoundError(f"no tokenizer in {source}: {advice}")
+    return tokenizer
 
 
 def child_seed(seed: int, index: int) -> int:
@@ -230,8 +248,6 @@ def as_list_of_prompts(prompts: Any) -> list[Prompt]:
 
 def own_params(sampling_params: Any) -> SamplingParams:
     """A request's parameters: checked, and its own, whatever the caller assigns later. Raises TypeError, ValueError."""
-    if sampling_params is None:
-        return SamplingParams()
     if not isinstance(sampling_params, SamplingParams):
         raise TypeError(f"sampling_params={shorten(sampling_params)} must be a SamplingParams")
     return sampling_params.clone()

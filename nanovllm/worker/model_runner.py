@@ -207,10 +207,8 @@ class ModelRunner:
         return StepHandle(host, self.done[slot], extras)
 
     def _build_rope(self, hf_config: Any) -> None:
-        layer = self.attention_layers[0]
-        params = rope_parameters(hf_config)
-        rotary_dim = int(layer.head_dim * (params.get("partial_rotary_factor") or 1.0))
-        self.cos_sin = build_cos_sin(rotary_dim, self.max_model_len, params).to(self.device)
+        table = build_cos_sin(self.attention_layers[0].head_dim, self.max_model_len, rope_parameters(hf_config))
+        self.cos_sin = table.to(self.device)
 
     def _fit_cache(self, before: DeviceMemory | None) -> int:
         """How many blocks the cache gets, and with it how long a sequence may be."""

@@ -52,6 +52,7 @@ def expected_output(
     prompt: list[int], params: SamplingParams, max_model_len: int, nan_every: int = 0
 ) -> tuple[list[int], str]:
     """The tokens and the finish reason of a request that runs alone and is never disturbed."""
+    held_back = sorted({EOS, *params.stop_token_ids})
     stop_ids = set(params.stop_token_ids) | (set() if params.ignore_eos else {EOS})
     limit = max_model_len - len(prompt)
     limit = limit if params.max_tokens is None else min(limit, params.max_tokens)
@@ -60,7 +61,7 @@ def expected_output(
     for produced in range(1, limit + 1):
         if has_no_token(parent, nan_every):
             return tokens[len(prompt) :], "error"
-        tokens.append(next_token(parent, len(tokens), min_len, sorted(stop_ids)))
+        tokens.append(next_token(parent, len(tokens), min_len, held_back))
         parent = extend(parent, tokens[-1])
         if tokens[-1] in stop_ids and produced > params.min_tokens:
             return tokens[len(prompt) :], "stop"
@@ -182,7 +183,7 @@ def make_engine(
     engine.followers = Followers(engine.config)
     rows = min(max_num_seqs, max_num_batched_tokens)
     engine.runner = SimulatedDevice(num_blocks, block_size, max_model_len, rows, max_num_batched_tokens)
-    engine.eos_token_ids = frozenset({EOS})
+    engine.eos_token_ids, engine.eos_token_id = frozenset({EOS}), None
     engine.vocab_size = VOCAB_SIZE
     engine.max_model_len = max_model_len
     engine.max_behind = max_behind
