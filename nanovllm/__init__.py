@@ -4,7 +4,7 @@ from nanovllm.async_llm import AsyncLLM
 from nanovllm.demo import demo_model
 from nanovllm.errors import EngineDeadError, RankError
 from nanovllm.llm import LLM
-from nanovllm.outputs import CompletionOutput, Logprob, RequestOutput, Score
+from nanovllm.outputs import CompletionOutput, LogLikelihood, Logprob, RequestOutput
 from nanovllm.sampling_params import RequestOutputKind, SamplingParams
 
 __version__ = "0.1.0"
@@ -13,11 +13,11 @@ __all__ = [
     "AsyncLLM",
     "CompletionOutput",
     "EngineDeadError",
+    "LogLikelihood",
     "Logprob",
     "RankError",
     "RequestOutput",
     "RequestOutputKind",
     "SamplingParams",
-    "Score",
     "demo_model",
 ]

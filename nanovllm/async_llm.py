@@ -7,6 +7,7 @@ then: it holds nobody up, and costs no memory (`async_stream.py`).
 
 import asyncio
 import gc
+import os
 import weakref
 from collections.abc import AsyncIterator, Callable, Iterable
 from concurrent.futures import ThreadPoolExecutor
@@ -20,14 +21,15 @@ from nanovllm.config import Config
 from nanovllm.engine import rollout
 from nanovllm.engine.engine_thread import EngineThread
 from nanovllm.engine.llm_engine import StepStats
-from nanovllm.engine.processor import Processor, Prompt, as_request_ids
+from nanovllm.engine.processor import Processor, Prompt, as_request_ids, own_params
 from nanovllm.engine.request import Request, is_last
 from nanovllm.errors import EngineDeadError
 from nanovllm.outputs import RequestOutput
 from nanovllm.sampling_params import SamplingParams
+from nanovllm.vllm_defaults import AbsentMethods, check_arguments
 
 
-class AsyncLLM:
+class AsyncLLM(AbsentMethods):
     """A model with its engine, for asyncio.
 
         async with AsyncLLM("/path/to/Qwen3-0.6B") as llm:
@@ -45,7 +47,7 @@ class AsyncLLM:
     Raises: as `LLM`.
     """
 
-    def __init__(self, model: str, *, max_waiting: int | None = None, **options: Any) -> None:
+    def __init__(self, model: str | os.PathLike[str], *, max_waiting: int | None = None, **options: Any) -> None:
         if max_waiting is not None and (type(max_waiting) is not int or max_waiting < 1):
             raise ValueError(f"max_waiting={max_waiting!r} must be None or an integer >= 1")
         self._turns = Turns(max_waiting)
@@ -63,7 +65,11 @@ class AsyncLLM:
             raise
 
     def generate(
-        self, prompt: Prompt, sampling_params: SamplingParams | None = None, request_id: str | None = None
+        self,
+        prompt: Prompt,
+        sampling_params: SamplingParams | None = None,
+        request_id: str | None = None,
+        **vllm_arguments: Any,
     ) -> AsyncIterator[RequestOutput]:
         """Complete a prompt: yields outputs with all that there is so far, the last with `finished`.
 
@@ -74,25 +80,32 @@ class AsyncLLM:
 
         Args:
             prompt: a string, a list of token ids, `{"prompt": …}` or `{"prompt_token_ids": …}`.
+            sampling_params: as they are at this call; None: see `get_default_sampling_params`.
             request_id: a name by which to abort it; default: a random one.
+            vllm_arguments: vLLM's further ones (`lora_request`, …), where they ask for nothing: see `vllm_defaults`.
 
         Raises:
-            TypeError, ValueError: the prompt cannot run, or a request of that id is running.
+            TypeError, ValueError: the prompt cannot run, or a request of that id is running; or, at this call and not
+                at the first output, the parameters are refused.
             RuntimeError: the engine failed under the request, which the `__cause__` explains.
             EngineDeadError: it is closed, or has failed for good.
         """
-        return self._run(lambda: prompt, sampling_params, request_id)
+        check_arguments(AsyncLLM.generate, vllm_arguments)
+        params = None if sampling_params is None else own_params(sampling_params)
+        return self._run(lambda: prompt, params, request_id)
 
     def chat(
         self,
         messages: list[dict[str, Any]],
         sampling_params: SamplingParams | None = None,
         request_id: str | None = None,
+        *,
         chat_template: str | None = None,
         add_generation_prompt: bool = True,
         continue_final_message: bool = False,
         tools: list[dict[str, Any]] | None = None,
         chat_template_kwargs: dict[str, Any] | None = None,
+        **vllm_arguments: Any,
     ) -> AsyncIterator[RequestOutput]:
         """Answer one conversation; the arguments are those of `LLM.chat`, the rest is as in `generate`."""
 
@@ -107,20 +120,20 @@ class AsyncLLM:
                 chat_template_kwargs=chat_template_kwargs,
             )
 
-        return self._run(make_prompt, sampling_params, request_id)
+        check_arguments(AsyncLLM.chat, vllm_arguments)
+        params = None if sampling_params is None else own_params(sampling_params)
+        return self._run(make_prompt, params, request_id)
 
     async def _run(
         self, make_prompt: Callable[[], Prompt], params: SamplingParams | None, request_id: str | None
     ) -> AsyncIterator[RequestOutput]:
-        params = SamplingParams() if params is None else params
-        if not isinstance(params, SamplingParams):
-            raise TypeError(f"sampling_params={params!r:.80} must be a SamplingParams")
         request_id = uuid4().hex if request_id is None else request_id
         if not isinstance(request_id, str):
             raise TypeError(f"request_id={request_id!r:.80} must be a string or None")
         if self._is_closing:
             raise EngineDeadError("the engine is closed")
         self._thread.check()
+        params = self.get_default_sampling_params() if params is None else params
         stream = Stream(self._reader_of_this_loop(), self._turns, params.output_kind)
         self._register(request_id, stream)
         request = None
@@ -184,6 +197,10 @@ class AsyncLLM:
     async def get_tokenizer(self) -> Any:
         """The `transformers` tokenizer. Raises ValueError if the engine was made without one."""
         return self._processor.tokenizer
+
+    def get_default_sampling_params(self) -> SamplingParams:
+        """As `LLM.get_default_sampling_params`."""
+        return self._processor.default_sampling_params()
 
     async def reset_prefix_cache(self) -> None:
         """Forget all cached prefixes. Requests that run keep their blocks."""

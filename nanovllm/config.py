@@ -1,39 +1,51 @@
 """Every option of an engine, validated before anything is loaded."""
 
-import difflib
+import os
 from dataclasses import dataclass, fields
 from typing import Any, Literal, get_args, get_origin
 
+from nanovllm.vllm_defaults import ENGINE_OPTIONS, SAME_OPTIONS, check
+
 Dtype = Literal["auto", "bfloat16", "float16", "float32"]
 Device = Literal["auto", "cuda", "cpu"]
-LoadFormat = Literal["auto", "dummy"]
+LoadFormat = Literal["auto", "safetensors", "dummy"]
+OTHER_NAMES = {"half": "float16", "float": "float32"}  # of dtypes
 
 
 @dataclass(slots=True, kw_only=True)
 class Config:
-    """The options of `LLM`, with vLLM's names where vLLM has one.
+    """The options of `LLM`. None is the default of each.
+
+    `LLM` knows vLLM's other names for them too, and takes those values of vLLM's further options that ask for nothing:
+    see `vllm_defaults`.
 
     Args:
-        model: a local directory in the Hugging Face layout, or a hub id.
+        model: a local directory in the Hugging Face layout, or a hub id; a string or a path.
         tokenizer: directory or hub id of the tokenizer, if not the model's.
         skip_tokenizer_init: run on token ids alone; outputs carry no text.
         trust_remote_code: let `transformers` run code that comes with the model's tokenizer.
         revision: branch, tag or commit on the hub.
-        dtype: of weights, activations and cache; "auto" is the checkpoint's.
+        dtype: of weights, activations and cache, by its name or PyTorch's object; "half" is float16, "float" float32,
+            "auto" the checkpoint's.
         device: "auto" is CUDA where there is one.
-        max_model_len: prompt and output tokens of one request; default the model's, cut to what the cache holds.
+        max_model_len: prompt and output tokens of one request; default or -1: the model's, cut to what the cache holds.
         max_num_seqs: sequences that run at once; the others wait.
         max_num_batched_tokens: tokens in one step; longer prompts are computed in chunks.
         gpu_memory_utilization: the share of the device's memory that this engine may fill.
         kvcache_block_size: tokens in a block, a multiple of 16; default 256 on CUDA, 64 on the CPU.
-        num_kvcache_blocks: blocks in the cache; default: as many as fit.
+        num_kvcache_blocks: blocks in the cache; default or -1: as many as fit.
         kvcache_memory_bytes: bytes for the cache instead of a profiling run; default 4 GiB on the CPU.
         enable_prefix_caching: share the blocks of equal prefixes.
         enforce_eager: no CUDA graphs. The tokens are the same.
         tensor_parallel_size: processes, on CUDA with a device each, over which the layers are cut.
         tensor_parallel_timeout: seconds that one of them waits for another in a step before it gives up.
-        load_format: "dummy" fills the config's shapes with random weights, for benchmarks.
+        load_format: "auto" and "safetensors" read the folder's files; "dummy" fills the config's shapes with random
+            weights, for benchmarks.
+        generation_config: where the sampling comes from of requests without parameters, and the EOS ids: "auto" is the
+            model's generation_config.json; "vllm" takes only its EOS ids; otherwise a directory that has one.
+        override_generation_config: {key of that file: value}, as {"temperature": 0.5}, over what it says of sampling.
         seed: makes requests without a seed of their own repeatable.
+        max_logprobs: log-probabilities of likeliest tokens that a request may ask for at each position; -1: any number.
 
     Raises:
         TypeError, ValueError: naming the option, its value and what is allowed.
@@ -58,22 +70,36 @@ class Config:
     tensor_parallel_size: int = 1
     tensor_parallel_timeout: float = 30.0
     load_format: LoadFormat = "auto"
+    generation_config: str = "auto"
+    override_generation_config: dict[str, Any] | None = None
     seed: int | None = None
+    max_logprobs: int = -1
 
     @classmethod
     def from_options(cls, model: str, options: dict[str, Any]) -> "Config":
-        """Like the constructor; an unknown option is answered with the nearest known one."""
+        """Like the constructor, with vLLM's words besides: its other names, and its options that ask for nothing.
+
+        Raises:
+            TypeError: neither we nor vLLM have such an option; the nearest known one is named. ValueError: it asks for
+                what is not here, or two names for one option have different values.
+        """
         known = [f.name for f in fields(cls)]
-        for name in options:
-            if name not in known:
-                near = difflib.get_close_matches(name, known, n=1)
-                hint = f"; did you mean {near[0]!r}?" if near else f"; the options are {', '.join(known)}"
-                raise TypeError(f"LLM got an unexpected option {name!r}{hint}")
-        return cls(model=model, **options)
+        own: dict[str, Any] = {}
+        others: dict[str, Any] = {}
+        for name, value in options.items():
+            own_name = SAME_OPTIONS.get(name, name)
+            if own_name not in known:
+                others[name] = value
+            elif value is not None and own.setdefault(own_name, value) != value:
+                both = " and ".join(f"{n}={v!r}" for n, v in options.items() if SAME_OPTIONS.get(n, n) == own_name)
+                raise ValueError(f"{both} are one option, which must have one value")
+        check("LLM", ENGINE_OPTIONS, others, [*known, *SAME_OPTIONS])
+        return cls(model=model, **own)
 
     def __post_init__(self) -> None:
+        self._normalize()
         if not isinstance(self.model, str) or not self.model:
-            raise TypeError(f"model={self.model!r} must be a string: a directory or a hub id")
+            raise TypeError(f"model={self.model!r} must be a string or a path: a directory or a hub id")
         for option in fields(self):
             value = getattr(self, option.name)
             if get_origin(option.type) is Literal and value not in get_args(option.type):
@@ -82,6 +108,10 @@ class Config:
                 raise TypeError(f"{option.name}={value!r} must be True or False")
             if option.type == str | None and not isinstance(value, str | None):
                 raise TypeError(f"{option.name}={value!r} must be a string or None")
+        if not isinstance(self.generation_config, str):
+            raise TypeError(f"generation_config={self.generation_config!r} must be 'auto', 'vllm' or a directory")
+        if not isinstance(self.override_generation_config, dict | None):
+            raise TypeError(f"override_generation_config={self.override_generation_config!r} must be a dict or None")
         for name in ("max_num_seqs", "max_num_batched_tokens", "tensor_parallel_size"):
             self._require_positive_int(name)
         for name in ("max_model_len", "kvcache_block_size", "num_kvcache_blocks", "kvcache_memory_bytes"):
@@ -97,6 +127,27 @@ class Config:
             raise ValueError(f"tensor_parallel_timeout={timeout!r} must be a number of seconds in (0, 86400]")
         if self.seed is not None and (isinstance(self.seed, bool) or not isinstance(self.seed, int)):
             raise TypeError(f"seed={self.seed!r} must be None or an integer")
+        if type(self.max_logprobs) is not int:
+            raise TypeError(f"max_logprobs={self.max_logprobs!r} must be an integer")
+        if self.max_logprobs < -1:
+            raise ValueError(f"max_logprobs={self.max_logprobs} must be at least 0, or -1 for any number")
+
+    def _normalize(self) -> None:
+        """One form for what can be said in several."""
+        for option in fields(self):
+            value = getattr(self, option.name)
+            if value is None and option.name != "model":
+                value = option.default
+            elif type(value).__module__ == "torch":  # a dtype or a device, told without loading PyTorch
+                value = str(value).removeprefix("torch.")
+            elif isinstance(value, os.PathLike):
+                value = os.fspath(value)
+            setattr(self, option.name, value)
+        if isinstance(self.dtype, str):
+            self.dtype = OTHER_NAMES.get(self.dtype, self.dtype)
+        for name in ("max_model_len", "num_kvcache_blocks"):
+            if getattr(self, name) == -1 and type(getattr(self, name)) is int:
+                setattr(self, name, None)
 
     def _require_positive_int(self, name: str) -> None:
         value = getattr(self, name)

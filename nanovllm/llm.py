@@ -1,10 +1,12 @@
 """The offline interface: prompts in, completions out."""
 
 import gc
+import os
 import sys
 import weakref
-from collections.abc import Generator, Iterable, Iterator
+from collections.abc import Callable, Generator, Iterable, Iterator
 from collections.abc import Sequence as ListLike
+from functools import partial
 from time import perf_counter
 from typing import Any
 
@@ -17,11 +19,14 @@ from nanovllm.engine.processor import Processor, Prompt, as_list_of_prompts, as_
 from nanovllm.engine.request import Request
 from nanovllm.errors import EngineDeadError
 from nanovllm.output_stream import OutputStream
-from nanovllm.outputs import RequestOutput, Score
+from nanovllm.outputs import LogLikelihood, RequestOutput
 from nanovllm.sampling_params import SamplingParams
+from nanovllm.vllm_defaults import AbsentMethods, check_arguments
+
+UseTqdm = bool | Callable[..., Any]
 
 
-class LLM:
+class LLM(AbsentMethods):
     """A model with its engine.
 
     `LLM("/path/to/Qwen3-0.6B", enforce_eager=True)`; the options are those of `nanovllm.config.Config`. Use it as a
@@ -37,7 +42,7 @@ class LLM:
 
     _processor: Processor | None = None  # so that close() works on one whose construction failed
 
-    def __init__(self, model: str, **options: Any) -> None:
+    def __init__(self, model: str | os.PathLike[str], **options: Any) -> None:
         self._one_caller = OneCaller()
         self._started: dict[Request, Any] = {}  # those of the call under way, or of one whose cleanup was interrupted
         self._streams: dict[weakref.ref[OutputStream], list[Request]] = {}
@@ -52,31 +57,36 @@ class LLM:
         self,
         prompts: Prompt | ListLike[Prompt],
         sampling_params: SamplingParams | ListLike[SamplingParams] | None = None,
-        use_tqdm: bool = True,
+        use_tqdm: UseTqdm = True,
+        **vllm_arguments: Any,
     ) -> list[RequestOutput]:
         """Complete every prompt; the results are in the order of the prompts.
 
         Args:
             prompts: a string, a list of token ids, `{"prompt": …}` or `{"prompt_token_ids": …}`, or a list of these.
-            sampling_params: one for all, or one for each prompt.
-            use_tqdm: show a progress bar with the tokens per second.
+            sampling_params: one for all, or one for each prompt; None: see `get_default_sampling_params`.
+            use_tqdm: show a progress bar with the tokens per second; or what makes the bar, called as `tqdm` is.
+            vllm_arguments: vLLM's further ones (`lora_request`, …), where they ask for nothing: see `vllm_defaults`.
 
         Raises:
             TypeError, ValueError: naming the prompt and what is wrong with it. No request is left behind: when a
                 prompt cannot run, and when something fails under way, all of the call's are aborted.
         """
+        check_arguments(LLM.generate, vllm_arguments)
         return self._run(self._pair(prompts, sampling_params), use_tqdm)
 
     def chat(
         self,
         messages: list[dict[str, Any]] | list[list[dict[str, Any]]],
         sampling_params: SamplingParams | ListLike[SamplingParams] | None = None,
-        use_tqdm: bool = True,
+        use_tqdm: UseTqdm = True,
+        *,
         chat_template: str | None = None,
         add_generation_prompt: bool = True,
         continue_final_message: bool = False,
         tools: list[dict[str, Any]] | None = None,
         chat_template_kwargs: dict[str, Any] | None = None,
+        **vllm_arguments: Any,
     ) -> list[RequestOutput]:
         """Answer a conversation, or each of a list, written out by the tokenizer's chat template.
 
@@ -87,10 +97,12 @@ class LLM:
             continue_final_message: leave the last message open, which is to be continued; not with the above.
             tools: JSON schemas of functions, for templates that know them.
             chat_template_kwargs: what else the template knows, `{"enable_thinking": False}` for one.
+            vllm_arguments: as in `generate`.
 
         Raises:
             TypeError, ValueError: as `generate`; or the template is missing, or does not take the messages.
         """
+        check_arguments(LLM.chat, vllm_arguments)
         prompts = chat_prompts(
             self.get_tokenizer(),
             messages,
@@ -102,7 +114,7 @@ class LLM:
         )
         return self.generate(prompts, sampling_params, use_tqdm)
 
-    def score(self, prompts: Prompt | ListLike[Prompt], use_tqdm: bool = True) -> list[Score]:
+    def log_likelihood(self, prompts: Prompt | ListLike[Prompt], use_tqdm: UseTqdm = True) -> list[LogLikelihood]:
         """How likely the model finds each token of the prompts, given those before it; nothing is generated.
 
         A prompt may have up to `max_model_len` - 1 tokens, all of which are computed: cached prefixes are of no use.
@@ -112,7 +124,7 @@ class LLM:
         params = SamplingParams(prompt_logprobs=0, max_tokens=1, temperature=0.0, detokenize=False)
         outputs = self._run(self._pair(prompts, params), use_tqdm)
         return [
-            Score(
+            LogLikelihood(
                 output.prompt_token_ids,
                 [
                     of_token and of_token[token_id].logprob
@@ -154,6 +166,13 @@ class LLM:
         """The `transformers` tokenizer. Raises ValueError if the engine was made without one."""
         return self._open().tokenizer
 
+    def get_default_sampling_params(self) -> SamplingParams:
+        """How requests are sampled that come without: by the checkpoint's generation_config.json, see `Config`.
+
+        A fresh object, which may be changed and given to `generate`.
+        """
+        return self._open().default_sampling_params()
+
     def abort(self, request_id: str | Iterable[str]) -> None:
         """End requests, between two outputs of a stream, before their time. Unknown and finished ids are passed by."""
         request_ids = as_request_ids(request_id)
@@ -170,14 +189,15 @@ class LLM:
         """Write new weights over the old ones, as after an optimizer step, and empty the prefix cache.
 
         Args:
-            named_tensors: (name, tensor) with the checkpoint's names and shapes, any dtype and device: all of them,
-                or some. The rest stays as it is, so that a model can come in several calls.
+            named_tensors: (name, tensor) with the checkpoint's names and shapes, in float32, bfloat16, float16 or
+                float64, on any device: all of them, or some. The rest stays as it is, so that a model can come in
+                several calls. Where the head is tied, `lm_head.weight` may come after or along with the embedding.
 
         Raises:
             RuntimeError: requests are unfinished, or the engine sleeps.
-            TypeError, ValueError: an entry is no such pair, or naming a tensor that is unexpected, there twice, or of
-                the wrong shape. Of a list nothing has been written then; of a generator what came before (see the
-                error's notes). Either way the engine serves on.
+            TypeError, ValueError: an entry is no such pair, or naming a tensor that is unexpected, there twice, of the
+                wrong shape or dtype, or a tied head unlike the embedding. Of a list nothing has been written then; of a
+                generator what came before (see the error's notes). Either way the engine serves on.
         """
         with self._one_caller:
             rollout.load_weights(self._enter().engine, named_tensors)
@@ -267,6 +287,7 @@ class LLM:
 
     def _pair(self, prompts: Any, sampling_params: Any) -> list[tuple[Prompt, SamplingParams]]:
         prompts = as_list_of_prompts(prompts)
+        sampling_params = self.get_default_sampling_params() if sampling_params is None else sampling_params
         return list(zip(prompts, one_for_each(sampling_params, len(prompts)), strict=True))
 
     def _make_requests(
@@ -275,16 +296,16 @@ class LLM:
         for i, (prompt, params) in enumerate(pairs):
             yield self._open().make_request(prompt, params, name=f"prompts[{i}]", is_streaming=is_streaming)
 
-    def _run(self, pairs: list[tuple[Prompt, SamplingParams]], use_tqdm: bool) -> list[RequestOutput]:
+    def _run(self, pairs: list[tuple[Prompt, SamplingParams]], use_tqdm: UseTqdm) -> list[RequestOutput]:
         with self._one_caller:
             return self._run_alone(self._enter(), pairs, use_tqdm)
 
     def _run_alone(
-        self, processor: Processor, pairs: list[tuple[Prompt, SamplingParams]], use_tqdm: bool
+        self, processor: Processor, pairs: list[tuple[Prompt, SamplingParams]], use_tqdm: UseTqdm
     ) -> list[RequestOutput]:
         outputs: dict[Request, Any] = {}  # None while it is unfinished
         self._started = outputs
-        progress = _Progress(len(pairs), processor.engine.stats, enabled=use_tqdm)
+        progress = _Progress(len(pairs), processor.engine.stats, use_tqdm)
 
         def step() -> None:
             self._end_left_streams()
@@ -330,10 +351,11 @@ class LLM:
 class _Progress:
     """A bar that counts requests and shows the rates of the tokens read and written."""
 
-    def __init__(self, num_requests: int, stats: StepStats, enabled: bool) -> None:
+    def __init__(self, num_requests: int, stats: StepStats, use_tqdm: UseTqdm) -> None:
         from tqdm import tqdm
 
-        self._bar = tqdm(total=num_requests, desc="Generating", unit="req", dynamic_ncols=True, disable=not enabled)
+        make = use_tqdm if callable(use_tqdm) else partial(tqdm, disable=not use_tqdm)
+        self._bar = make(total=num_requests, desc="Generating", unit="req", dynamic_ncols=True)
         self._stats = stats
         self._start = perf_counter()
         self._prefill, self._decode = stats.num_prefill_tokens, stats.num_decode_tokens

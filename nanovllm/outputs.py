@@ -1,10 +1,11 @@
 """What a request gives back, while it runs and when it has ended."""
 
-from dataclasses import dataclass
+from collections.abc import Iterator
+from dataclasses import dataclass, field
 from typing import Any
 
 
-@dataclass(slots=True)
+@dataclass
 class Logprob:
     """How likely the model found a token: before temperature and truncation."""
 
@@ -13,59 +14,110 @@ class Logprob:
     decoded_token: str | None = None  # None without a tokenizer, or with detokenize=False
 
 
-@dataclass(slots=True)
+@dataclass
 class CompletionOutput:
-    """One continuation of the prompt. A snapshot: it does not change once it has been handed out."""
+    """One continuation of the prompt. A snapshot: it does not change once it has been handed out.
+
+    The fields without a comment are vLLM's, and None.
+    """
 
     index: int  # among the request's n
     text: str | None  # None without a tokenizer, or with detokenize=False
     token_ids: list[int]
     cumulative_logprob: float | None = None
     logprobs: list[dict[int, Logprob]] | None = None  # one for each of token_ids
-    finish_reason: str | None = None  # "stop" | "length" | "abort"; None while it runs
-    stop_reason: int | str | None = None  # the stop token id or the stop string; None if it was an EOS
+    routed_experts: None = field(default=None, repr=False)
+    finish_reason: str | None = None  # "stop" | "length" | "abort" | "error"; None while it runs
+    stop_reason: int | str | None = None  # the stop token id or the stop string, None if it was an EOS; or the error
+    lora_request: None = field(default=None, repr=False)
+
+    def finished(self) -> bool:
+        return self.finish_reason is not None
 
 
-@dataclass(slots=True)
-class Score:
+@dataclass
+class LogLikelihood:
     """How likely the model finds a text."""
 
     token_ids: list[int]
     logprobs: list[float | None]  # of each token, given those before it; of the first, None
 
 
-@dataclass(slots=True)
+@dataclass
 class RequestMetrics:
     """When things happened to a request: seconds of `time.monotonic()`, None if they have not.
 
-    Its completions and all its outputs share one object, so that an early output shows the times that came later.
+    Its completions and all its outputs share one object, so that an early output shows the times that came later. The
+    properties are the names of vLLM's second engine.
     """
 
     arrival_time: float
     first_scheduled_time: float | None = None
     first_token_time: float | None = None
+    last_token_time: float | None = None
     finished_time: float | None = None
     num_preemptions: int = 0
+    num_generation_tokens: int = 0
 
     @property
     def time_in_queue(self) -> float | None:
         return None if self.first_scheduled_time is None else self.first_scheduled_time - self.arrival_time
 
+    @property
+    def first_token_latency(self) -> float | None:
+        return None if self.first_token_time is None else self.first_token_time - self.arrival_time
 
-@dataclass(slots=True)
+    @property
+    def queued_ts(self) -> float:
+        return self.arrival_time
+
+    @property
+    def scheduled_ts(self) -> float | None:
+        return self.first_scheduled_time
+
+    @property
+    def first_token_ts(self) -> float | None:
+        return self.first_token_time
+
+    @property
+    def last_token_ts(self) -> float | None:
+        return self.last_token_time
+
+
+@dataclass
 class RequestOutput:
-    """A request and its completions: vLLM's object, which can also be indexed as upstream nano-vLLM's dict is."""
+    """A request and its completions: vLLM's object, which can also be read as upstream nano-vLLM's dict is.
+
+    The fields without a comment after `metrics` are vLLM's, and None.
+    """
 
     request_id: str
     prompt: str | None
     prompt_token_ids: list[int]
+    prompt_logprobs: list[dict[int, Logprob] | None] | None  # of each prompt token; of the first, None
     outputs: list[CompletionOutput]
     finished: bool
-    prompt_logprobs: list[dict[int, Logprob] | None] | None = None  # of each prompt token; of the first, None
-    num_cached_tokens: int = 0  # prompt tokens whose keys and values came from the prefix cache
     metrics: RequestMetrics | None = None
+    lora_request: None = field(default=None, repr=False)
+    encoder_prompt: None = field(default=None, repr=False)
+    encoder_prompt_token_ids: None = field(default=None, repr=False)
+    num_cached_tokens: int = 0  # prompt tokens whose keys and values came from the prefix cache
+    kv_transfer_params: None = field(default=None, repr=False)
+
+    def keys(self) -> tuple[str, ...]:
+        """What it has as a dict, of its first completion."""
+        return ("text", "token_ids", "finish_reason")
 
     def __getitem__(self, key: str) -> Any:
-        if key not in ("text", "token_ids", "finish_reason"):
+        if key not in self.keys():
             raise KeyError(f"{key!r}: a RequestOutput has 'text', 'token_ids' and 'finish_reason'")
         return getattr(self.outputs[0], key)
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self.keys())
+
+    def __contains__(self, key: object) -> bool:
+        return key in self.keys()
+
+    def get(self, key: str, default: Any = None) -> Any:
+        return self[key] if key in self else default

@@ -2,14 +2,19 @@
 
 import math
 from collections.abc import Callable
-from dataclasses import dataclass, field, fields
+from dataclasses import dataclass, fields
 from enum import Enum
 from typing import Any
+
+from nanovllm.vllm_defaults import SAMPLING_FIELDS, check
 
 # Below it the sampler takes a temperature for 0: noise never wins over a difference of logits. It is the same number in
 # float32, so that all agree on which temperature is below it.
 MIN_TEMPERATURE = 2.0**-17
-MAX_STOP_IDS = 64  # stop ids that min_tokens can hold back: the width of a device-resident row
+MAX_N = 16384
+MAX_STOP_IDS = 64  # stop ids that a device-resident row can hold back; of more it takes the way of logit edits
+# What the sampler gives instead of a token where it has none to draw: a logit is NaN, or all are -inf.
+NAN_LOGITS, NO_TOKEN_LEFT = -1, -2
 
 
 class RequestOutputKind(Enum):
@@ -20,35 +25,39 @@ class RequestOutputKind(Enum):
     FINAL_ONLY = 2  # all; and there is but one, at the end
 
 
-@dataclass(slots=True, frozen=True, kw_only=True)
+@dataclass(init=False, kw_only=True)
 class SamplingParams:
     """How to draw a request's tokens. Names, meanings and limits are vLLM's.
+
+    Parameters may be assigned to. A request has those that were there when it was made: they are checked anew, and
+    later assignments change nothing under it. None is the default of each parameter, except for `max_tokens`. vLLM's
+    further fields are taken where they ask for nothing: see `vllm_defaults`.
 
     Logits are edited in this order: allowed_token_ids, bad_words, min_tokens, logit_bias, repetition, frequency and
     presence penalty. Greedy is the argmax of what this leaves. Then temperature, min_p, top_k, top_p, and the draw.
 
     Args:
-        n: continuations of the prompt.
+        n: continuations of the prompt, at most 16384.
         presence_penalty: taken off the logits of tokens that the output has, in [-2, 2].
         frequency_penalty: as often as the output has them, in [-2, 2].
         repetition_penalty: > 0; what the logits of tokens of prompt and output are divided by where they are positive,
             and multiplied by where they are not.
-        temperature: 0 is greedy; otherwise logits are divided by it.
+        temperature: 0 is greedy; otherwise logits are divided by it, however small it is.
         top_k: sample among the k most likely tokens; 0 or -1 for all.
         top_p: sample among the most likely tokens whose probabilities add up to this, in (0, 1].
         min_p: drop tokens less likely than this times the likeliest, in [0, 1].
-        seed: equal seeds draw equal tokens for equal prompts, whoever shares the batch. None: a fresh seed.
+        seed: equal seeds draw equal tokens for equal prompts, whoever shares the batch. None or -1: a fresh seed.
         stop: strings that end the request.
         stop_token_ids: further ids that end the request.
         include_stop_str_in_output: leave the stop string at the end of the text.
         ignore_eos: go on past the model's end-of-sequence tokens.
         min_tokens: neither EOS nor `stop_token_ids` are drawn before this many tokens.
         max_tokens: tokens to generate at the most; None: up to the model's length.
-        logit_bias: added to the logits of these tokens, each in [-100, 100].
+        logit_bias: added to the logits of these tokens; ids may be strings of digits.
         allowed_token_ids: no other token is drawn.
         bad_words: the last token of such a word is not drawn where the output ends with the others.
         logprobs: of each token drawn and of so many likeliest tokens, as the model gave them, before any of the above
-            changed them. 0: of the drawn tokens alone; -1: of the whole vocabulary.
+            changed them. 0: of the drawn tokens alone; True: 1; -1: of the whole vocabulary.
         prompt_logprobs: the same of the prompt's tokens.
         detokenize: give text.
         skip_special_tokens: leave special tokens out of the text.
@@ -70,15 +79,15 @@ class SamplingParams:
     top_p: float = 1.0
     min_p: float = 0.0
     seed: int | None = None
-    stop: str | tuple[str, ...] | list[str] | None = ()
-    stop_token_ids: tuple[int, ...] | list[int] = ()
+    stop: str | list[str] | None = None
+    stop_token_ids: list[int] | None = None
     include_stop_str_in_output: bool = False
     ignore_eos: bool = False
     min_tokens: int = 0
     max_tokens: int | None = 16
-    logit_bias: dict[int, float] | None = field(default=None, hash=False)
-    allowed_token_ids: tuple[int, ...] | list[int] | None = None
-    bad_words: tuple[str, ...] | list[str] | None = ()
+    logit_bias: dict[int, float] | None = None
+    allowed_token_ids: list[int] | None = None
+    bad_words: list[str] | None = None
     logprobs: int | None = None
     prompt_logprobs: int | None = None
     detokenize: bool = True
@@ -87,10 +96,59 @@ class SamplingParams:
     output_kind: RequestOutputKind = RequestOutputKind.CUMULATIVE
     truncate_prompt_tokens: int | None = None
 
-    def __post_init__(self) -> None:
+    def __init__(self, **values: Any) -> None:
+        vars(self).update(_DEFAULTS)
+        vars(self).update(values)
         self._normalize()
+        self._check()
+
+    @staticmethod
+    def from_optional(**values: Any) -> "SamplingParams":
+        """Like the constructor, with OpenAI's limit for biases: they are cut to [-100, 100]."""
+        params = SamplingParams(**values)
+        if params.logit_bias:
+            params.logit_bias = {token: min(100.0, max(-100.0, bias)) for token, bias in params.logit_bias.items()}
+        return params
+
+    def clone(self) -> "SamplingParams":
+        """A copy that shares nothing with this one. Raises, as the constructor, if what was assigned is refused."""
+        return SamplingParams(**vars(self))
+
+    def __getattr__(self, name: str) -> None:
+        """vLLM's further fields, where they have not been assigned."""
+        if name in SAMPLING_FIELDS:
+            return
+        raise AttributeError(f"SamplingParams has no {name!r}", name=name, obj=self)
+
+    def _normalize(self) -> None:
+        """One form for what can be said in several, and own copies of the lists."""
+        mine = vars(self)
+        for name, default in _DEFAULTS.items():
+            if mine[name] is None and name != "max_tokens":
+                mine[name] = default
+        if isinstance(self.stop, str):
+            self.stop = [self.stop]
+        for name in _LISTS:
+            if mine[name] is None and name != "allowed_token_ids":
+                mine[name] = []
+            elif isinstance(mine[name], list | tuple | set | frozenset | range):
+                mine[name] = list(mine[name])
+        if isinstance(self.logit_bias, dict):
+            by_id = self.logit_bias.items()
+            self.logit_bias = {int(i) if isinstance(i, str) and i.isdecimal() else i: bias for i, bias in by_id}
+        for name in ("logprobs", "prompt_logprobs"):
+            if isinstance(mine[name], bool):
+                mine[name] = 1 if mine[name] else None
+        if self.seed == -1:
+            self.seed = None
+
+    def _check(self) -> None:
+        mine = vars(self)
+        if len(mine) > len(_DEFAULTS):
+            others = {name: value for name, value in mine.items() if name not in _DEFAULTS}
+            check("SamplingParams", SAMPLING_FIELDS, others, list(_DEFAULTS))
         for name, (has_type, in_range, allowed) in _RULES.items():
-            value = getattr(self, name)
+            value = mine[name]
             if value is _DEFAULTS[name]:  # most are, and a request should not wait for them
                 continue
             if value is None and allowed.startswith("None or"):
@@ -106,19 +164,6 @@ class SamplingParams:
         if self.stop and not self.detokenize:
             raise ValueError(f"stop={self.stop!r} must be empty with detokenize=False: it is searched in the text")
 
-    def _normalize(self) -> None:
-        """Own copies of the lists, so that nobody changes them under a request."""
-        if isinstance(self.stop, str):
-            object.__setattr__(self, "stop", (self.stop,))
-        for name in ("stop", "bad_words", "stop_token_ids"):
-            if getattr(self, name) is None:
-                object.__setattr__(self, name, ())
-        for name in ("stop", "bad_words", "stop_token_ids", "allowed_token_ids"):
-            if isinstance(getattr(self, name), list):
-                object.__setattr__(self, name, tuple(getattr(self, name)))
-        if isinstance(self.logit_bias, dict):
-            object.__setattr__(self, "logit_bias", dict(self.logit_bias))
-
 
 def _is_int(value: object) -> bool:
     return isinstance(value, int) and not isinstance(value, bool)
@@ -133,11 +178,11 @@ def _is_bool(value: object) -> bool:
 
 
 def _is_ids(value: object) -> bool:
-    return isinstance(value, tuple) and all(map(_is_int, value))
+    return isinstance(value, list) and all(map(_is_int, value))
 
 
 def _is_strings(value: object) -> bool:
-    return isinstance(value, tuple) and all(isinstance(v, str) for v in value)
+    return isinstance(value, list) and all(isinstance(v, str) for v in value)
 
 
 def _is_biases(value: object) -> bool:
@@ -145,13 +190,13 @@ def _is_biases(value: object) -> bool:
 
 
 def _all_biases(value: dict[int, float]) -> bool:
-    return all(token >= 0 and -100.0 <= bias <= 100.0 for token, bias in value.items())
+    return all(token >= 0 and not math.isnan(bias) for token, bias in value.items())
 
 
 _INT64 = range(-(2**63), 2**63)
 # name: (type, range, what is allowed)
 _RULES: dict[str, tuple[Callable[[Any], bool], Callable[[Any], bool], str]] = {
-    "n": (_is_int, lambda v: v >= 1, "an integer >= 1"),
+    "n": (_is_int, lambda v: 1 <= v <= MAX_N, f"an integer in [1, {MAX_N}]"),
     "presence_penalty": (_is_number, lambda v: -2.0 <= v <= 2.0, "a number in [-2, 2]"),
     "frequency_penalty": (_is_number, lambda v: -2.0 <= v <= 2.0, "a number in [-2, 2]"),
     "repetition_penalty": (_is_number, lambda v: 0.0 < v < math.inf, "a finite number > 0"),
@@ -166,7 +211,7 @@ _RULES: dict[str, tuple[Callable[[Any], bool], Callable[[Any], bool], str]] = {
     "ignore_eos": (_is_bool, lambda v: True, "True or False"),
     "min_tokens": (_is_int, lambda v: v >= 0, "an integer >= 0"),
     "max_tokens": (_is_int, lambda v: v >= 1, "None or an integer >= 1"),
-    "logit_bias": (_is_biases, _all_biases, "None or a dict from token ids >= 0 to numbers in [-100, 100]"),
+    "logit_bias": (_is_biases, _all_biases, "None or a dict from token ids >= 0 to numbers"),
     "allowed_token_ids": (_is_ids, lambda v: v and min(v) >= 0, "None or a list of token ids >= 0 that is not empty"),
     "bad_words": (_is_strings, lambda v: all(w.strip() for w in v), "a list of strings, none blank"),
     "logprobs": (_is_int, lambda v: v >= -1, "None or an integer >= 0, or -1 for the whole vocabulary"),
@@ -182,3 +227,4 @@ _RULES: dict[str, tuple[Callable[[Any], bool], Callable[[Any], bool], str]] = {
     "truncate_prompt_tokens": (_is_int, lambda v: v == -1 or v >= 1, "None or an integer >= 1, or -1 for the model's"),
 }
 _DEFAULTS = {f.name: f.default for f in fields(SamplingParams)}
+_LISTS = ("stop", "stop_token_ids", "allowed_token_ids", "bad_words")

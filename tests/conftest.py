@@ -59,12 +59,17 @@ def text_model(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture
 def make_llm() -> Iterator[Callable[..., Any]]:
-    """`make_llm(path, **options)`: a small float32 engine on the CPU without tokenizer, closed after the test."""
+    """`make_llm(path, **options)`: a small float32 engine on the CPU without tokenizer, closed after the test.
+
+    `with_graphs`: it pads and replays its steps as on a GPU (`called_graphs.py`).
+    """
+    from called_graphs import use_called_graphs
+
     from nanovllm import LLM
 
     made: list[LLM] = []
 
-    def make(path: Path, max_behind: int | None = None, **options: Any) -> LLM:
+    def make(path: Path, max_behind: int | None = None, with_graphs: bool = False, **options: Any) -> LLM:
         defaults = {
             "device": "cpu",
             "dtype": "float32",
@@ -78,6 +83,8 @@ def make_llm() -> Iterator[Callable[..., Any]]:
         if max_behind is not None:
             llm.engine.max_behind = max_behind
         made.append(llm)
+        if with_graphs:
+            use_called_graphs(llm)
         return llm
 
     yield make

@@ -1,6 +1,7 @@
 """What sampling should give, written the plain way: dense, in float64, one row at a time."""
 
 import math
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -14,7 +15,7 @@ def edited_logits(
     prompt: list[int],
     output: list[int],
     bad_words: tuple[tuple[int, ...], ...] = (),
-    stop_ids: tuple[int, ...] = (),
+    stop_ids: Sequence[int] = (),
 ) -> torch.Tensor:
     """`[vocab]` float64: what temperature and truncation are applied to, in the order that vLLM documents."""
     x = logits.cpu().double().clone()

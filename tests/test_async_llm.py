@@ -42,7 +42,7 @@ def expected(text_model: Path) -> Callable[..., RequestOutput]:
     known: dict[Any, RequestOutput] = {}
 
     def answer(prompt: list[int], params: SamplingParams = GREEDY) -> RequestOutput:
-        key = (tuple(prompt), params)
+        key = (tuple(prompt), repr(params))
         if key not in known:
             (known[key],) = llm.generate([prompt], params, use_tqdm=False)
         return known[key]

@@ -134,8 +134,12 @@ def test_lists_of_different_lengths_are_refused(llm: LLM, count: int) -> None:
 
 
 def test_unknown_keyword_is_refused(llm: LLM) -> None:
-    with pytest.raises(TypeError, match="temperature"):
+    with pytest.raises(
+        TypeError, match="LLM.generate got an unexpected 'temperature'; it has prompts, sampling_params"
+    ):
         llm.generate(PROMPT, temperature=0.0)
+    with pytest.raises(TypeError, match="LLM.chat got an unexpected 'chat_templat'; did you mean 'chat_template'"):
+        llm.chat([{"role": "user", "content": "Hello"}], chat_templat="")
 
 
 def test_bad_sampling_params_never_reach_the_engine(llm: LLM) -> None:
@@ -155,12 +159,36 @@ def test_stop_id_outside_the_vocabulary_is_refused(llm: LLM) -> None:
         llm.generate(PROMPT, params, use_tqdm=False)
 
 
-def test_more_stop_ids_than_min_tokens_can_hold_back_are_refused(llm: LLM) -> None:
-    ids = list(range(65))
-    with pytest.raises(ValueError, match="min_tokens=1 works with at most 64 stop ids"):
+def test_stop_ids_that_leave_no_token_to_draw_are_refused(llm: LLM) -> None:
+    ids = list(range(VOCAB_SIZE))
+    with pytest.raises(ValueError, match="min_tokens, which holds back stop ids, leave none of the vocabulary"):
         llm.generate(PROMPT, SamplingParams(stop_token_ids=ids, min_tokens=1), use_tqdm=False)
-    llm.generate(PROMPT, SamplingParams(stop_token_ids=ids), use_tqdm=False)
-    llm.generate(PROMPT, SamplingParams(stop_token_ids=ids[:64], min_tokens=1), use_tqdm=False)
+    (output,) = llm.generate(PROMPT, SamplingParams(stop_token_ids=ids), use_tqdm=False)
+    assert len(output["token_ids"]) == 1
+
+
+def test_parameters_that_were_assigned_are_checked_when_they_are_used(llm: LLM) -> None:
+    params = SamplingParams(max_tokens=8)
+    params.temperature = -1.0
+    for give in (lambda: llm.generate(PROMPT, params), lambda: llm.stream([PROMPT, PROMPT], [GREEDY, params])):
+        with pytest.raises(ValueError, match="temperature=-1.0 must be"):
+            give()
+
+
+def test_more_logprobs_than_max_logprobs_are_refused(checkpoint: Callable[..., Path], make_llm: Callable[..., LLM]):
+    llm = make_llm(checkpoint("plain"), max_logprobs=5)
+    for name in ("logprobs", "prompt_logprobs"):
+        for value in (6, -1):
+            with pytest.raises(ValueError, match=f"{name}={value} must be at most max_logprobs=5"):
+                llm.generate(PROMPT, SamplingParams(**{name: value}), use_tqdm=False)
+    (output,) = llm.generate(PROMPT, SamplingParams(logprobs=5, prompt_logprobs=5, max_tokens=1), use_tqdm=False)
+    assert len(output.prompt_logprobs) == len(PROMPT)
+
+
+@pytest.mark.parametrize("name", ["score", "embed", "encode", "classify", "reward", "beam_search"])
+def test_methods_of_other_kinds_of_models_say_what_there_is_instead(llm: LLM, name: str) -> None:
+    with pytest.raises(NotImplementedError, match=rf"LLM.{name}\(\) is not here: .*(pooling|n=)"):
+        getattr(llm, name)(["a query"], ["a document"], use_tqdm=False)
 
 
 @pytest.mark.parametrize(
@@ -251,11 +279,12 @@ def test_cuda_asked_for_and_absent_is_refused(checkpoint: Callable[..., Path], m
 
 
 def test_failed_construction_leaves_an_object_that_can_be_dropped() -> None:
-    for model in (None, 5, Path("model"), b"model", ["model"]):
-        with pytest.raises(TypeError, match="model=.* must be a string: a directory or a hub id"):
+    for model in (None, 5, b"model", ["model"]):
+        with pytest.raises(TypeError, match="model=.* must be a string or a path: a directory or a hub id"):
             LLM(model)
     for options in ({"nonsense": 1}, {"dtype": "int4"}):
         with pytest.raises((TypeError, ValueError)):
             LLM("model", **options)
-    with pytest.raises(OSError):
-        LLM("/no/such/directory")
+    for missing in ("/no/such/directory", Path("/no/such/directory")):
+        with pytest.raises(OSError):
+            LLM(missing)

@@ -8,6 +8,7 @@ import json
 import shutil
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -39,35 +40,43 @@ def generate(llm: LLM, prompts: list[list[int]] = PROMPTS, params: SamplingParam
     return [output.outputs[0].token_ids for output in llm.generate(prompts, params, use_tqdm=False)]
 
 
-@pytest.mark.parametrize("max_behind", [0, 1], ids=["in turn", "overlapped"])
+# How the engine's loop may run: a step after the other, one ahead, and padded and replayed as on a GPU.
+LOOPS: dict[str, dict[str, Any]] = {
+    "in turn": {"max_behind": 0},
+    "overlapped": {"max_behind": 1},
+    "replayed": {"max_behind": 1, "with_graphs": True},
+}
+
+
+@pytest.mark.parametrize("loop", LOOPS.values(), ids=LOOPS)
 @pytest.mark.parametrize("shape", SHAPES)
 class TestEveryShape:
     def test_tokens_with_a_roomy_cache(
-        self, shape: str, max_behind: int, checkpoint: Callable[..., Path], make_llm: Callable[..., LLM]
+        self, shape: str, loop: dict[str, Any], checkpoint: Callable[..., Path], make_llm: Callable[..., LLM]
     ) -> None:
-        llm = make_llm(checkpoint(shape), max_behind)
+        llm = make_llm(checkpoint(shape), **loop)
         assert generate(llm) == expected_tokens(checkpoint(shape))
         assert llm.stats().num_preemptions == 0
 
     def test_tokens_under_constant_preemption(
-        self, shape: str, max_behind: int, checkpoint: Callable[..., Path], make_llm: Callable[..., LLM]
+        self, shape: str, loop: dict[str, Any], checkpoint: Callable[..., Path], make_llm: Callable[..., LLM]
     ) -> None:
-        llm = make_llm(checkpoint(shape), max_behind, num_kvcache_blocks=14)
+        llm = make_llm(checkpoint(shape), **loop, num_kvcache_blocks=14)
         assert generate(llm) == expected_tokens(checkpoint(shape))
         assert llm.stats().num_preemptions >= 5
         assert llm.stats().cache_usage == 0.0
 
     def test_tokens_with_prompts_in_chunks_of_33(
-        self, shape: str, max_behind: int, checkpoint: Callable[..., Path], make_llm: Callable[..., LLM]
+        self, shape: str, loop: dict[str, Any], checkpoint: Callable[..., Path], make_llm: Callable[..., LLM]
     ) -> None:
-        llm = make_llm(checkpoint(shape), max_behind, max_num_batched_tokens=33)
+        llm = make_llm(checkpoint(shape), **loop, max_num_batched_tokens=33)
         assert generate(llm) == expected_tokens(checkpoint(shape))
         assert llm.stats().num_steps > sum(LENGTHS) // 33 + NUM_TOKENS - 1
 
     def test_tokens_from_the_prefix_cache_in_the_second_round(
-        self, shape: str, max_behind: int, checkpoint: Callable[..., Path], make_llm: Callable[..., LLM]
+        self, shape: str, loop: dict[str, Any], checkpoint: Callable[..., Path], make_llm: Callable[..., LLM]
     ) -> None:
-        llm = make_llm(checkpoint(shape), max_behind)
+        llm = make_llm(checkpoint(shape), **loop)
         rounds = [llm.generate(PROMPTS, GREEDY, use_tqdm=False) for _ in range(2)]
         for outputs in rounds:
             assert [o["token_ids"] for o in outputs] == expected_tokens(checkpoint(shape))
@@ -77,21 +86,21 @@ class TestEveryShape:
         assert llm.stats().prefix_hits == sum(cached)
 
     def test_tokens_without_prefix_cache_nor_graphs(
-        self, shape: str, max_behind: int, checkpoint: Callable[..., Path], make_llm: Callable[..., LLM]
+        self, shape: str, loop: dict[str, Any], checkpoint: Callable[..., Path], make_llm: Callable[..., LLM]
     ) -> None:
-        llm = make_llm(checkpoint(shape), max_behind, enable_prefix_caching=False, enforce_eager=True)
+        llm = make_llm(checkpoint(shape), **loop, enable_prefix_caching=False, enforce_eager=True)
         for _ in range(2):
             assert generate(llm) == expected_tokens(checkpoint(shape))
         assert llm.stats().prefix_hits == 0
 
 
-@pytest.mark.parametrize("max_behind", [0, 1])
+@pytest.mark.parametrize("loop", LOOPS.values(), ids=LOOPS)
 def test_tokens_under_everything_at_once(
-    max_behind: int, checkpoint: Callable[..., Path], make_llm: Callable[..., LLM]
+    loop: dict[str, Any], checkpoint: Callable[..., Path], make_llm: Callable[..., LLM]
 ) -> None:
     """Preemption, chunks, shared prefixes and few rows together, three rounds on one engine."""
     path = checkpoint("gqa3-dim48")
-    llm = make_llm(path, max_behind, num_kvcache_blocks=14, max_num_batched_tokens=33, max_num_seqs=5)
+    llm = make_llm(path, **loop, num_kvcache_blocks=14, max_num_batched_tokens=33, max_num_seqs=5)
     for _ in range(3):
         assert generate(llm) == expected_tokens(path)
     stats = llm.stats()
@@ -134,24 +143,24 @@ def test_long_generation_continues_a_conversation_from_its_own_blocks(
     assert output["token_ids"] == Reference(path).greedy(follow_up, NUM_TOKENS)
 
 
-@pytest.mark.parametrize("max_behind", [0, 1])
+@pytest.mark.parametrize("loop", LOOPS.values(), ids=LOOPS)
 @pytest.mark.parametrize("num_blocks", [14, 128])
 def test_every_eos_of_generation_config_stops(
-    num_blocks: int, max_behind: int, checkpoint: Callable[..., Path], make_llm: Callable[..., LLM], tmp_path: Path
+    num_blocks: int, loop: dict[str, Any], checkpoint: Callable[..., Path], make_llm: Callable[..., LLM], tmp_path: Path
 ) -> None:
     plain = expected_tokens(checkpoint("plain"))
     eos = [plain[2][4], plain[4][10], plain[6][20]]  # so that they do occur
     path = tmp_path / "model"
     shutil.copytree(checkpoint("plain"), path)
     set_eos(path, eos)
-    llm = make_llm(path, max_behind, num_kvcache_blocks=num_blocks)
+    llm = make_llm(path, **loop, num_kvcache_blocks=num_blocks)
     outputs = llm.generate(PROMPTS, GREEDY, use_tqdm=False)
     reference = Reference(checkpoint("plain"))
     assert [o["token_ids"] for o in outputs] == [reference.greedy(p, NUM_TOKENS, eos) for p in PROMPTS]
     for output in outputs:
         stopped = output["token_ids"][-1] in eos
         assert output["finish_reason"] == ("stop" if stopped else "length")
-        assert output.outputs[0].stop_reason is None
+        assert output.outputs[0].stop_reason == (output["token_ids"][-1] if stopped else None)  # no tokenizer says else
     assert {"stop"} <= {o["finish_reason"] for o in outputs}
     assert llm.stats().cache_usage == 0.0
 

@@ -24,13 +24,15 @@ TOLERANCE = 2e-3
 NUM_DRAWS = 3000
 NEEDS_GPU = [pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device")]
 DEVICES = ["cpu", pytest.param("cuda", marks=NEEDS_GPU)]
-# What the engine may do to a request: chunks, preemption, one step ahead
+# What the engine may do to a request: chunks, preemption, one step ahead, padding and replays
 SITUATIONS: list[dict[str, Any]] = [
     {},
     {"max_behind": 1},
     {"max_num_batched_tokens": 33},
     {"num_kvcache_blocks": 12, "max_behind": 1},
     {"num_kvcache_blocks": 12, "max_num_batched_tokens": 33, "max_num_seqs": 5, "max_behind": 1},
+    {"max_behind": 1, "with_graphs": True},
+    {"num_kvcache_blocks": 12, "max_num_batched_tokens": 300, "max_behind": 1, "with_graphs": True},
 ]
 
 EVERYTHING = SamplingParams(
@@ -195,6 +197,36 @@ class TestEdits:
         assert min(biased.output_token_ids) >= 100
         assert set(forced.output_token_ids) == {77}
 
+    def test_any_number_of_stop_ids_is_held_back(
+        self, device: str, make: Callable[..., LLM], checkpoint: Callable[..., Path]
+    ) -> None:
+        """64 in the row, and more besides; of requests that run side by side, one of which has few."""
+        reference, prompt = Reference(checkpoint("plain")), PROMPTS[0]
+        asked = [
+            SamplingParams(temperature=0.0, max_tokens=25, min_tokens=9, stop_token_ids=list(stop_ids))
+            for stop_ids in (range(0, VOCAB_SIZE, 2), range(100, 164), range(100, 165), range(3))
+        ]
+        for seq in run(make(device, max_behind=1), [(prompt, params) for params in asked]):
+            output = seq.output_token_ids
+            for n, token_id in enumerate(output):
+                logits = reference.logits([*prompt, *output[:n]])[-1]
+                expected = edited_logits(logits, seq.params, prompt, output[:n], stop_ids=sorted(seq.stop_ids))
+                assert token_id == int(expected.argmax())
+                assert n >= 9 or token_id not in seq.stop_ids
+                assert (token_id in seq.stop_ids) == (seq.finish_reason == "stop" and n == len(output) - 1)
+            assert len(output) >= 10
+
+    def test_a_bias_forces_and_bans_whatever_its_size(self, device: str, make: Callable[..., LLM]) -> None:
+        biases: list[dict[int, float]] = [{5: 1e300}, {5: float("inf")}, {i: -float("inf") for i in range(100)}]
+        asked = [
+            SamplingParams(logit_bias=bias, max_tokens=9, temperature=t, seed=1, repetition_penalty=0.5)
+            for bias in (*biases, {i: -1e300 for i in range(100)})
+            for t in (0.0, 1e-5, 1.0)
+        ]
+        outputs = [seq.output_token_ids for seq in run(make(device), [(PROMPTS[0], params) for params in asked])]
+        assert outputs[:6] == [[5] * 9] * 6
+        assert outputs[6:9] == outputs[9:] and min(map(min, outputs[6:])) >= 100
+
     def test_bad_words_never_come_though_their_tokens_do(self, device: str, make: Callable[..., LLM]) -> None:
         params = SamplingParams(allowed_token_ids=[1, 2], max_tokens=100, temperature=3.0, seed=4)
         output = run(make(device), [(PROMPTS[0], params)], bad_words=((1, 1), (2, 2, 2)))[0].output_token_ids
@@ -332,7 +364,7 @@ class TestReproducible:
 
 
 def as_dict(params: SamplingParams) -> dict[str, Any]:
-    return {name: getattr(params, name) for name in SamplingParams.__slots__}
+    return {name: getattr(params, name) for name in SamplingParams.__dataclass_fields__}
 
 
 class TestRefusals:
@@ -361,13 +393,13 @@ class TestRefusals:
 
 
 @pytest.mark.parametrize("device", DEVICES)
-def test_score_gives_the_logprobs_of_each_prompt(
+def test_log_likelihood_gives_the_logprobs_of_each_prompt(
     device: str, make: Callable[..., LLM], checkpoint: Callable[..., Path]
 ) -> None:
     llm = make(device, max_num_batched_tokens=33)
     longest = random_prompts([llm.engine.max_model_len - 1], seed=4)[0]
     for prompts in ([*PROMPTS, longest], PROMPTS[3]):
-        scores = llm.score(prompts, use_tqdm=False)
+        scores = llm.log_likelihood(prompts, use_tqdm=False)
         prompts = prompts if isinstance(prompts[0], list) else [prompts]
         assert [score.token_ids for score in scores] == prompts
         for score, prompt in zip(scores, prompts, strict=True):

@@ -1,6 +1,8 @@
 """SamplingParams refuses, when it is made, whatever could not be sampled."""
 
-import dataclasses
+import copy
+import pickle
+from collections.abc import Callable
 from typing import Any
 
 import pytest
@@ -32,6 +34,7 @@ NAN, INF = float("nan"), float("inf")
         ("min_tokens", -1),
         ("stop_token_ids", [3, -1]),
         ("n", 0),
+        ("n", 16385),
         ("presence_penalty", -2.01),
         ("presence_penalty", 2.01),
         ("presence_penalty", NAN),
@@ -41,8 +44,6 @@ NAN, INF = float("nan"), float("inf")
         ("repetition_penalty", -1.0),
         ("repetition_penalty", INF),
         ("repetition_penalty", NAN),
-        ("logit_bias", {5: 100.5}),
-        ("logit_bias", {5: -100.5}),
         ("logit_bias", {5: NAN}),
         ("logit_bias", {-1: 1.0}),
         ("allowed_token_ids", []),
@@ -66,35 +67,27 @@ def test_value_out_of_range_is_a_value_error_that_names_it(name: str, value: Any
     ("name", "value"),
     [
         ("temperature", "hot"),
-        ("temperature", None),
         ("temperature", True),
         ("top_k", 1.5),
-        ("top_k", None),
         ("top_p", "0.9"),
-        ("min_p", None),
         ("seed", 1.0),
         ("seed", "1"),
         ("seed", True),
         ("max_tokens", 1.0),
         ("max_tokens", "16"),
-        ("min_tokens", None),
         ("ignore_eos", 1),
-        ("ignore_eos", None),
         ("stop_token_ids", 7),
         ("stop_token_ids", "7"),
         ("stop_token_ids", [1.0]),
         ("stop_token_ids", [True]),
         ("output_kind", "delta"),
-        ("output_kind", None),
         ("n", 1.0),
-        ("n", None),
         ("n", True),
-        ("presence_penalty", None),
         ("frequency_penalty", "1"),
-        ("repetition_penalty", None),
         ("logit_bias", [1.0]),
-        ("logit_bias", {"5": 1.0}),
         ("logit_bias", {5: "1"}),
+        ("logit_bias", {"five": 1.0}),
+        ("logit_bias", {"-5": 1.0}),
         ("logit_bias", {True: 1.0}),
         ("allowed_token_ids", 5),
         ("allowed_token_ids", [1.5]),
@@ -102,11 +95,9 @@ def test_value_out_of_range_is_a_value_error_that_names_it(name: str, value: Any
         ("bad_words", [5]),
         ("stop", 5),
         ("stop", [5]),
-        ("logprobs", True),
         ("logprobs", 1.0),
         ("prompt_logprobs", "5"),
         ("detokenize", 1),
-        ("skip_special_tokens", None),
         ("spaces_between_special_tokens", 0),
         ("include_stop_str_in_output", "no"),
         ("truncate_prompt_tokens", 3.0),
@@ -136,7 +127,7 @@ def test_parameters_that_contradict_each_other_are_refused() -> None:
 
 def test_defaults_are_vllms() -> None:
     defaults = SamplingParams()
-    assert {name: getattr(defaults, name) for name in SamplingParams.__slots__} == {
+    assert {name: getattr(defaults, name) for name in SamplingParams.__dataclass_fields__} == {
         "n": 1,
         "presence_penalty": 0.0,
         "frequency_penalty": 0.0,
@@ -146,15 +137,15 @@ def test_defaults_are_vllms() -> None:
         "top_p": 1.0,
         "min_p": 0.0,
         "seed": None,
-        "stop": (),
-        "stop_token_ids": (),
+        "stop": [],
+        "stop_token_ids": [],
         "include_stop_str_in_output": False,
         "ignore_eos": False,
         "min_tokens": 0,
         "max_tokens": 16,
         "logit_bias": None,
         "allowed_token_ids": None,
-        "bad_words": (),
+        "bad_words": [],
         "logprobs": None,
         "prompt_logprobs": None,
         "detokenize": True,
@@ -192,13 +183,13 @@ def test_unknown_parameter_and_positional_values_are_refused() -> None:
         {"max_tokens": 1},
         {"stop_token_ids": (1, 2)},
         {"stop_token_ids": []},
-        {"n": 1000},
+        {"n": 16384},
         {"presence_penalty": -2},
         {"frequency_penalty": 2.0},
         {"repetition_penalty": 1e-3},
         {"logit_bias": None},
         {"logit_bias": {}},
-        {"logit_bias": {0: -100, 7: 100.0}},
+        {"logit_bias": {0: -100, 7: 100.0, 8: 1e300, 9: -INF, 10: INF}},
         {"allowed_token_ids": (0,)},
         {"bad_words": ("word",)},
         {"stop": ("a", " ")},
@@ -212,32 +203,77 @@ def test_unknown_parameter_and_positional_values_are_refused() -> None:
 def test_values_at_the_edge_of_what_is_allowed_are_taken(values: dict[str, Any]) -> None:
     params = SamplingParams(**values)
     for name, value in values.items():
-        assert getattr(params, name) == (tuple(value) if name == "stop_token_ids" else value)
+        assert getattr(params, name) == (list(value) if isinstance(value, tuple) else value)
 
 
-def test_parameters_do_not_change_under_a_request() -> None:
+@pytest.mark.parametrize("name", [name for name in SamplingParams.__dataclass_fields__ if name != "max_tokens"])
+def test_none_is_the_default_of_every_parameter_that_has_no_other_meaning_for_it(name: str) -> None:
+    assert SamplingParams(**{name: None}) == SamplingParams.from_optional(**{name: None}) == SamplingParams()
+
+
+@pytest.mark.parametrize(
+    ("name", "value", "meant"),
+    [
+        ("seed", -1, None),
+        ("logprobs", True, 1),
+        ("logprobs", False, None),
+        ("prompt_logprobs", True, 1),
+        ("logit_bias", {"5": 1.0, 7: 2.0}, {5: 1.0, 7: 2.0}),
+        ("stop", "end", ["end"]),
+        ("stop", {"end"}, ["end"]),
+        ("stop_token_ids", range(3), [0, 1, 2]),
+        ("allowed_token_ids", frozenset([4]), [4]),
+        ("bad_words", ("b",), ["b"]),
+    ],
+)
+def test_what_can_be_said_in_several_ways_is_one(name: str, value: Any, meant: Any) -> None:
+    assert getattr(SamplingParams(**{name: value}), name) == meant
+
+
+def test_a_servers_biases_are_cut_and_a_programs_are_not() -> None:
+    bias = {"3": 250.0, 4: -101.0, 5: 1.0}
+    assert SamplingParams.from_optional(logit_bias=bias).logit_bias == {3: 100.0, 4: -100.0, 5: 1.0}
+    assert SamplingParams(logit_bias=bias).logit_bias == {3: 250.0, 4: -101.0, 5: 1.0}
+    with pytest.raises(ValueError, match="temperature=-1 must be"):
+        SamplingParams.from_optional(temperature=-1)
+
+
+def test_lists_are_copies_which_nobody_else_changes() -> None:
     lists: dict[str, Any] = {"stop_token_ids": [1, 2], "allowed_token_ids": [1, 2], "stop": ["a"], "bad_words": ["b"]}
     bias = {1: 2.0}
     params = SamplingParams(**lists, logit_bias=bias)
+    copied = params.clone()
     for name, value in lists.items():
         value.append(value[0])
-        assert getattr(params, name) == tuple(value[:-1])
-    bias[1] = 3.0
-    assert params.logit_bias == {1: 2.0}
-    params = SamplingParams(stop_token_ids=(1, 2))
-    with pytest.raises(dataclasses.FrozenInstanceError):
-        params.temperature = 0.5
-    assert params == SamplingParams(stop_token_ids=(1, 2)) and hash(params) == hash(
-        SamplingParams(stop_token_ids=[1, 2])
-    )
-    assert hash(SamplingParams(logit_bias=bias)) is not None
-    assert SamplingParams(logit_bias=bias) != SamplingParams()
+        assert getattr(params, name) == value[:-1]
+        getattr(params, name).append(value[0])
+        assert getattr(copied, name) == value[:-1]
+    bias[1] = params.logit_bias[1] = 3.0
+    assert copied.logit_bias == {1: 2.0}
 
 
-def test_one_stop_string_is_a_list_of_one_and_none_is_none() -> None:
-    assert SamplingParams(stop="end").stop == ("end",)
-    assert SamplingParams(stop=None).stop == SamplingParams(bad_words=None).bad_words == ()
+def test_parameters_can_be_assigned_to_and_are_checked_when_they_are_used() -> None:
+    params = SamplingParams()
+    params.temperature, params.stop, params.max_tokens, params.seed = 0.5, "end", 64, -1
+    assert params.clone() == SamplingParams(temperature=0.5, stop=["end"], max_tokens=64)
+    params.top_p = 1.5
+    with pytest.raises(ValueError, match="top_p=1.5 must be"):
+        params.clone()
+    params.top_p = "0.5"
+    with pytest.raises(TypeError, match="top_p='0.5' must be"):
+        params.clone()
+    params.top_p, params.min_tokens = 0.5, 65
+    with pytest.raises(ValueError, match="min_tokens=65 must not exceed max_tokens=64"):
+        params.clone()
+    params.min_tokens, params.temprature = 0, 0.5
+    with pytest.raises(TypeError, match="'temprature'; did you mean 'temperature'"):
+        params.clone()
 
 
-def test_none_is_no_stop_token_ids_as_in_vllm():
-    assert SamplingParams(stop_token_ids=None) == SamplingParams()
+@pytest.mark.parametrize(
+    "copied", [copy.copy, copy.deepcopy, lambda p: pickle.loads(pickle.dumps(p)), SamplingParams.clone]
+)
+def test_a_copy_is_equal_and_another_is_not(copied: Callable[[SamplingParams], SamplingParams]) -> None:
+    params = SamplingParams(stop_token_ids=(1, 2), logit_bias={3: 1.0}, temperature=0.7)
+    assert copied(params) == params and copied(params) is not params and repr(copied(params)) == repr(params)
+    assert params != SamplingParams(stop_token_ids=[1, 2], logit_bias={3: 2.0}, temperature=0.7)

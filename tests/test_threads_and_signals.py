@@ -95,7 +95,7 @@ class TestThreads:
             for call in (
                 lambda: answers(llm),
                 lambda: llm.chat([{"role": "user", "content": "Hi"}], GREEDY, False, chat_template=TEMPLATE),
-                lambda: llm.score(PROMPTS, use_tqdm=False),
+                lambda: llm.log_likelihood(PROMPTS, use_tqdm=False),
                 lambda: llm.stream(PROMPTS[0], GREEDY),
                 lambda: next(stream),
                 lambda: llm.abort("0"),

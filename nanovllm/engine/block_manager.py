@@ -132,6 +132,14 @@ class BlockManager:
         seq.num_published_blocks = 0
         seq.num_computed_tokens = 0
 
+    def forget(self, seq: Sequence) -> None:
+        """Let no other sequence find the blocks of `seq`, neither those it has published nor those it would."""
+        for digest in seq.block_digests:
+            block = self._block_with.pop(digest, None)
+            if block is not None:
+                self._digest_of[block] = None
+        seq.num_published_blocks = len(seq.block_table)
+
     def forget_content(self) -> None:
         """Empty the prefix cache. Blocks in use stay with their owners."""
         self._block_with.clear()

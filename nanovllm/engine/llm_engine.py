@@ -5,6 +5,7 @@ only that there will be one for each sequence. Their values stay on the device, 
 late is that a sequence has stopped: by then one surplus token is in flight, and is dropped when it arrives.
 """
 
+import logging
 import os
 import random
 import threading
@@ -22,7 +23,14 @@ from nanovllm.engine.forks import FORKED, keep_in_children
 from nanovllm.engine.scheduler import ScheduledStep, Scheduler
 from nanovllm.engine.sequence import Sequence
 from nanovllm.errors import EngineDeadError
-from nanovllm.sampling_params import MAX_STOP_IDS, SamplingParams
+from nanovllm.sampling_params import NAN_LOGITS, NO_TOKEN_LEFT, SamplingParams
+
+logger = logging.getLogger(__name__)
+
+WHY_NO_TOKEN = {
+    NAN_LOGITS: "the model's logits are NaN: its weights are damaged, or its numbers overflow in this dtype",
+    NO_TOKEN_LEFT: "no token is left to draw: the request's parameters, or the model's logits, rule out all",
+}
 
 LONGEST_STEP = 10.0  # seconds for which leaving the interpreter waits for one
 
@@ -70,14 +78,22 @@ class LLMEngine:
     _device_error = ""  # what it says since it has failed for good
 
     def __init__(self, config: Config) -> None:
-        from nanovllm.models.loader import load_eos_token_ids, load_hf_config, resolve_model_path
+        from nanovllm.models.checkpoint_config import load_hf_config
+        from nanovllm.models.generation_config import load_default_sampling, load_eos_token_ids
+        from nanovllm.models.loader import resolve_model_path
+        from nanovllm.models.tied_head import TiedHead
         from nanovllm.worker.model_runner import MAX_STEPS_IN_FLIGHT, ModelRunner
         from nanovllm.worker.ranks import Followers
+        from nanovllm.worker.resolve import resolve_by_weights
 
         self.config = config
         self._pid = os.getpid()
         self.model_path = resolve_model_path(config.model, config.revision)
         hf_config, model_class = load_hf_config(self.model_path)
+        self.eos_token_ids = load_eos_token_ids(config, self.model_path, hf_config)
+        self.eos_token_id: int | None = None  # the tokenizer's own, which is one of them; set by who has the tokenizer
+        self.default_sampling = load_default_sampling(config, self.model_path)
+        resolve_by_weights(config, hf_config, self.model_path)
         self.followers = Followers(config)
         # Dropping the engine, an interrupt amid the construction and leaving the interpreter end them like close().
         weakref.finalize(self, self.followers.close)
@@ -87,7 +103,8 @@ class LLMEngine:
         self.followers.start(hf_config, model_class, self.model_path)
         with self.followers.doing("build", wait=True):
             self.runner = ModelRunner(config, hf_config, model_class, self.model_path, self.followers.tp)
-            self.eos_token_ids = load_eos_token_ids(self.model_path, hf_config)
+            source = None if config.load_format == "dummy" else self.model_path
+            self.tied_head = TiedHead(self.runner.dtype, source) if hf_config.tie_word_embeddings else None
         self.vocab_size: int = hf_config.vocab_size
         self.max_model_len = self.runner.max_model_len
         self._make_scheduler()
@@ -140,7 +157,8 @@ class LLMEngine:
     ) -> Sequence:
         """Check a request and give it its shape. The engine is not touched: whatever cannot run is refused here.
 
-        `bad_words` are the token sequences of `params.bad_words`, see `nanovllm.bad_words`.
+        `params` are the request's own, which nobody assigns to any more. `bad_words` are the token sequences of
+        `params.bad_words`, see `nanovllm.bad_words`.
 
         Raises:
             ValueError: naming the prompt as `name`, what is wrong with it, and what is allowed.
@@ -159,16 +177,12 @@ class LLMEngine:
                 f"{name} has {len(token_ids)} tokens: with one to generate, they must fit "
                 f"max_model_len={self.max_model_len}"
             )
-        self._check_vocabulary(params, bad_words)
-        stop_ids = frozenset(params.stop_token_ids) | (frozenset() if params.ignore_eos else self.eos_token_ids)
-        if params.min_tokens and len(stop_ids) > MAX_STOP_IDS:
-            raise ValueError(f"min_tokens={params.min_tokens} works with at most {MAX_STOP_IDS} stop ids, EOS included")
-        if params.allowed_token_ids:
-            held_back = (stop_ids if params.min_tokens else frozenset()) | {w[0] for w in bad_words if len(w) == 1}
-            if held_back.issuperset(params.allowed_token_ids):
-                raise ValueError("bad_words and min_tokens, which holds back stop ids, leave none of allowed_token_ids")
-        if params.logit_bias:
-            params = replace(params)  # a dict of its own, which nobody changes once it has been checked
+        self._check_limits(params, bad_words)
+        stop_ids = self.eos_token_ids.union(params.stop_token_ids)
+        held_back = (stop_ids if params.min_tokens else frozenset()) | {w[0] for w in bad_words if len(w) == 1}
+        if held_back and all(i in held_back for i in params.allowed_token_ids or range(self.vocab_size)):
+            of = "allowed_token_ids" if params.allowed_token_ids else "the vocabulary"
+            raise ValueError(f"bad_words and min_tokens, which holds back stop ids, leave none of {of}")
         num_left = self.max_model_len - len(token_ids)
         seed = params.seed if params.seed is not None else self._random.getrandbits(64)
         return Sequence(
@@ -177,11 +191,24 @@ class LLMEngine:
             params=params,
             max_len=len(token_ids) + min(num_left, params.max_tokens or num_left),
             stop_ids=stop_ids,
+            stop_reasons=self._stop_reasons(params),
             seed=seed & (2**64 - 1),
             bad_words=bad_words,
         )
 
-    def _check_vocabulary(self, params: SamplingParams, bad_words: tuple[tuple[int, ...], ...]) -> None:
+    def _stop_reasons(self, params: SamplingParams) -> dict[int, int | None]:
+        """The ids that end a sequence, and what each gives as `stop_reason`: itself, or None for the tokenizer's."""
+        if params.ignore_eos:
+            return {i: i for i in params.stop_token_ids}
+        return {i: None if i == self.eos_token_id else i for i in self.eos_token_ids.union(params.stop_token_ids)}
+
+    def use_eos_of_tokenizer(self, eos_token_id: int | None) -> None:
+        """Let the tokenizer's own EOS end sequences too. One outside the vocabulary is never drawn, and left out."""
+        if eos_token_id is not None and 0 <= eos_token_id < self.vocab_size:
+            self.eos_token_id = eos_token_id
+            self.eos_token_ids |= {eos_token_id}
+
+    def _check_limits(self, params: SamplingParams, bad_words: tuple[tuple[int, ...], ...]) -> None:
         by_name = {
             "stop_token_ids": params.stop_token_ids,
             "logit_bias": params.logit_bias or (),
@@ -191,6 +218,12 @@ class LLMEngine:
         for name, token_ids in by_name.items():
             if token_ids and max(token_ids) >= self.vocab_size:
                 raise ValueError(f"{name} has {max(token_ids)}: ids must be in [0, {self.vocab_size})")
+        limit = self.config.max_logprobs
+        for name in ("logprobs", "prompt_logprobs"):
+            num_top = getattr(params, name)
+            num_top = self.vocab_size if num_top == -1 else num_top
+            if num_top is not None and 0 <= limit < num_top:
+                raise ValueError(f"{name}={getattr(params, name)} must be at most max_logprobs={limit}")
 
     def add(self, seq: Sequence) -> None:
         """Queue a request. Raises ValueError if one of its id is unfinished, RuntimeError as `make_sequence` does."""
@@ -286,15 +319,24 @@ class LLMEngine:
         for seq, token_id, of_token in zip(samples, token_ids, logprobs, strict=True):
             if seq.is_finished:
                 continue  # a surplus token
-            if of_token is not None:
-                seq.append_logprobs(of_token)
-            seq.append_token(token_id)
+            if token_id < 0:
+                self._fail(seq, WHY_NO_TOKEN[token_id])
+            else:
+                if of_token is not None:
+                    seq.append_logprobs(of_token)
+                seq.append_token(token_id)
             self.advanced.append(seq)
             if seq.is_finished:
                 self.scheduler.finish(seq)
                 del self._unfinished[seq.request_id]
                 finished.append(seq)
         return finished
+
+    def _fail(self, seq: Sequence, reason: str) -> None:
+        """End a sequence that has no next token. Nobody else shall find its blocks: NaN may be in them."""
+        logger.error("request %s has ended with an error: %s", seq.request_id, reason)
+        self.block_manager.forget(seq)
+        seq.finish("error", reason)
 
     def _drop_surplus(self) -> None:
         """With nobody left, no one waits for what is in flight: the runner sees to its buffers."""

@@ -37,6 +37,8 @@ class Processor:
             path = str(self.engine.model_path)
             self._tokenizer = None if config.skip_tokenizer_init else load_tokenizer(config, path)
             self._decoder = None if self._tokenizer is None else TokenDecoder(self._tokenizer)
+            if self._tokenizer is not None:
+                self.engine.use_eos_of_tokenizer(self._tokenizer.eos_token_id)
         except BaseException:
             self.engine.close()  # the error's traceback keeps it alive
             raise
@@ -60,6 +62,7 @@ class Processor:
     ) -> Request:
         """Check a request and give it its shape; `add` then lets it run.
 
+        `params` are the request's own, as `own_params` gives them: nobody assigns to them any more.
         With n > 1 the completions share the prompt's full blocks through the prefix cache, unless that is switched
         off. The first has the request's seed, the others have seeds that follow from it.
 
@@ -108,6 +111,10 @@ class Processor:
             if params.seed is not None:
                 seqs[i].seed = child_seed(params.seed, i)
         return seqs
+
+    def default_sampling_params(self) -> SamplingParams:
+        """How a request is sampled that comes without: fresh, for whoever gets it may change it."""
+        return SamplingParams(**self.engine.default_sampling)
 
     def encode(self, prompt: Prompt, name: str = "prompt") -> tuple[str | None, list[int]]:
         """A prompt's text, if it has one, and a fresh list of its token ids. Raises as `make_request` does."""
@@ -175,8 +182,10 @@ class Processor:
         try:
             self.engine.step()
             changed: dict[Request, None] = {}
+            now = time.monotonic()
             for seq in self.engine.advanced:
                 request, completion = self._owner[seq]
+                request.metrics.last_token_time = now
                 if completion.detokenizer is not None:
                     self._follow(completion)
                 changed[request] = None
@@ -237,10 +246,22 @@ class Processor:
 
 
 def load_tokenizer(config: Config, model_path: str) -> Any:
+    """The `transformers` tokenizer. Raises OSError or ValueError, naming the source, if there is none that works."""
     from transformers import AutoTokenizer
 
     source = config.tokenizer or model_path
-    return AutoTokenizer.from_pretrained(source, revision=config.revision, trust_remote_code=config.trust_remote_code)
+    advice = "give LLM a tokenizer=, or skip_tokenizer_init=True and token ids"
+    try:
+        tokenizer = AutoTokenizer.from_pretrained(
+            source, revision=config.revision, trust_remote_code=config.trust_remote_code
+        )
+    except Exception as error:  # of many types, few of which name the source
+        refusal = OSError if isinstance(error, OSError) else ValueError
+        raise refusal(f"the tokenizer in {source} cannot be loaded: {error}; {advice}") from error
+    # Of a folder without its files transformers makes a tokenizer with nothing but an EOS.
+    if len(tokenizer) <= len(tokenizer.get_added_vocab()) and not tokenizer.encode("a", add_special_tokens=False):
+        raise FileNotFoundError(f"no tokenizer in {source}: {advice}")
+    return tokenizer
 
 
 def child_seed(seed: int, index: int) -> int:
@@ -257,21 +278,25 @@ def as_list_of_prompts(prompts: Any) -> list[Prompt]:
     return list(prompts)
 
 
+def own_params(sampling_params: Any) -> SamplingParams:
+    """A request's parameters: checked, and its own, whatever the caller assigns later. Raises TypeError, ValueError."""
+    if not isinstance(sampling_params, SamplingParams):
+        raise TypeError(f"sampling_params={shorten(sampling_params)} must be a SamplingParams")
+    return sampling_params.clone()
+
+
 def one_for_each(sampling_params: Any, num_prompts: int) -> list[SamplingParams]:
-    """One for all, or one for each prompt, as a list. Raises TypeError, ValueError."""
-    if sampling_params is None:
-        sampling_params = SamplingParams()
-    if isinstance(sampling_params, SamplingParams):
-        return [sampling_params] * num_prompts
-    if not isinstance(sampling_params, (list, tuple)) or not all(
-        isinstance(p, SamplingParams) for p in sampling_params
-    ):
+    """`own_params` of one for all, or of one for each prompt, as a list. Raises TypeError, ValueError."""
+    if not isinstance(sampling_params, (list, tuple)):
+        return [own_params(sampling_params)] * num_prompts
+    if not all(isinstance(p, SamplingParams) for p in sampling_params):
         raise TypeError(f"sampling_params={shorten(sampling_params)} must be a SamplingParams or a list of them")
     if len(sampling_params) != num_prompts:
         raise ValueError(
             f"sampling_params has {len(sampling_params)} entries for {num_prompts} prompts: give one, or one for each"
         )
-    return list(sampling_params)
+    own = {id(params): params.clone() for params in {id(p): p for p in sampling_params}.values()}
+    return [own[id(params)] for params in sampling_params]
 
 
 def as_request_ids(request_id: str | Iterable[str]) -> list[str]:

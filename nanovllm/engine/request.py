@@ -95,9 +95,11 @@ class Request:
         is_first = not self.completions[0].given.num_tokens
         if self.completions[0].text is None:
             self._make_texts()
-        if self.prompt_logprobs is None and progress[0].num_tokens and is_first:
-            values = self.completions[0].seq.prompt_logprobs  # complete, since there is a token
-            self.prompt_logprobs = values and [v and self._logprobs(v) for v in values]
+        if self.prompt_logprobs is None and is_first:
+            values = self.completions[0].seq.prompt_logprobs
+            if values is not None and len(values) == len(self.prompt_token_ids):  # all have come
+                self.prompt_logprobs = [v and self._logprobs(v) for v in values]
+        self.metrics.num_generation_tokens = sum(completion.num_tokens for completion in progress)
         return RequestOutput(
             request_id=self.request_id,
             prompt=self.prompt,

@@ -5,6 +5,7 @@ held to be idle, and its prefix cache, which is of the old weights or gone, is f
 """
 
 from collections.abc import Collection, Iterable, Iterator
+from copy import copy
 from typing import TYPE_CHECKING
 
 from nanovllm.engine.llm_engine import LLMEngine
@@ -24,13 +25,16 @@ def load_weights(engine: LLMEngine, named_tensors: Iterable[tuple[str, "torch.Te
         raise RuntimeError("load_weights() while the engine sleeps: call wake_up() first")
     _require_idle(engine, "load_weights()")
     outline = build_outline(runner.hf_config, type(runner.model))
+    tied_head = engine.tied_head
     if isinstance(named_tensors, Collection):
-        for _ in checked_tensors(outline, named_tensors):
+        watching = copy(tied_head)
+        for _ in checked_tensors(outline, named_tensors, watching):
             pass  # all, before anything is written
+        engine.tied_head, tied_head = watching, None
 
     def shared() -> Iterator[tuple[str, "torch.Tensor"]]:
         """Each tensor, once the other ranks have it too. None of them hears of one that is refused."""
-        for name, tensor in checked_tensors(outline, named_tensors):
+        for name, tensor in checked_tensors(outline, named_tensors, tied_head):
             yield name, followers.share(name, tensor, runner.device, runner.dtype)
 
     refusal: Exception | None = None
@@ -62,6 +66,8 @@ def sleep(engine: LLMEngine, level: int) -> None:
     except Exception:
         engine.is_changing = False  # all is as before
         raise
+    if level == 2 and engine.tied_head is not None:
+        engine.tied_head.forget()
     engine.forget_cache()
 
 

@@ -10,6 +10,7 @@ from dataclasses import dataclass, field
 
 from nanovllm.engine.block_manager import BlockManager
 from nanovllm.engine.sequence import Sequence, SequenceStatus
+from nanovllm.sampling_params import MAX_STOP_IDS
 from nanovllm.worker.step_plan import LogitEdits, NewRow, PromptSpan, StepPlan
 
 # The largest numbers that a device-resident row can hold
@@ -162,6 +163,9 @@ class Scheduler:
 
 def _new_row(seq: Sequence) -> NewRow:
     params = seq.params
+    stop_ids = sorted(seq.stop_ids) if params.min_tokens else []
+    min_len = min(seq.num_prompt_tokens + params.min_tokens, seq.max_len) if params.min_tokens else 0
+    fits = len(stop_ids) <= MAX_STOP_IDS
     return NewRow(
         row=seq.row,
         token_ids=seq.token_ids,
@@ -172,13 +176,13 @@ def _new_row(seq: Sequence) -> NewRow:
         top_p=params.top_p,
         min_p=params.min_p,
         seed=seq.seed,
-        min_len=min(seq.num_prompt_tokens + params.min_tokens, seq.max_len) if params.min_tokens else 0,
-        stop_ids=sorted(seq.stop_ids) if params.min_tokens else [],
-        edits=_edits(seq),
+        min_len=min_len,
+        stop_ids=stop_ids if fits else [],
+        edits=_edits(seq, () if fits else tuple(stop_ids), min_len),
     )
 
 
-def _edits(seq: Sequence) -> LogitEdits | None:
+def _edits(seq: Sequence, held_back: tuple[int, ...], min_len: int) -> LogitEdits | None:
     """What the sequence changes in its logits; None, as most, if nothing."""
     params = seq.params
     edits = LogitEdits(
@@ -189,5 +193,7 @@ def _edits(seq: Sequence) -> LogitEdits | None:
         logit_bias=params.logit_bias,
         allowed_token_ids=params.allowed_token_ids,
         bad_words=seq.bad_words,
+        held_back=held_back,
+        min_len=min_len,
     )
     return edits if edits.has_any else None

@@ -28,7 +28,8 @@ class Sequence:
     token_ids: list[int]
     params: SamplingParams
     max_len: int  # prompt and output at the most: max_tokens, cut to the model's length
-    stop_ids: frozenset[int]  # EOS, unless ignored, and the request's own
+    stop_ids: frozenset[int]  # EOS and the request's own: what min_tokens holds back
+    stop_reasons: dict[int, int | None]  # those of them that end it, and what each gives as `stop_reason`
     seed: int  # 64 bits
     bad_words: tuple[tuple[int, ...], ...] = ()  # token sequences
     num_prompt_tokens: int = field(init=False)
@@ -83,8 +84,8 @@ class Sequence:
         num_output_tokens = len(self.token_ids) - self.num_prompt_tokens
         if num_output_tokens == 1 and self.metrics.first_token_time is None:
             self.metrics.first_token_time = time.monotonic()
-        if token_id in self.stop_ids and num_output_tokens > self.params.min_tokens:
-            self.finish("stop", stop_reason=token_id if token_id in self.params.stop_token_ids else None)
+        if token_id in self.stop_reasons and num_output_tokens > self.params.min_tokens:
+            self.finish("stop", self.stop_reasons[token_id])
         elif len(self.token_ids) >= self.max_len:
             self.finish("length")
 

@@ -68,8 +68,8 @@ def plan_gather(
 ) -> GatherPlan:
     """Plan a decode step's reads; `previous` hands its workspace on.
 
-    seq_lens, rows `[seqs]` int32; block_table `[rows, max_blocks]` int32; k_cache `[num_blocks, kv_heads, block_size,
-    head_dim]`, for its shape.
+    seq_lens, rows `[seqs]` int32, of which padding (row -1, length 0) reads nothing; block_table `[rows, max_blocks]`
+    int32; k_cache `[num_blocks, kv_heads, block_size, head_dim]`, for its shape.
     """
     _, num_kv_heads, block_size, head_dim = k_cache.shape
     block_bytes = 2 * num_kv_heads * block_size * head_dim * k_cache.element_size()
@@ -81,7 +81,7 @@ def plan_gather(
     num_blocks, lengths = counts.tolist(), seq_lens.tolist()
     table = block_table[rows].long()
     heads = torch.arange(num_kv_heads)[:, None]
-    groups, first, most = [], 0, 0
+    groups, first, most = [], lengths.count(0), 0  # padding is the shortest
     while first < len(num_blocks):
         last = first + 1
         while last < len(num_blocks) and (last + 1 - first) * num_blocks[last] * block_bytes <= GROUP_BYTES:
@@ -150,6 +150,8 @@ def paged_prefill_cpu(
     """`paged_prefill` for CPU tensors: see there."""
     starts = query_start.tolist()
     for i, (row, length) in enumerate(zip(rows.tolist(), seq_lens.tolist(), strict=True)):
+        if row < 0:  # padding
+            continue
         chunk = slice(starts[i], starts[i + 1])
         keys, values = (gather_kv(cache, block_table[row], length) for cache in (k_cache, v_cache))
         _attend_causally(q[chunk], keys, values, scale, out[chunk])

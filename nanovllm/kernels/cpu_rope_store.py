@@ -17,19 +17,28 @@ class RopeStorePlan:
     sin: torch.Tensor  # [tokens, 1, rotary_dim] float32, negative for the first half
     block: torch.Tensor  # [tokens] int64
     offset: torch.Tensor  # [tokens] int64
+    is_stored: torch.Tensor | None = None  # [tokens] bool, False for padding; None if there is none
 
     def pieces(self, size: int) -> list["RopeStorePlan"]:
-        fields = (self.cos, self.sin, self.block, self.offset)
-        return [RopeStorePlan(*parts) for parts in zip(*(field.split(size) for field in fields), strict=True)]
+        fields = (self.cos, self.sin, self.block, self.offset, self.is_stored)
+        parts = zip(*(field.split(size) for field in fields if field is not None), strict=True)
+        return [RopeStorePlan(*part) for part in parts]
 
 
 def plan_rope_store(
     positions: torch.Tensor, slot_mapping: torch.Tensor, cos_sin: torch.Tensor, block_size: int
 ) -> RopeStorePlan:
-    """`positions [tokens]` int32, `slot_mapping [tokens]` int64 (none is -1), `cos_sin [max_position, rotary_dim]`."""
+    """`positions [tokens]` int32, `slot_mapping [tokens]` int64 (-1: nowhere), `cos_sin [max_position, rotary_dim]`."""
     cos, sin = cos_sin.index_select(0, positions).unsqueeze(1).chunk(2, dim=-1)
     block = torch.div(slot_mapping, block_size, rounding_mode="floor")
-    return RopeStorePlan(torch.cat([cos, cos], -1), torch.cat([-sin, sin], -1), block, slot_mapping % block_size)
+    is_stored = slot_mapping >= 0
+    return RopeStorePlan(
+        torch.cat([cos, cos], -1),
+        torch.cat([-sin, sin], -1),
+        block,
+        slot_mapping % block_size,
+        None if is_stored.all() else is_stored,
+    )
 
 
 def qk_norm_rope_store_cpu(
@@ -62,6 +71,9 @@ def qk_norm_rope_store_cpu(
     other = turning.unflatten(-1, (2, rotary_dim // 2)).flip(-2).flatten(-2)  # the other element of each pair
     turning.mul_(plan.cos).addcmul_(other, plan.sin)
     q, k = x.to(qkv.dtype).split([num_heads, num_qk - num_heads], dim=1)
-    k_cache[plan.block, :, plan.offset] = k
-    v_cache[plan.block, :, plan.offset] = heads[:, num_qk:]
+    block, offset, v = plan.block, plan.offset, heads[:, num_qk:]
+    if plan.is_stored is not None:
+        block, offset, k, v = (x[plan.is_stored] for x in (block, offset, k, v))
+    k_cache[block, :, offset] = k
+    v_cache[block, :, offset] = v
     return q

@@ -1,4 +1,5 @@
-"""What a request changes in its logits before a token is drawn: allowed tokens, bad words, biases, penalties.
+"""What a request changes in its logits before a token is drawn: allowed tokens, bad words, held-back stop ids, biases,
+penalties.
 
 Each is a list of token ids and what happens to their logits, so nothing but those logits is read or written; even the
 penalties look only at the tokens that their sequence has. The lists of a batch are joined, whatever their lengths: a
@@ -26,6 +27,7 @@ class RowEdits:
         allowed: `[any]` int64, the tokens that may be drawn. None: all.
         bias_ids, bias: `[any]` int64 and float32, what is added to which logit. None: nothing.
         bad_words: `[words, longest]` int32, filled up with -1 in front: a word's last token may not follow the others.
+        held_back: `[any]` int64, the tokens that may not be drawn before the length `min_len`. None: none.
     """
 
     prompt_len: int
@@ -36,6 +38,8 @@ class RowEdits:
     bias_ids: torch.Tensor | None = None
     bias: torch.Tensor | None = None
     bad_words: torch.Tensor | None = None
+    held_back: torch.Tensor | None = None
+    min_len: int = 0
 
     @property
     def has_penalties(self) -> bool:
@@ -45,7 +49,7 @@ class RowEdits:
 def edit_logits(
     logits: torch.Tensor, edits: list[RowEdits], token_ids: torch.Tensor, seq_lens: torch.Tensor, max_len: int
 ) -> None:
-    """Edit each entry's logits in place: allowed tokens, bad words, biases, then penalties.
+    """Edit each entry's logits in place: allowed tokens, bad words, held-back ids, biases, then penalties.
 
     Args:
         logits: `[entries, vocab]` float32, contiguous.
@@ -63,6 +67,9 @@ def edit_logits(
         prompt_lens = send([edit.prompt_len for edit in edits], torch.int32, device)
     if has_bad_words:
         _ban_words(logits, [edit.bad_words for edit in edits], token_ids, prompt_lens, seq_lens)
+    if any(edit.held_back is not None for edit in edits):
+        is_short = seq_lens < send([edit.min_len for edit in edits], torch.int32, device)
+        _hold_back(logits, [edit.held_back for edit in edits], is_short)
     if any(edit.bias is not None for edit in edits):
         entry, ids = _join([edit.bias_ids for edit in edits])
         bias = torch.cat([edit.bias for edit in edits if edit.bias is not None])
@@ -111,6 +118,11 @@ def _ban_words(
     is_banned = ((start < 0) | (is_output & (start == tail))).all(1)
     # Added, since two words may end with one token of which only one is banned here.
     logits.view(-1).index_add_(0, entry * logits.shape[1] + last, torch.where(is_banned, -math.inf, 0.0))
+
+
+def _hold_back(logits: torch.Tensor, held_back: list[torch.Tensor | None], is_short: torch.Tensor) -> None:
+    entry, ids = _join(held_back)
+    logits.view(-1).index_add_(0, entry * logits.shape[1] + ids, torch.where(is_short[entry], -math.inf, 0.0))
 
 
 def _penalize(

@@ -24,7 +24,7 @@ from nanovllm.kernels.gumbel_noise import (
     spread_indices,
 )
 from nanovllm.kernels.sample_kernel import sample_triton
-from nanovllm.sampling_params import MIN_TEMPERATURE
+from nanovllm.sampling_params import MIN_TEMPERATURE, NAN_LOGITS, NO_TOKEN_LEFT
 
 CHUNK = 128  # logits
 LIKELY_CHUNKS = 64  # hold the winner in all but odd cases: a flat distribution has some 20 that could
@@ -66,7 +66,8 @@ def sample(
 
     In this order: stop ids are masked while `seq_lens < min_len`, temperature, min_p, top_k (ties with the k-th are
     kept), top_p (of what these left; the smallest set of likeliest tokens, and ties with its last). A padding entry
-    (row -1) gets token 0 and touches no row. Logits that are all NaN or -inf give some token of the vocabulary.
+    (row -1) gets token 0 and touches no row. An entry with a NaN among its logits, masked or not, gets NAN_LOGITS, one
+    whose logits are all -inf NO_TOKEN_LEFT, and their rows token 0. +inf is drawn before anything finite.
 
     Args:
         logits: `[entries, vocab]` bfloat16, float16 or float32, the last dimension contiguous; left as they are.
@@ -101,25 +102,39 @@ def sample_reference(
             tokens.append(0)
             continue
         x = logits[i]
-        if position[i] < min_len:
+        chunk_max = _chunk_max(x)
+        top = float(chunk_max.max())  # NaN if any is
+        if position[i] < min_len and not math.isnan(top):
             stop_ids = params.stop_ids[live[i]]
             x = x.index_fill(0, stop_ids[stop_ids >= 0].long(), -math.inf)
-        if temperature < MIN_TEMPERATURE:
-            tokens.append(_argmax(x))
+            chunk_max = _chunk_max(x)
+            top = float(chunk_max.max())
+        if not -math.inf < top:
+            tokens.append(NAN_LOGITS if math.isnan(top) else NO_TOKEN_LEFT)
+        elif temperature < MIN_TEMPERATURE or top == math.inf:
+            tokens.append(_argmax(x, chunk_max))
         else:
-            tokens.append(_draw(x, min(temperature, MAX_TEMPERATURE), top_k, top_p, min_p, key_0[i], key_1[i]))
+            temperature = min(temperature, MAX_TEMPERATURE)
+            chunk_max = chunk_max.float()
+            tokens.append(_draw(x, chunk_max, top, temperature, top_k, top_p, min_p, key_0[i], key_1[i]))
     token = torch.tensor(tokens, dtype=torch.int32).to(out.device)
     out.copy_(token)
     is_live = rows >= 0
-    token_ids[rows[is_live], seq_lens[is_live]] = token[is_live]
+    token_ids[rows[is_live], seq_lens[is_live]] = token[is_live].clamp(min=0)
 
 
-def _draw(x: torch.Tensor, temperature: float, top_k: int, top_p: float, min_p: float, key_0: int, key_1: int) -> int:
-    """Gumbel-max over the tokens of `x [vocab]` that the truncations leave."""
-    chunk_max = _chunk_max(x).float()
-    top = float(chunk_max.max())
-    if not math.isfinite(top):
-        return _argmax(x)
+def _draw(
+    x: torch.Tensor,
+    chunk_max: torch.Tensor,
+    top: float,
+    temperature: float,
+    top_k: int,
+    top_p: float,
+    min_p: float,
+    key_0: int,
+    key_1: int,
+) -> int:
+    """Gumbel-max over the tokens of `x [vocab]`, of which `top` is the largest, that the truncations leave."""
     is_truncated = 0 < top_k < len(x) or top_p < 1 or min_p > 0
     if is_truncated:
         floor = _truncate(x, chunk_max, temperature, top_k, top_p, min_p)
@@ -147,7 +162,8 @@ def _draw_from_all(x: torch.Tensor, chunk_max: torch.Tensor, temperature: float,
     best = int(score.argmax())
     if len(bound) <= LIKELY_CHUNKS or score[best] > first.values[-1]:
         return int(index[best])
-    return _argmax(gumbel(bits).add_(x.float(), alpha=1 / temperature))
+    scores = gumbel(bits).add_(x.float(), alpha=1 / temperature)
+    return _argmax(scores, _chunk_max(scores))
 
 
 def _truncate(
@@ -173,9 +189,9 @@ def _truncate(
     return floor
 
 
-def _argmax(x: torch.Tensor) -> int:
+def _argmax(x: torch.Tensor, chunk_max: torch.Tensor) -> int:
     # By chunks, as `amax` is vectorized and `argmax` is not: 8 times slower in float32, 20 in bfloat16.
-    chunk = int(_chunk_max(x).argmax()) * CHUNK
+    chunk = int(chunk_max.argmax()) * CHUNK
     return chunk + int(x[chunk : chunk + CHUNK].argmax())
 
 

@@ -17,10 +17,10 @@ import torch
 
 from nanovllm.kernels.early_launch import early_launch, wait_for_previous
 from nanovllm.kernels.gumbel_noise import MAX_TEMPERATURE, gumbel_kernel, noise_bits_kernel
-from nanovllm.kernels.sample_row import asked, count_stop_ids, load_logits
+from nanovllm.kernels.sample_row import asked, count_stop_ids, load_logits, load_raw_logits, mask_logits
 from nanovllm.kernels.sample_threshold import bisect, kth_largest, least_logit, load_tokens, order, reaching
 from nanovllm.kernels.triton_shim import tl, triton
-from nanovllm.sampling_params import MIN_TEMPERATURE
+from nanovllm.sampling_params import MIN_TEMPERATURE, NAN_LOGITS, NO_TOKEN_LEFT
 
 if TYPE_CHECKING:
     from nanovllm.kernels.sample import SamplingTensors
@@ -95,6 +95,8 @@ def sample_triton(
         MAX_CANDIDATES=MAX_CANDIDATES,
         # Bits of a float32 in which no two logits of this dtype differ.
         LOW_BITS={torch.bfloat16: 16, torch.float16: 13}.get(logits.dtype, 0),
+        NAN_LOGITS=NAN_LOGITS,
+        NO_TOKEN_LEFT=NO_TOKEN_LEFT,
         **CHOOSE_OPTIONS,
         **constants,
     )
@@ -122,7 +124,7 @@ def _scan_kernel(
     GROUPS: tl.constexpr,
     EARLY: tl.constexpr,
 ):
-    """Leave of one split of a row: its best score, whose index that is, its mass; and its groups' maxima."""
+    """Leave of one split of a row: its best score (NaN: a logit is), whose index that is, its mass; groups' maxima."""
     wait_for_previous(EARLY)
     entry = tl.program_id(0).to(tl.int64)
     split = tl.program_id(1)
@@ -144,9 +146,12 @@ def _scan_kernel(
     best = tl.full([TILE], float("-inf"), tl.float32)
     best_index = tl.full([TILE], 0x7FFFFFFF, tl.int32)
     mass = tl.zeros([TILE], tl.float32)
+    is_nan = tl.zeros([TILE], tl.int32)
     for i in range(tiles_each):
         index = (split * tiles_each + i) * TILE + lane
-        score = load_logits(logits_ptr, index, vocab_size, stop_ids_ptr, stop_ids_strides[1], num_stop_ids)
+        raw = load_raw_logits(logits_ptr, index, vocab_size)
+        is_nan |= (raw != raw).to(tl.int32)
+        score = mask_logits(raw, index, stop_ids_ptr, stop_ids_strides[1], num_stop_ids)
         if is_truncated:
             largest = tl.maximum(best, score)
             shift = tl.where(largest == float("-inf"), 0.0, largest)
@@ -160,7 +165,7 @@ def _scan_kernel(
     top = tl.max(best, axis=0)
     program = entry * num_splits + split
     num_programs = tl.num_programs(0).to(tl.int64) * num_splits
-    tl.store(scratch_ptr + program, top)
+    tl.store(scratch_ptr + program, tl.where(tl.max(is_nan, axis=0) > 0, float("nan"), top))
     token = tl.min(tl.where(best == top, best_index, 0x7FFFFFFF), axis=0)
     tl.store(scratch_ptr + num_programs + program, token.to(tl.float32, bitcast=True))
     if is_truncated:
@@ -196,6 +201,8 @@ def _choose_kernel(
     TILE_GROUPS: tl.constexpr,
     MAX_CANDIDATES: tl.constexpr,
     LOW_BITS: tl.constexpr,
+    NAN_LOGITS: tl.constexpr,
+    NO_TOKEN_LEFT: tl.constexpr,
     EARLY: tl.constexpr,
 ):
     """Compare the splits of a row, or draw from what its truncations leave; write the token."""
@@ -215,8 +222,10 @@ def _choose_kernel(
     program = entry * num_splits + split
     num_programs = tl.num_programs(0).to(tl.int64) * num_splits
     scores = tl.load(scratch_ptr + program, mask=inside, other=float("-inf"))
+    is_nan = tl.max((scores != scores).to(tl.int32), axis=0) > 0
+    scores = tl.where(scores == scores, scores, float("-inf"))
     top = tl.max(scores, axis=0)
-    if is_truncated:
+    if is_truncated & (top > float("-inf")):
         # What this row keeps is some upper part of its logits: everything from a threshold on.
         to_exponent = inverse_temperature * 1.4426950408889634
         logits_ptr += entry * logits_stride
@@ -313,6 +322,8 @@ def _choose_kernel(
     else:
         tokens = tl.load(scratch_ptr + num_programs + program, mask=inside, other=0.0).to(tl.int32, bitcast=True)
         token = tl.min(tl.where(inside & (scores == top), tokens, 0x7FFFFFFF), axis=0)
-    token = tl.where(token == 0x7FFFFFFF, 0, token)  # all NaN or -inf
+    token = tl.where(token == 0x7FFFFFFF, NO_TOKEN_LEFT, token)
+    token = tl.where(is_nan, NAN_LOGITS, token)
     tl.store(out_ptr + entry, token)
-    tl.store(token_ids_ptr + row * token_ids_strides[0] + position.to(tl.int64) * token_ids_strides[1], token)
+    place = row * token_ids_strides[0] + position.to(tl.int64) * token_ids_strides[1]
+    tl.store(token_ids_ptr + place, tl.maximum(token, 0))

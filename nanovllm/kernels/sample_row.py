@@ -36,10 +36,22 @@ def count_stop_ids(
 
 
 @triton.jit
-def load_logits(logits_ptr, index, vocab_size, stop_ids_ptr, stop_ids_stride, num_stop_ids):
-    """float32 logits; -inf for NaN, for masked stop ids, and past the vocabulary."""
-    x = tl.load(logits_ptr + index, mask=index < vocab_size, other=float("-inf")).to(tl.float32)
+def load_raw_logits(logits_ptr, index, vocab_size):
+    """float32 logits as the model gave them; -inf past the vocabulary."""
+    return tl.load(logits_ptr + index, mask=index < vocab_size, other=float("-inf")).to(tl.float32)
+
+
+@triton.jit
+def mask_logits(x, index, stop_ids_ptr, stop_ids_stride, num_stop_ids):
+    """-inf for NaN and for masked stop ids."""
     x = tl.where(x == x, x, float("-inf"))
     for i in range(num_stop_ids):
         x = tl.where(index == tl.load(stop_ids_ptr + i * stop_ids_stride), float("-inf"), x)
     return x
+
+
+@triton.jit
+def load_logits(logits_ptr, index, vocab_size, stop_ids_ptr, stop_ids_stride, num_stop_ids):
+    """float32 logits; -inf for NaN, for masked stop ids, and past the vocabulary."""
+    x = load_raw_logits(logits_ptr, index, vocab_size)
+    return mask_logits(x, index, stop_ids_ptr, stop_ids_stride, num_stop_ids)

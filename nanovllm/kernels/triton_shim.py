@@ -9,7 +9,10 @@ import os
 
 try:
     import triton
+
+    HAS_TRITON = True
 except ImportError:
+    HAS_TRITON = False
 
     class _Absent:
         def __getattr__(self, name: str) -> "_Absent":
@@ -26,4 +29,4 @@ else:  # what a Triton lacks that is too old is an error, and not a reason to go
 # Kernels are run by Triton's interpreter, which knows no inline assembly.
 INTERPRETED = tl.constexpr(os.environ.get("TRITON_INTERPRET") == "1")
 
-__all__ = ["INTERPRETED", "TensorDescriptor", "tl", "triton"]
+__all__ = ["HAS_TRITON", "INTERPRETED", "TensorDescriptor", "tl", "triton"]

@@ -14,29 +14,73 @@ RopeParameters = dict[str, Any]
 
 
 def rope_parameters(hf_config: Any) -> RopeParameters:
-    """The rope settings of a Hugging Face config in one spelling, that of transformers 5.
+    """The rope settings of a Hugging Face config in one spelling, that of transformers 5, whose precedence this has.
 
-    Reads `rope_parameters`, or the older `rope_theta` and `rope_scaling`.
+    `rope_scaling` replaces `rope_parameters` whole, and `rope_theta` counts where neither has one.
+
+    Raises:
+        ValueError: a setting is missing, of a wrong type, or not supported.
     """
-    params = dict(getattr(hf_config, "rope_parameters", None) or getattr(hf_config, "rope_scaling", None) or {})
-    params.setdefault("rope_theta", getattr(hf_config, "rope_theta", None) or 10000.0)
-    params["rope_type"] = params.get("rope_type") or params.get("type") or "default"
-    params.setdefault("original_max_position_embeddings", hf_config.max_position_embeddings)
+    scaling, params = (getattr(hf_config, key, None) for key in ("rope_scaling", "rope_parameters"))
+    for key, value in (("rope_scaling", scaling), ("rope_parameters", params)):
+        if not isinstance(value, dict | None):
+            raise ValueError(f"{key}={value!r:.80} must be null or an object")
+    params = dict(scaling or params or {})
+    if "full_attention" in params:
+        raise ValueError("rope settings for each type of layer, as 'full_attention', are not supported")
+    params.setdefault("rope_theta", getattr(hf_config, "rope_theta", 10000.0))
+    params.setdefault("rope_type", params.get("type", "default"))
+    own = hf_config.max_position_embeddings
+    if params["rope_type"] not in ("yarn", "llama3"):
+        params["original_max_position_embeddings"] = own  # the others do not read it
+    elif hasattr(hf_config, "original_max_position_embeddings"):
+        params["original_max_position_embeddings"] = hf_config.original_max_position_embeddings
+    else:
+        params.setdefault("original_max_position_embeddings", own)
+    if getattr(hf_config, "partial_rotary_factor", None) is not None:
+        params.setdefault("partial_rotary_factor", hf_config.partial_rotary_factor)
+    _check(params)
+    if params["rope_type"] == "yarn" and params["factor"] is None:
+        params["factor"] = own / params["original_max_position_embeddings"]
     return params
+
+
+def _check(params: RopeParameters) -> None:
+    rope_type = params["rope_type"]
+    if not isinstance(rope_type, str) or rope_type not in _INV_FREQ:
+        raise ValueError(f"rope_type={rope_type!r:.80} must be one of {', '.join(_INV_FREQ)}")
+    required, optional = _SETTINGS[rope_type]
+    for key in ("rope_theta", *required):
+        if key not in params:
+            raise ValueError(f"rope_type={rope_type!r} needs the setting {key!r}")
+        is_derived = (rope_type, key, params[key]) == ("yarn", "factor", None)
+        if not is_derived and not (_is_finite(params[key]) and params[key] > 0):
+            raise ValueError(f"{key}={params[key]!r:.80} of rope_type={rope_type!r} must be a finite number > 0")
+    for key in optional:
+        value = params.get(key)
+        if value is not None and not (_is_finite(value) and (value >= 0 or not key.startswith("beta"))):
+            raise ValueError(f"{key}={value!r:.80} of rope_type={rope_type!r} must be null or a finite number")
+    if rope_type == "yarn" and params["rope_theta"] <= 1:
+        raise ValueError(f"rope_theta={params['rope_theta']} of rope_type='yarn' must exceed 1")
+    if rope_type == "llama3" and params["high_freq_factor"] <= params["low_freq_factor"]:
+        raise ValueError(
+            f"high_freq_factor={params['high_freq_factor']} must exceed low_freq_factor={params['low_freq_factor']}"
+        )
+    # transformers passes a factor over with the default type, and breaks on one with any other.
+    if rope_type != "default" and params.get("partial_rotary_factor", 1.0) != 1.0:
+        raise ValueError(f"partial_rotary_factor={params['partial_rotary_factor']!r:.80} must be 1 or absent")
+
+
+def _is_finite(value: object) -> bool:
+    return isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value)
 
 
 def build_cos_sin(rotary_dim: int, max_position: int, params: RopeParameters) -> torch.Tensor:
     """The rotation of every position: `[max_position, rotary_dim]` float32, cosines then sines.
 
-    Raises:
-        ValueError: `params["rope_type"]` is not one of those here, or a setting that it needs is missing.
+    `params` are those of `rope_parameters`.
     """
-    if params["rope_type"] not in _INV_FREQ:
-        raise ValueError(f"rope_type={params['rope_type']!r} must be one of {', '.join(_INV_FREQ)}")
-    try:
-        inv_freq, scale = _INV_FREQ[params["rope_type"]](rotary_dim, max_position, params)
-    except KeyError as missing:
-        raise ValueError(f"rope_type={params['rope_type']!r} needs the setting {missing}") from missing
+    inv_freq, scale = _INV_FREQ[params["rope_type"]](rotary_dim, max_position, params)
     angles = torch.arange(max_position, dtype=torch.float32)[:, None] * inv_freq  # [max_position, rotary_dim / 2]
     return torch.cat([angles.cos() * scale, angles.sin() * scale], dim=-1)
 
@@ -83,7 +127,7 @@ def _yarn(dim: int, max_position: int, params: RopeParameters) -> tuple[torch.Te
     if params.get("truncate", True):
         low, high = math.floor(low), math.ceil(high)
     low, high = max(low, 0), min(high, dim - 1)
-    ramp = (torch.arange(dim // 2, dtype=torch.float32) - low) / max(high - low, 0.001)
+    ramp = (torch.arange(dim // 2, dtype=torch.float32) - low) / ((high - low) or 0.001)
     extrapolated = 1 - ramp.clamp(0, 1)
     plain = _plain(dim, theta)
     return plain / factor * (1 - extrapolated) + plain * extrapolated, scale
@@ -105,4 +149,15 @@ _INV_FREQ: dict[str, Callable[[int, int, RopeParameters], tuple[torch.Tensor, fl
     "dynamic": _dynamic,
     "yarn": _yarn,
     "llama3": _llama3,
+}
+# type: (the settings it needs, those it may have), beside rope_theta. All are numbers.
+_SETTINGS: dict[str, tuple[tuple[str, ...], tuple[str, ...]]] = {
+    "default": ((), ()),
+    "linear": (("factor",), ()),
+    "dynamic": (("factor",), ()),
+    "yarn": (
+        ("factor", "original_max_position_embeddings"),
+        ("attention_factor", "beta_fast", "beta_slow", "mscale", "mscale_all_dim"),
+    ),
+    "llama3": (("factor", "low_freq_factor", "high_freq_factor", "original_max_position_embeddings"), ()),
 }

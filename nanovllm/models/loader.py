@@ -4,10 +4,8 @@ New weights for a model that runs come the same way, by the checkpoint's names, 
 parameters keep their addresses on a GPU, on which captured graphs rely.
 """
 
-import json
-from collections.abc import Collection, Iterable, Iterator
+from collections.abc import Collection, Iterable
 from pathlib import Path
-from types import SimpleNamespace
 from typing import Any
 
 import torch
@@ -16,10 +14,12 @@ from torch import nn
 from nanovllm.config import Config
 from nanovllm.kernels.packed_linear import pack_weight, unpack_weight
 from nanovllm.layers.linear import Linear, TensorParallel
-from nanovllm.models import model_class
+from nanovllm.models.tied_head import EMBEDDING, HEAD, TiedHead
+from nanovllm.models.weight_files import read_tensors
 
 NamedTensors = Iterable[tuple[str, torch.Tensor]]
 Place = tuple[str, str, str | int | None]  # module, its parameter, shard of it
+DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)  # of weights that are no quantized ones
 
 
 def resolve_model_path(model: str, revision: str | None) -> Path:
@@ -42,67 +42,46 @@ def resolve_model_path(model: str, revision: str | None) -> Path:
         raise OSError(f"model={model!r} is neither a local directory nor to be had from the hub: {error}") from error
 
 
-def load_hf_config(path: Path) -> tuple[Any, type]:
-    """A checkpoint's config.json, with what it may leave out filled in, and the class of its model.
-
-    Read as plain JSON: transformers' class for the same takes two seconds to import.
-
-    Raises:
-        FileNotFoundError: there is none; ValueError: it names no architecture of ours, or lacks a key.
-    """
-    if not (path / "config.json").is_file():
-        raise FileNotFoundError(f"no config.json in {path}")
-    content = _read_json(path / "config.json")
-    cls = model_class(content.get("architectures"))
-    given = {key: value for key, value in content.items() if value is not None}
-    missing = [key for key in cls.required_config if key not in given]
-    if missing:
-        raise ValueError(f"{path / 'config.json'} lacks {', '.join(missing)}")
-    return SimpleNamespace(**{**cls.default_config, **given}), cls
-
-
-def load_eos_token_ids(path: Path, hf_config: Any) -> frozenset[int]:
-    """Every id that ends a sequence: generation_config.json's, or else the config's."""
-    file = path / "generation_config.json"
-    eos = _read_json(file).get("eos_token_id") if file.is_file() else None
-    if eos is None:
-        eos = getattr(hf_config, "eos_token_id", None)
-    if eos is None:
-        return frozenset()
-    return frozenset(eos if isinstance(eos, list) else [eos])
-
-
 def load_weights(model: nn.Module, path: Path) -> None:
     """Fill `model` from the directory's safetensors, one file or several with an index.
 
     Raises:
         FileNotFoundError: no weights, or a file of the index is missing; OSError: a file is damaged.
-        ValueError: naming a tensor that is missing, unexpected, there twice, or of the wrong shape.
+        ValueError: naming a tensor that is missing, unexpected, there twice, or of the wrong shape or dtype.
     """
     places = tensor_places(model)
     loaded: set[str] = set()
-    _fill(model, places, _read_tensors(path), loaded, f" in {path}")
+    _fill(model, places, read_tensors(path), loaded, f" in {path}")
     missing = places.keys() - loaded
     if missing:
         raise ValueError(f"tensors missing in {path}: {list_names(missing)}")
 
 
-def checked_tensors(outline: nn.Module, named_tensors: NamedTensors) -> NamedTensors:
+def checked_tensors(outline: nn.Module, named_tensors: NamedTensors, tied_head: TiedHead | None = None) -> NamedTensors:
     """The same, each held to be one of the checkpoint's, but for those that say nothing new.
 
     Args:
         outline: the whole model without memory, of one rank.
+        tied_head: watches the head's tensor where the model has none.
 
     Raises:
         TypeError: what comes is not a name and a tensor.
-        ValueError: naming a tensor that is unexpected, there twice, or of the wrong shape.
+        ValueError: naming a tensor that is unexpected, there twice, or of the wrong shape or dtype; at the end, a head
+            that should be the embedding and is not.
     """
     places = tensor_places(outline)
+    if tied_head is not None:
+        places[HEAD] = places[EMBEDDING]
+        tied_head.begin()
     seen: set[str] = set()
     for name, tensor in _pairs(named_tensors):
-        _fill(outline, places, [(name, torch.empty(tensor.shape, device="meta"))], seen)
-        if name in seen:
+        _fill(outline, places, [(name, torch.empty(tensor.shape, dtype=tensor.dtype, device="meta"))], seen)
+        if tied_head is not None:
+            tied_head.see(name, tensor)
+        if name in seen and (name != HEAD or tied_head is None):
             yield name, tensor
+    if tied_head is not None:
+        tied_head.end()
 
 
 def update_weights(model: nn.Module, outline: nn.Module, named_tensors: NamedTensors, loaded: set[str]) -> None:
@@ -207,6 +186,9 @@ def _fill(
                 continue
             raise ValueError(f"tensor {name!r}{source} is not a part of {type(model).__name__}")
         module_name, leaf, shard = places[name]
+        if tensor.dtype not in DTYPES:
+            allowed = ", ".join(str(dtype).removeprefix("torch.") for dtype in DTYPES)
+            raise ValueError(f"tensor {name!r}{source} is {tensor.dtype}: weights must be {allowed}")
         owner = model.get_submodule(module_name)
         if leaf == "weight" and getattr(owner, "packed", None) is not None:
             owner.weight = nn.Parameter(unpack_weight(owner.packed), requires_grad=False)
@@ -231,47 +213,6 @@ def _pairs(named_tensors: NamedTensors) -> NamedTensors:
                 raise TypeError(f"named_tensors has {pair!r:.80}: it must have pairs of a name and a tensor")
 
 
-def _read_json(file: Path) -> dict[str, Any]:
-    try:
-        content = json.loads(file.read_text())
-    except ValueError as error:
-        raise ValueError(f"{file} is not JSON: {error}") from error
-    if not isinstance(content, dict):
-        raise ValueError(f"{file} must hold a JSON object, not {type(content).__name__}")
-    return content
-
-
 def _is_redundant(name: str, model: nn.Module) -> bool:
     """Whether checkpoints carry this tensor although it is computed, or is another under a second name."""
-    return name.endswith("rotary_emb.inv_freq") or (model.lm_head.is_tied and name == "lm_head.weight")
-
-
-def _read_tensors(path: Path) -> Iterator[tuple[str, torch.Tensor]]:
-    """Each tensor is a map of its part of the file: of those that are cut, a rank reads only its own share."""
-    from safetensors import SafetensorError, safe_open
-
-    for file in _weight_files(path):
-        try:
-            with safe_open(file, framework="pt") as tensors:
-                for name in tensors.keys():  # noqa: SIM118 -- not a dict
-                    yield name, tensors.get_tensor(name)
-        except SafetensorError as error:
-            raise OSError(f"{file} is damaged: {error}") from error
-
-
-def _weight_files(path: Path) -> list[Path]:
-    index = path / "model.safetensors.index.json"
-    if index.is_file():
-        weight_map = _read_json(index).get("weight_map")
-        if not isinstance(weight_map, dict) or not weight_map:
-            raise ValueError(f"{index} must have a 'weight_map' from tensor names to files")
-        files = [path / name for name in sorted(set(weight_map.values()))]
-    else:
-        single = path / "model.safetensors"
-        files = [single] if single.is_file() else sorted(path.glob("*.safetensors"))
-    if not files:
-        raise FileNotFoundError(f"no *.safetensors in {path}")
-    for file in files:
-        if not file.is_file():
-            raise FileNotFoundError(f"{file.name} is listed in {index.name} but not in {path}")
-    return files
+    return name.endswith("rotary_emb.inv_freq") or (model.lm_head.is_tied and name == HEAD)

@@ -32,8 +32,6 @@ class Qwen3Attention(nn.Module):
 class Qwen3MLP(nn.Module):
     def __init__(self, config: Any, tp: TensorParallel) -> None:
         super().__init__()
-        if config.hidden_act != "silu":
-            raise ValueError(f"hidden_act={config.hidden_act!r} must be 'silu'")
         self.gate_up_proj = MergedColumnParallelLinear(config.hidden_size, [config.intermediate_size] * 2, tp)
         self.down_proj = RowParallelLinear(config.intermediate_size, config.hidden_size, tp)
 
@@ -75,6 +73,7 @@ class Qwen3Model(nn.Module):
 class Qwen3ForCausalLM(nn.Module):
     """`forward` gives hidden states `[tokens, hidden_size]`; `compute_logits`, `[n, vocab_size]` of those it gets."""
 
+    model_type = "qwen3"
     required_config = [
         "vocab_size",
         "hidden_size",
@@ -91,6 +90,9 @@ class Qwen3ForCausalLM(nn.Module):
         "tie_word_embeddings": False,
         "max_position_embeddings": 32768,
         "use_sliding_window": False,
+        "sliding_window": 4096,
+        "max_window_layers": 28,
+        "layer_types": None,
     }
     # Parameters that hold several of the checkpoint's tensors: name -> (the tensor's name, its shard)
     packed_modules = {
@@ -100,8 +102,6 @@ class Qwen3ForCausalLM(nn.Module):
 
     def __init__(self, config: Any, tp: TensorParallel) -> None:
         super().__init__()
-        if config.use_sliding_window:
-            raise ValueError("use_sliding_window=True in config.json is not supported: attention here is full")
         self.model = Qwen3Model(config, tp)
         self.lm_head = ParallelLMHead(config.vocab_size, config.hidden_size, tp)
         if config.tie_word_embeddings:

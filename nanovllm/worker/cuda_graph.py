@@ -30,6 +30,11 @@ class StepShape:
     num_chunks: int = 0
     num_chunk_tokens: int = 0
 
+    @classmethod
+    def of(cls, plan: StepPlan) -> "StepShape":
+        """A plan's own shape, without padding."""
+        return cls(plan.num_decodes, len(plan.rows) - plan.num_decodes, plan.num_tokens - plan.num_decodes)
+
     @property
     def num_seqs(self) -> int:
         return self.num_decodes + self.num_chunks
@@ -41,7 +46,7 @@ class StepShape:
 
 @dataclass(slots=True, frozen=True)
 class StepShapes:
-    """The shapes to which steps are padded; one with chunks that fits none of them keeps its own.
+    """The shapes to which steps are padded. With graphs there is one for each of them.
 
     Attributes:
         decodes: sizes of a step without chunks. mixed_decodes: of the decodes in one with chunks.
@@ -59,20 +64,28 @@ class StepShapes:
             batch_sizes(num_rows), sorted(mixed), [size for size in CHUNK_TOKENS if size <= max_num_batched_tokens]
         )
 
+    def all(self) -> list[StepShape]:
+        """Every shape that `pad` may give: those of decodes alone, then those with chunks, the smallest first."""
+        return [*map(StepShape, self.decodes), *self.with_chunks()]
+
     def with_chunks(self) -> list[StepShape]:
         """The smallest first."""
         return [StepShape(n, MAX_CHUNKS, tokens) for tokens in self.chunk_tokens for n in self.mixed_decodes]
 
-    def fit(self, plan: StepPlan, is_exact: bool = False) -> StepShape:
-        """The shape for a plan; `is_exact`: chunks are not to be padded."""
+    def pad(self, plan: StepPlan, has_extras: bool = False) -> StepShape | None:
+        """The shape to which the step is padded, which has a graph where there are graphs. None: run it as it is.
+
+        A step that runs as it is may happen to have the shape of a graph, which must not be replayed for it: in a graph
+        every entry samples, also that of a prompt which is cut short, and a graph with chunks keeps no hidden states,
+        which extras (edits of logits, log-probabilities) need.
+        """
         num_chunks = len(plan.rows) - plan.num_decodes
         if not num_chunks:
             return StepShape(_at_least(plan.num_decodes, self.decodes))
         num_chunk_tokens = plan.num_tokens - plan.num_decodes
         is_small = num_chunks < MAX_CHUNKS and num_chunk_tokens <= max(self.chunk_tokens, default=0)
-        # A prompt that is cut short must not sample, and in a padded step all do.
-        if is_exact or not is_small or plan.num_samples < len(plan.rows):
-            return StepShape(plan.num_decodes, num_chunks, num_chunk_tokens)
+        if has_extras or not is_small or plan.num_samples < len(plan.rows):
+            return None
         num_decodes = _at_least(plan.num_decodes, self.mixed_decodes)
         return StepShape(num_decodes, MAX_CHUNKS, _at_least(num_chunk_tokens, self.chunk_tokens))
 
@@ -98,9 +111,6 @@ class StepGraphs:
 
     def __init__(self) -> None:
         self._graphs: dict[StepShape, torch.cuda.CUDAGraph] = {}
-
-    def __contains__(self, shape: StepShape) -> bool:
-        return shape in self._graphs
 
     def capture(self, run: Callable[[StepShape], object], shapes: list[StepShape]) -> None:
         """Record `run` at each shape, the largest first, which are the last: the smaller ones fit in its memory."""

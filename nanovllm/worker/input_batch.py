@@ -15,6 +15,7 @@ from nanovllm.worker.step_plan import NewRow, StepPlan
 # Columns of a row's scalars. Floats are stored as their 32 bits.
 TEMPERATURE, TOP_K, TOP_P, MIN_P, SEED_LO, SEED_HI, MIN_LEN, STOP_IDS = range(8)
 NUM_SCALARS = STOP_IDS + MAX_STOP_IDS
+MAX_STATE = 2**31 - 1  # numbers: the host names the places of a step's changes in int32
 
 
 class InputBatch:
@@ -33,6 +34,11 @@ class InputBatch:
         self.max_blocks = max_blocks
         self.num_rows = num_rows
         sizes = [num_rows * self.width, num_rows * max_blocks, num_rows, num_rows * NUM_SCALARS]
+        if sum(sizes) > MAX_STATE:
+            raise ValueError(
+                f"max_num_seqs={num_rows} rows for max_model_len={max_model_len} tokens each are {sum(sizes)} numbers: "
+                f"at most {MAX_STATE} can be indexed; lower one of the two"
+            )
         self.state = torch.zeros(sum(sizes), dtype=torch.int32, device=device)
         token_ids, block_table, self.num_computed, scalars = self.state.split(sizes)
         self.offsets = np.cumsum([0, *sizes])

@@ -14,11 +14,13 @@ import torch
 from nanovllm.kernels.logit_edits import RowEdits, edit_logits, send
 from nanovllm.kernels.logprobs import token_logprobs, unpack
 from nanovllm.kernels.sample import sample
+from nanovllm.sampling_params import NAN_LOGITS
 from nanovllm.worker.input_batch import InputBatch
 from nanovllm.worker.step_plan import LogitEdits, NewRow, PromptSpan, StepPlan, TokenLogprobs
 
 PIECE_BYTES = 64 << 20  # of float32 logits
 MAX_PIECE_ROWS = 256
+MAX_BIAS = 1e30  # no logit counts beside it, and what is done to it afterwards does not exceed float32
 SORTED_COST = 8  # memory for one of the likeliest tokens (its logit and int64 index, twice), in float32 numbers
 
 
@@ -110,7 +112,8 @@ class LogitExtras:
             edit_logits(x, edits, batch.token_ids[rows.long(), :max_len], lens, max_len)
             drawn = torch.empty_like(rows)
             sample(x, rows, lens, batch.params, batch.token_ids, drawn)
-            sampled[entries] = drawn
+            # The edits may have hidden a NaN.
+            sampled[entries] = torch.where(sampled[entries] == NAN_LOGITS, NAN_LOGITS, drawn)
         for i in asking:
             self._lengths[plan.rows[i]] += 1
 
@@ -120,7 +123,7 @@ class LogitExtras:
         for num_top, asking in _by_num_top(plan.logprobs, self._vocab_size):
             for piece in _pieces(asking, self._vocab_size + SORTED_COST * num_top):
                 entries = send(piece, torch.int64, logits.device)
-                packed = token_logprobs(logits[entries], sampled[entries], num_top)
+                packed = token_logprobs(logits[entries], sampled[entries].clamp(min=0), num_top)
                 out.pieces.append((False, piece, _to_host(packed)))
 
     def _prompt_logprobs(self, plan: StepPlan, hidden: torch.Tensor, out: LogprobsOnTheWay) -> None:
@@ -165,7 +168,10 @@ def row_edits(edits: LogitEdits, device: torch.device) -> RowEdits:
         row.allowed = send(list(edits.allowed_token_ids), torch.int64, device)
     if edits.logit_bias:
         row.bias_ids = send(list(edits.logit_bias), torch.int64, device)
-        row.bias = send(list(edits.logit_bias.values()), torch.float32, device)
+        biases = [min(MAX_BIAS, max(-MAX_BIAS, bias)) for bias in edits.logit_bias.values()]
+        row.bias = send(biases, torch.float32, device)
+    if edits.held_back:
+        row.held_back, row.min_len = send(list(edits.held_back), torch.int64, device), edits.min_len
     if edits.bad_words:
         longest = max(map(len, edits.bad_words))
         padded = [[-1] * (longest - len(word)) + list(word) for word in edits.bad_words]
@@ -178,7 +184,7 @@ def ask_for_the_most(plan: StepPlan) -> None:
     num_tokens = 0
     for i, (new, length) in enumerate(zip(plan.new_rows, plan.query_lens, strict=True)):
         if i < MAX_PIECE_ROWS:
-            new.edits = LogitEdits(prompt_len=0, repetition_penalty=1.1, allowed_token_ids=(0,), logit_bias={0: 1.0})
+            new.edits = LogitEdits(prompt_len=0, repetition_penalty=1.1, allowed_token_ids=[0], logit_bias={0: 1.0})
             plan.logprobs.append((i, 20))
         if num_tokens < MAX_PIECE_ROWS:
             plan.prompt_logprobs.append(PromptSpan(i, 0, length, 20))

@@ -69,6 +69,7 @@ class ModelRunner:
         self.attention_layers = [m for m in self.model.modules() if isinstance(m, Attention)]
         self._build_rope(hf_config)
         self.graphs: StepGraphs | None = None
+        self.graph_type = StepGraphs if self.is_cuda and not config.enforce_eager else None
         self.recorded_hidden: dict[StepShape, torch.Tensor] = {}  # of each graph of decodes: a few MB in all
         self.num_blocks = self._fit_cache(before)
         self.not_ready = ""
@@ -80,10 +81,9 @@ class ModelRunner:
     def start(self) -> None:
         """Make the cache, the rows and the buffers, and capture the graphs."""
         self._allocate(self.num_blocks)
-        if self.is_cuda and not self.config.enforce_eager:
-            self.graphs = StepGraphs()
-            decodes = [StepShape(size) for size in self.shapes.decodes]
-            self.graphs.capture(self._record, decodes + self.shapes.with_chunks())
+        if self.graph_type is not None:
+            self.graphs = self.graph_type()
+            self.graphs.capture(self._record, self.shapes.all())
 
     def stop(self) -> None:
         """Drop what `start` made. Until it is called again nothing can be launched."""
@@ -108,14 +108,14 @@ class ModelRunner:
             self._clear_fresh_tails(plan)
         self.extras.take(plan.new_rows)
         has_extras = self.extras.are_asked(plan)
-        shape = self.shapes.fit(plan, is_exact=has_extras)  # extras go by the plan's own order
+        padded = self.shapes.pad(plan, has_extras)
+        shape = padded or StepShape.of(plan)
         self.batch.apply(plan, slot, shape)
-        if self.graphs and shape in self.graphs:
+        if padded and self.graphs:
             self.graphs.replay(shape)
             hidden, logits = self.recorded_hidden.get(shape), None
         else:
-            is_padded = shape.num_seqs > len(plan.rows)
-            hidden, logits = self._run(shape, None if is_padded else plan.num_samples)
+            hidden, logits = self._run(shape, None if padded else plan.num_samples)
         extras = self._run_extras(plan, hidden, logits) if has_extras else None
         return self._fetch(plan, shape, slot, extras)
 
@@ -212,10 +212,8 @@ class ModelRunner:
         return StepHandle(host, self.done[slot], extras)
 
     def _build_rope(self, hf_config: Any) -> None:
-        layer = self.attention_layers[0]
-        params = rope_parameters(hf_config)
-        rotary_dim = int(layer.head_dim * (params.get("partial_rotary_factor") or 1.0))
-        self.cos_sin = build_cos_sin(rotary_dim, self.max_model_len, params).to(self.device)
+        table = build_cos_sin(self.attention_layers[0].head_dim, self.max_model_len, rope_parameters(hf_config))
+        self.cos_sin = table.to(self.device)
 
     def _fit_cache(self, before: DeviceMemory | None) -> int:
         """How many blocks the cache gets, and with it how long a sequence may be."""

@@ -1,31 +1,65 @@
 """What "auto" and None mean for this machine and this checkpoint, and into how many ranks they can be cut."""
 
+from pathlib import Path
 from typing import Any
 
 import torch
 
 from nanovllm.config import Config
+from nanovllm.kernels.triton_shim import HAS_TRITON
 from nanovllm.layers.linear import TensorParallel
 from nanovllm.layers.rotary_embedding import rope_parameters
-from nanovllm.models.loader import build_outline
+from nanovllm.models.loader import DTYPES, build_outline
+from nanovllm.models.tied_head import untie_if_heads_differ
+from nanovllm.models.weight_files import read_tensors
 
 
 def resolve_device(device: str) -> str:
-    """ "auto" is CUDA where there is one. Raises ValueError when "cuda" is asked for and absent."""
+    """ "auto" is CUDA where there is one.
+
+    Raises:
+        ValueError: "cuda" is asked for and absent. RuntimeError: CUDA is there without Triton, whose kernels it needs.
+    """
     has_cuda = torch.cuda.is_available()
+    if has_cuda and device != "cpu" and not HAS_TRITON:
+        raise RuntimeError(
+            "PyTorch sees a CUDA device, but Triton is not installed: `pip install triton`, or device='cpu'"
+        )
     if device == "cuda" and not has_cuda:
         raise ValueError("device='cuda' but PyTorch sees no CUDA device; use device='cpu' or 'auto'")
     return device if device != "auto" else "cuda" if has_cuda else "cpu"
 
 
+def resolve_by_weights(config: Config, hf_config: Any, path: Path) -> None:
+    """What the weights have to say in config.json's place: the dtype it leaves out, and whether a tied head is tied.
+
+    Raises as `models.weight_files.read_tensors`.
+    """
+    if config.load_format == "dummy":
+        return
+    if config.dtype == "auto" and _saved_dtype(hf_config) is None:
+        for _, tensor in read_tensors(path):
+            if tensor.dtype in DTYPES:
+                hf_config.dtype = str(tensor.dtype).removeprefix("torch.")
+                break
+    untie_if_heads_differ(hf_config, path, resolve_dtype(config.dtype, hf_config))
+
+
 def resolve_dtype(dtype: str, hf_config: Any) -> torch.dtype:
-    """ "auto" is what the checkpoint was saved in, or float32 if it does not say."""
+    """ "auto" is what the checkpoint was saved in, or float32 if nothing says."""
     if dtype != "auto":
         return getattr(torch, dtype)
-    saved = getattr(hf_config, "dtype", None) or getattr(hf_config, "torch_dtype", None) or "float32"
-    if saved not in ("bfloat16", "float16", "float32"):
-        raise ValueError(f"dtype={saved!r} in config.json is not supported; give LLM a dtype")
+    saved = _saved_dtype(hf_config)
+    if saved is None:
+        return torch.float32
+    if saved not in ("bfloat16", "float16", "half", "float32", "float"):
+        raise ValueError(f"dtype={saved!r:.80} in config.json is not supported; give LLM a dtype")
     return getattr(torch, saved)
+
+
+def _saved_dtype(hf_config: Any) -> Any:
+    saved = getattr(hf_config, "dtype", None)
+    return getattr(hf_config, "torch_dtype", None) if saved is None else saved
 
 
 def resolve_max_model_len(config: Config, hf_config: Any) -> int:
@@ -34,7 +68,8 @@ def resolve_max_model_len(config: Config, hf_config: Any) -> int:
     if config.max_model_len is None:
         return own
     rope = rope_parameters(hf_config)
-    stretched = int(rope["original_max_position_embeddings"] * (rope.get("factor") or 1.0))
+    factor = 1.0 if rope["rope_type"] == "default" else rope["factor"]
+    stretched = int(rope["original_max_position_embeddings"] * factor)
     limit = max(own, stretched)
     if config.max_model_len > limit:
         raise ValueError(f"max_model_len={config.max_model_len} must be at most the model's {limit}")

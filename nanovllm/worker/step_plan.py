@@ -12,14 +12,16 @@ class LogitEdits:
     frequency_penalty: float = 0.0
     presence_penalty: float = 0.0
     logit_bias: dict[int, float] | None = None
-    allowed_token_ids: tuple[int, ...] | None = None
+    allowed_token_ids: list[int] | None = None
     bad_words: tuple[tuple[int, ...], ...] = ()
+    held_back: tuple[int, ...] = ()  # stop ids that are not drawn before `min_len`: more than a row has room for
+    min_len: int = 0
 
     @property
     def has_any(self) -> bool:
         penalties = (self.repetition_penalty, self.frequency_penalty, self.presence_penalty)
         is_limited = self.allowed_token_ids is not None
-        return penalties != (1, 0, 0) or is_limited or bool(self.logit_bias or self.bad_words)
+        return penalties != (1, 0, 0) or is_limited or bool(self.logit_bias or self.bad_words or self.held_back)
 
 
 @dataclass(slots=True)

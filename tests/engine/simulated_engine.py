@@ -17,7 +17,7 @@ from types import SimpleNamespace
 from nanovllm.config import Config
 from nanovllm.engine.llm_engine import LLMEngine, StepStats
 from nanovllm.engine.sequence import Sequence
-from nanovllm.sampling_params import SamplingParams
+from nanovllm.sampling_params import NAN_LOGITS, SamplingParams
 from nanovllm.worker.ranks import Followers
 from nanovllm.worker.step_plan import StepPlan
 
@@ -45,15 +45,25 @@ def next_token(prefix_hash: int, num_tokens: int, min_len: int, stop_ids: list[i
     return token_id
 
 
-def expected_output(prompt: list[int], params: SamplingParams, max_model_len: int) -> tuple[list[int], str]:
+def has_no_token(prefix_hash: int, nan_every: int) -> bool:
+    """Whether the model's logits after a prefix are NaN: of one in so many, 0 for never."""
+    return nan_every > 0 and (prefix_hash >> 20) % nan_every == 0
+
+
+def expected_output(
+    prompt: list[int], params: SamplingParams, max_model_len: int, nan_every: int = 0
+) -> tuple[list[int], str]:
     """The tokens and the finish reason of a request that runs alone and is never disturbed."""
+    held_back = sorted({EOS, *params.stop_token_ids})
     stop_ids = set(params.stop_token_ids) | (set() if params.ignore_eos else {EOS})
     limit = max_model_len - len(prompt)
     limit = limit if params.max_tokens is None else min(limit, params.max_tokens)
     min_len = len(prompt) + params.min_tokens if params.min_tokens else 0
     tokens, parent = list(prompt), prefix_hashes(prompt)[-1]
     for produced in range(1, limit + 1):
-        tokens.append(next_token(parent, len(tokens), min_len, sorted(stop_ids)))
+        if has_no_token(parent, nan_every):
+            return tokens[len(prompt) :], "error"
+        tokens.append(next_token(parent, len(tokens), min_len, held_back))
         parent = extend(parent, tokens[-1])
         if tokens[-1] in stop_ids and produced > params.min_tokens:
             return tokens[len(prompt) :], "stop"
@@ -73,6 +83,7 @@ class SimulatedDevice:
         self.slots: list[int | None] = [None] * (num_blocks * block_size)
         self.launched: StepPlan | None = None
         self.fail_next = False
+        self.nan_every = 0
         self.is_lost = False  # all that it is asked to do fails, as on CUDA after an illegal memory access
 
     def check_device(self) -> None:
@@ -150,8 +161,11 @@ class SimulatedDevice:
         for index in plan.rows[: plan.num_samples]:
             row = self.rows[index]
             n = row.num_computed
-            token_id = next_token(row.hashes[-1], n, row.min_len, row.stop_ids)
-            row.token_ids[n:] = [token_id, *row.token_ids[n + 1 :]]
+            if has_no_token(row.hashes[-1], self.nan_every):
+                token_id = NAN_LOGITS
+            else:
+                token_id = next_token(row.hashes[-1], n, row.min_len, row.stop_ids)
+            row.token_ids[n:] = [max(token_id, 0), *row.token_ids[n + 1 :]]
             sampled.append(token_id)
         return sampled
 
@@ -177,7 +191,7 @@ def make_engine(
     engine.followers = Followers(engine.config)
     rows = min(max_num_seqs, max_num_batched_tokens)
     engine.runner = SimulatedDevice(num_blocks, block_size, max_model_len, rows, max_num_batched_tokens)
-    engine.eos_token_ids = frozenset({EOS})
+    engine.eos_token_ids, engine.eos_token_id = frozenset({EOS}), None
     engine.vocab_size = VOCAB_SIZE
     engine.max_model_len = max_model_len
     engine.max_behind = max_behind

@@ -11,7 +11,7 @@ from nanovllm.sampling_params import SamplingParams
 
 
 def sequence(token_ids: list[int]) -> Sequence:
-    return Sequence("0", list(token_ids), SamplingParams(), 10_000, frozenset(), 0)
+    return Sequence("0", list(token_ids), SamplingParams(), 10_000, frozenset(), {}, 0)
 
 
 def admit(manager: BlockManager, token_ids: list[int]) -> Sequence:

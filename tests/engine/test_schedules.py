@@ -60,7 +60,8 @@ class Schedule:
 
     def arrive(self, prompt: list[int], params: SamplingParams) -> None:
         seq = add_request(self.engine, prompt, params)
-        self.requests.append((seq, expected_output(prompt, params, self.engine.max_model_len)))
+        engine = self.engine
+        self.requests.append((seq, expected_output(prompt, params, engine.max_model_len, engine.runner.nan_every)))
 
     def abort(self, index: int) -> None:
         seq = self.requests[index][0]
@@ -98,6 +99,7 @@ class Schedule:
 def run_random_schedule(rng: random.Random) -> LLMEngine:
     schedule = Schedule(random_engine(rng))
     engine = schedule.engine
+    engine.runner.nan_every = rng.choice((0, 0, 40))
     longest = engine.max_model_len - 1
     shared = [[rng.randrange(VOCAB_SIZE) for _ in range(longest)] for _ in range(2)]
     arrivals = sorted(rng.randint(0, 8) for _ in range(rng.randint(1, 9)))
@@ -163,6 +165,7 @@ class EngineMachine(RuleBasedStateMachine):
         self, num_blocks: int, block_size: int, max_num_seqs: int, budget: int, caching: bool, max_behind: int
     ) -> None:
         self.schedule = Schedule(make_engine(num_blocks, block_size, max_num_seqs, budget, None, caching, max_behind))
+        self.schedule.engine.runner.nan_every = 20
 
     @rule(
         prompt=st.lists(st.integers(0, 1), min_size=1, max_size=8),  # so few tokens that prefixes meet

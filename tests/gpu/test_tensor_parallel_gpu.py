@@ -85,7 +85,7 @@ def test_bfloat16_log_probabilities_are_those_of_one_device_within_its_rounding(
 
     def score(size: int, dtype: str = "bfloat16") -> torch.Tensor:
         with make(size, dtype=dtype) as llm:
-            return torch.tensor([value for score in llm.score(prompts) for value in score.logprobs[1:]])
+            return torch.tensor([value for score in llm.log_likelihood(prompts) for value in score.logprobs[1:]])
 
     exact = score(1, "float32")
     rounded = (score(1) - exact).abs()

@@ -4,6 +4,7 @@ import random
 
 import pytest
 import torch
+import torch.nn.functional as F
 from paged_cache import PagedCase, dense_attention, make_case
 
 from nanovllm.kernels import cpu_attention
@@ -46,14 +47,22 @@ def test_decode_equals_dense_attention(seed: int, dtype: torch.dtype, monkeypatc
     monkeypatch.setattr(cpu_attention, "GROUP_BYTES", 3 * 2 * num_kv_heads * block_size * head_dim * dtype.itemsize)
     lengths = [1, 7, 7, 7, block_size, block_size + 1, *(rng.randint(1, 5 * block_size) for _ in range(6))]
     case = make_finite_case(seed, lengths, SHAPES[seed], dtype)
-    q = torch.randn(len(lengths), num_kv_heads * group, head_dim).to(dtype)
+    num_padding = seed % 3
+    seq_lens, rows = F.pad(case.seq_lens, (0, num_padding)), F.pad(case.rows, (0, num_padding), value=-1)
+    q = torch.randn(len(rows), num_kv_heads * group, head_dim).to(dtype)
     plan = None
     for _ in range(2):  # the second time over the first one's workspace
-        plan = plan_gather(case.seq_lens, case.rows, case.block_table, case.k_cache, plan)
+        plan = plan_gather(seq_lens, rows, case.block_table, case.k_cache, plan)
         out = torch.full_like(q, float("nan"))
         paged_decode_cpu(q, case.k_cache, case.v_cache, plan, SCALE, out)
         assert_is_dense_attention(case, q, out, list(range(len(lengths) + 1)))
     assert len(plan.groups) > 1
+
+
+def test_a_batch_of_padding_alone_reads_nothing() -> None:
+    case = make_finite_case(0, [5], SHAPES[0], torch.float32)
+    plan = plan_gather(torch.zeros(1, dtype=torch.int32), torch.tensor([-1]), case.block_table, case.k_cache)
+    assert not plan.groups
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
@@ -65,11 +74,12 @@ def test_prefill_equals_dense_attention(seed: int, dtype: torch.dtype, monkeypat
     chunks = [1, 16, 17, 45]
     lengths = [chunk + rng.choice([0, 1, 30]) for chunk in chunks]
     case = make_finite_case(seed, lengths, SHAPES[seed], dtype)
-    q = torch.randn(sum(chunks) + 2, num_kv_heads * group, head_dim).to(dtype)
+    q = torch.randn(sum(chunks) + 4, num_kv_heads * group, head_dim).to(dtype)
     out = torch.full_like(q, float("nan"))
     starts = [2, 3, 19, 36, 81]  # after two tokens of others
-    query_start = torch.tensor(starts, dtype=torch.int32)
+    query_start = torch.tensor([*starts, 83], dtype=torch.int32)
     cache = (case.k_cache, case.v_cache, case.block_table)
-    paged_prefill_cpu(q, *cache, case.rows, query_start, case.seq_lens, SCALE, out)
+    rows, seq_lens = F.pad(case.rows, (0, 1), value=-1), F.pad(case.seq_lens, (0, 1))  # and before two of padding
+    paged_prefill_cpu(q, *cache, rows, query_start, seq_lens, SCALE, out)
     assert_is_dense_attention(case, q, out, starts)
-    assert bool(out[:2].isnan().all())
+    assert bool(out[:2].isnan().all()) and bool(out[-2:].isnan().all())

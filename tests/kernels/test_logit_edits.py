@@ -32,6 +32,8 @@ def edited(cases: list[Case], logits: torch.Tensor, device: str, width: int = 64
                 logit_bias=params.logit_bias,
                 allowed_token_ids=params.allowed_token_ids,
                 bad_words=bad_words,
+                held_back=tuple(params.stop_token_ids),
+                min_len=len(prompt) + params.min_tokens,
             ),
             torch.device(device),
         )
@@ -55,11 +57,13 @@ def random_case(rng: random.Random) -> Case:
         asked["logit_bias"] = {t: rng.uniform(-100, 100) for t in rng.sample(range(VOCAB_SIZE), 5)}
     if rng.random() < 0.4:
         asked["allowed_token_ids"] = rng.choices(range(VOCAB_SIZE), k=rng.randrange(1, 60))
+    if rng.random() < 0.4:
+        asked |= {"stop_token_ids": rng.sample(range(VOCAB_SIZE), 70), "min_tokens": rng.randrange(31)}
     words = []
     for _ in range(rng.choice([0, 0, 1, 4])):
         known = output[len(output) - rng.randrange(4) :] if rng.random() < 0.6 else rng.choices(tokens, k=2)
         words.append((*known, rng.choice(tokens)))
-    return SamplingParams(**asked), tuple(words), prompt, output
+    return SamplingParams(**asked, max_tokens=None), tuple(words), prompt, output
 
 
 def draw(seed: int, entries: int) -> torch.Tensor:
@@ -73,7 +77,7 @@ def test_every_row_gets_what_it_asks_for_whatever_the_others_ask(seed: int, devi
     logits = draw(seed, len(cases))
     ours = edited(cases, logits, device)
     for i, (params, bad_words, prompt, output) in enumerate(cases):
-        expected = edited_logits(logits[i], params, prompt, output, bad_words)
+        expected = edited_logits(logits[i], params, prompt, output, bad_words, params.stop_token_ids)
         torch.testing.assert_close(ours[i].double(), expected, rtol=3e-7, atol=3e-5)  # a few roundings near 100
         assert torch.equal(ours[i : i + 1], edited(cases[i : i + 1], logits[i : i + 1], device)), "not as alone"
 

@@ -10,7 +10,7 @@ from plain_sampling import assert_drawn_from, distribution
 from nanovllm.kernels import gumbel_noise as noise
 from nanovllm.kernels import sample as kernels
 from nanovllm.kernels import sample_kernel
-from nanovllm.sampling_params import MAX_STOP_IDS, MIN_TEMPERATURE
+from nanovllm.sampling_params import MAX_STOP_IDS, MIN_TEMPERATURE, NAN_LOGITS, NO_TOKEN_LEFT
 
 FUNCTIONS = [kernels.sample_triton, kernels.sample_reference, kernels.sample]
 POISON = -77
@@ -59,8 +59,10 @@ class Rows:
         self.token_ids = torch.full((len(asked), 2 * width), POISON, dtype=torch.int32, device=device)[:, ::2]
         self.device = device
 
-    def sample(self, function, logits: torch.Tensor, rows: list[int], positions: list[int]) -> list[int]:
-        """The tokens drawn. Checks that they, and nothing else, were written to the rows."""
+    def sample(
+        self, function, logits: torch.Tensor, rows: list[int], positions: list[int], may_lack: bool = False
+    ) -> list[int]:
+        """The tokens drawn. Checks that they, and nothing else, were written to the rows; `may_lack`: or 0 for none."""
         expected = self.token_ids.clone()
         out = torch.full((len(logits),), POISON, dtype=torch.int32, device=self.device)
         # More sequences than entries: the rest of the step does not sample.
@@ -69,9 +71,9 @@ class Rows:
         function(logits, *on_device, self.params, self.token_ids, out)
         tokens = out.tolist()
         for token, row, position in zip(tokens, rows, positions, strict=True):
-            assert 0 <= token < logits.shape[1]
+            assert (0 <= token or may_lack) and token < logits.shape[1]
             if row >= 0:
-                expected[row, position] = token
+                expected[row, position] = max(token, 0)
             else:
                 assert token == 0
         assert torch.equal(self.token_ids, expected)
@@ -133,7 +135,8 @@ def test_kernels_draw_what_the_reference_draws(vocab_size: int, scale: float, dt
         drawn = []
         for function in (kernels.sample_triton, kernels.sample_reference):
             rows = Rows([of_row, of_row | {"stop_ids": stop_ids, "min_len": 9}], device)
-            drawn.append(rows.sample(function, logits, [1, 0], [8, 30]))
+            all_masked = len(stop_ids) == vocab_size
+            drawn.append(rows.sample(function, logits, [1, 0], [8, 30], may_lack=all_masked))
         assert drawn[0] == drawn[1], of_row
 
 
@@ -267,15 +270,32 @@ def test_minus_infinity_is_never_drawn(function, asked: dict, device: str):
 
 
 @pytest.mark.parametrize("function", FUNCTIONS)
-@pytest.mark.parametrize("asked", [{}, {"temperature": 0.0}, *TRUNCATIONS])
-def test_logits_that_are_not_finite_end_with_some_token(function, asked: dict, device: str):
-    logits = draw_logits(8, 5, 200, torch.bfloat16, 1.0, device)
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])
+@pytest.mark.parametrize(
+    "asked", [{}, {"temperature": 0.0}, {"min_len": 99, "stop_ids": [50, 60]}, *TRUNCATIONS], ids=str
+)
+def test_an_entry_without_a_token_to_draw_is_noticed_and_its_neighbours_are_not(function, asked, dtype, device: str):
+    logits = draw_logits(8, 7, 5000, dtype, 1.0, device)
+    rows = Rows([asked], device)
+    clean = rows.sample(function, logits, [0] * 7, list(range(7)))
     logits[0] = math.nan
     logits[1] = -math.inf
     logits[2, 50] = math.nan
-    logits[3, 60] = math.inf
-    logits[4, 7::2] = math.nan
-    Rows([asked], device).sample(function, logits, [0] * 5, list(range(5)))
+    logits[3, 61] = math.inf
+    logits[4, 4999] = -math.nan
+    drawn = rows.sample(function, logits, [0] * 7, list(range(7)), may_lack=True)
+    assert drawn == [NAN_LOGITS, NO_TOKEN_LEFT, NAN_LOGITS, 61, NAN_LOGITS, *clean[5:]]
+    assert rows.token_ids[0, :5].tolist() == [0, 0, 0, 61, 0]  # the step in flight reads them
+
+
+@pytest.mark.parametrize("function", FUNCTIONS)
+@pytest.mark.parametrize("asked", [{"temperature": 0.0}, {}, {"top_k": 5}])
+def test_a_row_whose_every_token_is_masked_has_none_to_draw(function, asked: dict, device: str):
+    logits = torch.full((1, 300), -math.inf, device=device)
+    logits[:, [7, 9]] = 1.0
+    rows = Rows([{"min_len": 2, "stop_ids": [9, 7], **asked}], device)
+    assert rows.sample(function, logits, [0], [1], may_lack=True) == [NO_TOKEN_LEFT]
+    assert rows.sample(function, logits, [0], [2])[0] in (7, 9)
 
 
 @pytest.mark.parametrize("function", FUNCTIONS)

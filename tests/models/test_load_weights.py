@@ -161,6 +161,8 @@ def test_prefixes_computed_with_the_old_weights_are_forgotten(
         ("model.layers.0.mlp.gate_proj.weight", lambda t: t.flatten(), r"shape \[5120\]"),
         ("model.embed_tokens.weight", lambda t: t[1:], r"shape \[210, 64\]"),
         ("model.norm.weight", lambda t: t[:1], r"shape \[1\] where the model has \[64\]"),  # it would broadcast
+        ("model.layers.0.mlp.down_proj.weight", lambda t: t.to(torch.int8), r"is torch\.int8: weights must be float32"),
+        ("model.layers.1.mlp.up_proj.weight", lambda t: t.to(torch.float8_e4m3fn), r"is torch\.float8_e4m3fn"),
         ("lm_head.weight", lambda t: t.T, r"shape \[64, 211\] where the model has \[211, 64\]"),
     ],
 )

@@ -4,15 +4,18 @@ import json
 import shutil
 from collections.abc import Callable
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
 import torch
-from checkpoints import SHAPES, Reference, random_prompts, save_checkpoint
+from checkpoints import SHAPES, VOCAB_SIZE, Reference, random_prompts, save_checkpoint
 from safetensors.torch import load_file, save_file
 
 from nanovllm import LLM, SamplingParams
-from nanovllm.models.loader import load_eos_token_ids, resolve_model_path
+from nanovllm.config import Config
+from nanovllm.models.generation_config import load_eos_token_ids
+from nanovllm.models.loader import resolve_model_path
 
 GREEDY = SamplingParams(temperature=0.0, max_tokens=8)
 PROMPT = random_prompts([20], seed=9)[0]
@@ -249,18 +252,19 @@ def test_after_a_failed_load_the_next_model_serves(
     [
         (3, 9, {3}),
         ([3, 4], 9, {3, 4}),
-        (None, 9, {9}),
-        (None, [9, 8], {9, 8}),
+        (None, 9, set()),
         ("absent", 9, {9}),
+        ("absent", [9, 8], {9, 8}),
         ("absent", None, set()),
     ],
 )
-def test_eos_ids_are_generation_configs_or_else_the_configs(
+def test_eos_ids_are_generation_configs_and_without_that_file_the_configs(
     tmp_path: Path, generation: Any, config: Any, expected: set[int]
 ) -> None:
     if generation != "absent":
         (tmp_path / "generation_config.json").write_text(json.dumps({"eos_token_id": generation}))
-    assert load_eos_token_ids(tmp_path, type("Config", (), {"eos_token_id": config})) == expected
+    hf_config = SimpleNamespace(eos_token_id=config, vocab_size=VOCAB_SIZE)
+    assert load_eos_token_ids(Config(model=str(tmp_path)), tmp_path, hf_config) == expected
 
 
 def test_damaged_generation_config_is_named(model_dir: Path, make_llm: Callable[..., LLM]) -> None:
@@ -270,11 +274,13 @@ def test_damaged_generation_config_is_named(model_dir: Path, make_llm: Callable[
 
 
 def test_defaults_of_a_config_are_those_of_transformers() -> None:
+    from dataclasses import fields
+
     from transformers import Qwen3Config
 
     from nanovllm.models.qwen3 import Qwen3ForCausalLM
 
-    defaults = Qwen3Config().to_dict()
+    defaults = {field.name: field.default for field in fields(Qwen3Config)}
     assert Qwen3ForCausalLM.default_config == {key: defaults[key] for key in Qwen3ForCausalLM.default_config}
 
 
@@ -282,7 +288,6 @@ def test_defaults_of_a_config_are_those_of_transformers() -> None:
     ("change", "named"),
     [
         ({"hidden_size": None}, "hidden_size"),
-        ({"use_sliding_window": True}, "use_sliding_window"),
         ({"dtype": "float8_e4m3fn"}, "float8_e4m3fn"),
         ({"hidden_act": "gelu"}, "gelu"),
     ],

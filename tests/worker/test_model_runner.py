@@ -16,7 +16,9 @@ from nanovllm.worker.input_batch import InputBatch
 from nanovllm.worker.step_plan import StepPlan
 
 
-@pytest.mark.parametrize("options", [{}, {"num_kvcache_blocks": 14}, {"max_num_batched_tokens": 33}])
+@pytest.mark.parametrize(
+    "options", [{}, {"num_kvcache_blocks": 14}, {"max_num_batched_tokens": 33}, {"with_graphs": True}]
+)
 def test_nan_left_in_the_cache_by_others_is_never_seen(
     checkpoint: Callable[..., Path], make_llm: Callable[..., Any], options: dict[str, Any]
 ) -> None:
@@ -91,24 +93,26 @@ def test_a_step_gets_the_next_shape_that_holds_it() -> None:
     assert shapes.mixed_decodes == [16, 64, 100] and shapes.chunk_tokens == [256, 512, 768, 1024]
     assert len(set(shapes.with_chunks())) == 12
 
-    def fit(decodes: int, chunks: list[int], num_samples: int | None = None, is_exact: bool = False) -> StepShape:
+    def pad(decodes: int, chunks: list[int], num_samples: int | None = None, has_extras: bool = False) -> Any:
         rows = list(range(decodes + len(chunks)))
         plan = StepPlan(rows=rows, query_lens=[1] * decodes + chunks, num_decodes=decodes)
         plan.num_samples = len(rows) if num_samples is None else num_samples
-        return shapes.fit(plan, is_exact)
+        return shapes.pad(plan, has_extras)
 
-    assert fit(17, []) == StepShape(32)
-    assert fit(0, [256]) == StepShape(16, MAX_CHUNKS, 256)
-    assert fit(17, [200, 57]) == StepShape(64, MAX_CHUNKS, 512)
-    assert fit(99, [1024]) == StepShape(100, MAX_CHUNKS, 1024)
-    exact = [
-        (fit(3, [1025]), (3, 1, 1025)),
-        (fit(3, [9] * MAX_CHUNKS), (3, MAX_CHUNKS, 9 * MAX_CHUNKS)),  # no entry would be left for padding
-        (fit(3, [100], num_samples=3), (3, 1, 100)),
-        (fit(3, [100], is_exact=True), (3, 1, 100)),
-    ]
-    for shape, (decodes, chunks, tokens) in exact:
-        assert shape == StepShape(decodes, chunks, tokens)
+    assert pad(17, []) == pad(17, [], has_extras=True) == StepShape(32)
+    assert pad(0, [256]) == StepShape(16, MAX_CHUNKS, 256)
+    assert pad(17, [200, 57]) == StepShape(64, MAX_CHUNKS, 512)
+    assert pad(99, [1024]) == StepShape(100, MAX_CHUNKS, 1024)
+    assert pad(3, [1025]) is None
+    assert pad(3, [9] * MAX_CHUNKS) is None  # no entry would be left for padding
+    assert pad(3, [100], num_samples=3) is None
+
+
+def test_a_step_that_must_not_be_padded_has_no_graph_even_if_it_has_the_shape_of_one() -> None:
+    shapes = StepShapes.for_graphs(num_rows=100, max_num_batched_tokens=1024)
+    plan = StepPlan(rows=list(range(32)), query_lens=[1] * 16 + [64] * 16, num_decodes=16, num_samples=32)
+    assert StepShape.of(plan) in shapes.with_chunks()
+    assert shapes.pad(plan) is None and shapes.pad(plan, has_extras=True) is None
 
 
 @given(data=st.data(), num_rows=st.integers(1, 1100), budget=st.sampled_from([64, 256, 1000, 16384]))
@@ -120,9 +124,9 @@ def test_any_plan_fits_its_shape(data: st.DataObject, num_rows: int, budget: int
     num_seqs = num_decodes + len(chunks)
     plan = StepPlan(rows=list(range(num_seqs)), query_lens=[1] * num_decodes + chunks, num_decodes=num_decodes)
     plan.num_samples = num_seqs - data.draw(st.integers(0, bool(chunks)))
-    shape = shapes.fit(plan, is_exact=data.draw(st.booleans()))
+    padded = shapes.pad(plan, has_extras=data.draw(st.booleans()))
+    shape = padded or StepShape.of(plan)
     assert shape.num_decodes >= num_decodes and shape.num_chunks >= len(chunks)
     surplus = shape.num_chunk_tokens - sum(chunks)
     assert surplus >= 0 and (surplus == 0 or shape.num_chunks > len(chunks))
-    is_padded = bool(chunks) and shape.num_chunks > len(chunks)
-    assert not is_padded or (shape in shapes.with_chunks() and plan.num_samples == num_seqs)
+    assert padded is None or (padded in shapes.all() and plan.num_samples == num_seqs)

@@ -1,0 +1,135 @@
+"""A checkpoint's config.json: what transformers 5 computes from it, or an error that names the key.
+
+transformers takes each key in one type only: "1e-06", 320.0 and null are refused there, and so they are here. Keys that
+it does not know change nothing there, and so they are passed over here.
+"""
+
+import math
+from collections.abc import Callable
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+from nanovllm.layers.rotary_embedding import rope_parameters
+from nanovllm.models import model_class
+from nanovllm.models.generation_config import are_token_ids
+from nanovllm.models.weight_files import read_json
+
+
+def load_hf_config(path: Path) -> tuple[Any, type]:
+    """A checkpoint's config.json, with what it may leave out filled in, and the class of its model.
+
+    Read as plain JSON: transformers' class for the same takes two seconds to import.
+
+    Raises:
+        FileNotFoundError: there is none; ValueError: it names no architecture of ours, lacks a key, has one of a wrong
+            type, or asks for what is not here.
+    """
+    file = path / "config.json"
+    if not file.is_file():
+        raise FileNotFoundError(f"no config.json in {path}")
+    content = read_json(file)
+    cls = model_class(content.get("architectures"))
+    missing = [key for key in cls.required_config if key not in content]
+    if missing:
+        raise ValueError(f"{file} lacks {', '.join(missing)}")
+    hf_config = SimpleNamespace(**{**cls.default_config, **content})
+    try:
+        _check_types(hf_config)
+        _refuse_what_is_not_here(hf_config, cls)
+        if hf_config.num_key_value_heads is None:
+            hf_config.num_key_value_heads = hf_config.num_attention_heads
+        rope_parameters(hf_config)
+    except ValueError as error:
+        raise ValueError(f"{file}: {error}") from error
+    return hf_config, cls
+
+
+def _check_types(hf_config: Any) -> None:
+    for key, (is_right, allowed) in _RULES.items():
+        value = getattr(hf_config, key, None)
+        if not is_right(value) and not (value is None and key in _MAY_BE_NULL):
+            raise ValueError(f"{key}={value!r:.80} must be {allowed}{' or null' if key in _MAY_BE_NULL else ''}")
+    if hf_config.head_dim % 2:
+        raise ValueError(f"head_dim={hf_config.head_dim} must be even, for its halves are rotated")
+
+
+def _refuse_what_is_not_here(hf_config: Any, cls: type) -> None:
+    for key in ("quantization_config", "compression_config"):
+        quantization = getattr(hf_config, key, None)
+        if quantization is not None:
+            method = quantization.get("quant_method") if isinstance(quantization, dict) else quantization
+            raise ValueError(f"{key} with quant_method={method!r:.80} is not supported: weights here are not quantized")
+    for key in ("per_layer_config", "text_config", "transformers_weights"):
+        if getattr(hf_config, key, None):
+            raise ValueError(f"{key} is not supported")
+    if getattr(hf_config, "model_type", cls.model_type) != cls.model_type:
+        raise ValueError(f"model_type={hf_config.model_type!r:.80} is not that of {cls.__name__}, {cls.model_type!r}")
+    if hf_config.hidden_act not in ("silu", "swish"):  # two names of one function
+        raise ValueError(f"hidden_act={hf_config.hidden_act!r} must be 'silu'")
+    _refuse_sliding_windows(hf_config)
+
+
+def _refuse_sliding_windows(hf_config: Any) -> None:
+    """`use_sliding_window` alone changes nothing: which layers slide is decided by the other keys."""
+    num_layers, layer_types = hf_config.num_hidden_layers, hf_config.layer_types
+    if layer_types is None:
+        first = hf_config.max_window_layers
+        if hf_config.use_sliding_window and hf_config.sliding_window is not None and first < num_layers:
+            raise ValueError(
+                f"use_sliding_window=True with max_window_layers={first} is not supported: attention here is full"
+            )
+    elif len(layer_types) != num_layers:
+        raise ValueError(f"layer_types has {len(layer_types)} entries for num_hidden_layers={num_layers}")
+    elif set(layer_types) != {"full_attention"}:
+        raise ValueError(f"layer_types={layer_types!r:.80} is not supported: attention here is full")
+
+
+def _is_int(value: object) -> bool:
+    return isinstance(value, int) and not isinstance(value, bool)
+
+
+def _is_size(value: object) -> bool:
+    return _is_int(value) and value >= 1
+
+
+def _is_float(value: object) -> bool:
+    return isinstance(value, float) and 0.0 <= value < math.inf
+
+
+def _is_bool(value: object) -> bool:
+    return isinstance(value, bool)
+
+
+def _is_string(value: object) -> bool:
+    return isinstance(value, str)
+
+
+def _are_strings(value: object) -> bool:
+    return isinstance(value, list) and all(isinstance(v, str) for v in value)
+
+
+# key: (what it must be, the same in words). Keys that a model has no use for it does not have.
+_RULES: dict[str, tuple[Callable[[Any], bool], str]] = {
+    **dict.fromkeys(
+        (
+            "vocab_size",
+            "hidden_size",
+            "intermediate_size",
+            "num_hidden_layers",
+            "num_attention_heads",
+            "num_key_value_heads",
+            "head_dim",
+            "max_position_embeddings",
+        ),
+        (_is_size, "an integer >= 1"),
+    ),
+    **dict.fromkeys(("attention_bias", "tie_word_embeddings", "use_sliding_window"), (_is_bool, "true or false")),
+    "rms_norm_eps": (_is_float, "a finite float >= 0"),
+    "hidden_act": (_is_string, "a string"),
+    "max_window_layers": (_is_int, "an integer"),
+    "sliding_window": (_is_int, "an integer"),
+    "layer_types": (_are_strings, "a list of strings"),
+    "eos_token_id": (are_token_ids, "a token id or a list of them"),
+}
+_MAY_BE_NULL = {"num_key_value_heads", "sliding_window", "layer_types", "eos_token_id"}

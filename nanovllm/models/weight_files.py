@@ -1,0 +1,58 @@
+"""The *.safetensors of a directory: which of them are the checkpoint's, and what tensors they hold."""
+
+import json
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import torch
+
+
+def read_tensors(path: Path, only: frozenset[str] | None = None) -> Iterator[tuple[str, torch.Tensor]]:
+    """Each tensor, or those named, as a map of its part of the file: what nobody touches is not read.
+
+    Raises:
+        FileNotFoundError: no weights, or a file of the index is missing; OSError: a file is damaged.
+    """
+    from safetensors import SafetensorError, safe_open
+
+    for file in weight_files(path):
+        try:
+            with safe_open(file, framework="pt") as tensors:
+                for name in tensors.keys():  # noqa: SIM118 -- not a dict
+                    if only is None or name in only:
+                        yield name, tensors.get_tensor(name)
+        except SafetensorError as error:
+            raise OSError(f"{file} is damaged: {error}") from error
+
+
+def weight_files(path: Path) -> list[Path]:
+    """A whole model.safetensors goes before an index, which may be an older save's; transformers decides likewise."""
+    single, index = path / "model.safetensors", path / "model.safetensors.index.json"
+    if single.is_file():
+        return [single]
+    if not index.is_file():
+        files = sorted(path.glob("*.safetensors"))
+        if not files:
+            raise FileNotFoundError(f"no *.safetensors in {path}")
+        return files
+    weight_map = read_json(index).get("weight_map")
+    is_map = isinstance(weight_map, dict) and all(isinstance(name, str) for name in weight_map.values())
+    if not is_map or not weight_map:
+        raise ValueError(f"{index} must have a 'weight_map' from tensor names to files")
+    files = [path / name for name in sorted(set(weight_map.values()))]
+    for file in files:
+        if not file.is_file():
+            raise FileNotFoundError(f"{file.name} is listed in {index.name} but not in {path}")
+    return files
+
+
+def read_json(file: Path) -> dict[str, Any]:
+    """Raises ValueError, naming the file, if it does not hold a JSON object."""
+    try:
+        content = json.loads(file.read_text(encoding="utf-8"))
+    except ValueError as error:
+        raise ValueError(f"{file} is not JSON: {error}") from error
+    if not isinstance(content, dict):
+        raise ValueError(f"{file} must hold a JSON object, not {type(content).__name__}")
+    return content
