@@ -64,6 +64,7 @@ class LLM:
         sampling_params: SamplingParams | ListLike[SamplingParams] | None = None,
         use_tqdm: bool = True,
         chat_template: str | None = None,
+        chat_template_content_format: str = "auto",
         add_generation_prompt: bool = True,
         continue_final_message: bool = False,
         tools: list[dict[str, Any]] | None = None,
@@ -72,20 +73,25 @@ class LLM:
         """Answer a conversation, or each of a list, written out by the tokenizer's chat template.
 
         Args:
-            messages: `[{"role": "user", "content": "…"}, …]`, or a list of such lists.
+            messages: `[{"role": "user", "content": "…"}, …]`, or a list of such lists. Content may be a list of parts
+                `{"type": "text", "text": "…"}`, or None beside tool calls, whose arguments may be JSON strings.
             chat_template: a Jinja template instead of the tokenizer's.
+            chat_template_content_format: how content is given to the template, as "string" or, "openai", as a list of
+                parts. "auto": as the template asks for it.
             add_generation_prompt: open the assistant's message, which is to be written.
             continue_final_message: leave the last message open, which is to be continued; not with the above.
             tools: JSON schemas of functions, for templates that know them.
             chat_template_kwargs: what else the template knows, `{"enable_thinking": False}` for one.
 
         Raises:
-            TypeError, ValueError: as `generate`; or the template is missing, or does not take the messages.
+            TypeError, ValueError: as `generate`; or the template is missing, or does not take the messages; or one of
+                their parts is no text.
         """
         prompts = chat_prompts(
             self.get_tokenizer(),
             messages,
             chat_template=chat_template,
+            chat_template_content_format=chat_template_content_format,
             add_generation_prompt=add_generation_prompt,
             continue_final_message=continue_final_message,
             tools=tools,
