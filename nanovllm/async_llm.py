@@ -20,7 +20,7 @@ from nanovllm.config import Config
 from nanovllm.engine import rollout
 from nanovllm.engine.engine_thread import EngineThread
 from nanovllm.engine.llm_engine import StepStats
-from nanovllm.engine.processor import Processor, Prompt, as_request_ids
+from nanovllm.engine.processor import Processor, Prompt, as_request_ids, own_copy
 from nanovllm.engine.request import Request, is_last
 from nanovllm.outputs import RequestOutput
 from nanovllm.sampling_params import SamplingParams
@@ -74,6 +74,7 @@ class AsyncLLM:
             TypeError, ValueError: the prompt cannot run, or a request of that id is running.
             RuntimeError: the engine failed under the request, which the `__cause__` explains, or it is closed.
         """
+        prompt = own_copy(prompt)
         return self._run(lambda: prompt, sampling_params, request_id)
 
     def chat(
@@ -89,6 +90,7 @@ class AsyncLLM:
         chat_template_kwargs: dict[str, Any] | None = None,
     ) -> AsyncIterator[RequestOutput]:
         """Answer one conversation; the arguments are those of `LLM.chat`, the rest is as in `generate`."""
+        messages, tools, chat_template_kwargs = map(own_copy, (messages, tools, chat_template_kwargs))
 
         def make_prompt() -> Prompt:
             return chat_prompt(
