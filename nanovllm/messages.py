@@ -115,7 +115,7 @@ def as_template_takes(message: dict[str, Any], form: str, name: str) -> dict[str
     if is_string or (form == "either" and not texts):
         message["content"] = "\n".join(texts)
     else:
-        message["content"] = [{"type": "text", "text": text} for text in texts]
+        message["content"] = _Parts({"type": "text", "text": text} for text in texts)
     for one, other in (("reasoning", "reasoning_content"), ("reasoning_content", "reasoning")):
         if one in message:
             message.setdefault(other, message[one])
@@ -125,6 +125,19 @@ def as_template_takes(message: dict[str, Any], form: str, name: str) -> dict[str
     if calls:  # an empty list is none, but templates ask whether there is one
         message["tool_calls"] = [_tool_call(call, f"{name}['tool_calls'][{i}]") for i, call in enumerate(calls)]
     return message
+
+
+class _Parts(list):
+    """Parts that are also written out as their text: some templates loop over a user's and print an assistant's."""
+
+    def __str__(self) -> str:
+        return "\n".join(part["text"] for part in self)
+
+    def __add__(self, other: Any) -> Any:
+        return str(self) + other if isinstance(other, str) else super().__add__(other)
+
+    def __radd__(self, other: Any) -> Any:
+        return other + str(self) if isinstance(other, str) else NotImplemented
 
 
 def _text_of(part: Any, name: str) -> str:

@@ -104,6 +104,21 @@ def test_strings_reach_a_template_that_loops_over_parts(tokenizer: Any) -> None:
     assert written(tokenizer, messages, MACRO) == "<system>[Be brief.]<user>[What][now?]"
 
 
+def test_a_template_may_loop_over_one_message_and_print_another(tokenizer: Any) -> None:
+    texts = ("You.", "Hi", "Yes?")
+    strings = [{"role": r, "content": t} for r, t in zip(("system", "user", "assistant"), texts, strict=True)]
+    parts = [{"role": m["role"], "content": [{"type": "text", "text": m["content"]}]} for m in strings]
+    template = (
+        "{{ messages[0].content | trim }}/{% for part in messages[1].content %}{{ part.text }}{% endfor %}/"
+        "{{ messages[2].content }}/{{ '<' + messages[2].content + '>' }}"
+    )
+    for messages in (strings, parts):
+        assert written(tokenizer, messages, template) == "You./Hi/Yes?/<Yes?>"
+        if messages is strings:
+            continued = written(tokenizer, messages, template.split("/{{ '<'")[0], continue_final_message=True)
+            assert continued == "You./Hi/Yes?"
+
+
 def test_a_template_that_takes_both_gets_what_was_said(tokenizer: Any) -> None:
     messages = [{"role": "system", "content": "Be brief."}, *ASKED, {"role": "assistant", "content": None}]
     assert written(tokenizer, messages, EITHER) == "<system>s:Be brief.<user>p:Whatp:now?<assistant>s:"

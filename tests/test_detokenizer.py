@@ -287,12 +287,12 @@ def test_text_of_one_token_is_what_it_adds_within_a_text(name: str) -> None:
         if "\ufffd" in alone:  # nothing before it completes the character that it ends
             text = "" if alone.endswith("\ufffd") else alone
         for _ in range(2):
-            assert decoder.token_text(token_id, []) == text
-    assert decoder.token_text(len(tokenizer) + 5, []) == ""  # models have more ids than their tokenizers
+            assert decoder.token_texts([token_id], []) == [text]
+    assert decoder.token_texts([len(tokenizer) + 5], []) == [""]  # models have more ids than their tokenizers
 
 
 def texts_of_tokens(decoder: TokenDecoder, ids: list[int]) -> list[str]:
-    return [decoder.token_text(token_id, ids[max(0, i - NUM_CONTEXT) : i]) for i, token_id in enumerate(ids)]
+    return [decoder.token_texts([token_id], ids[max(0, i - NUM_CONTEXT) : i])[0] for i, token_id in enumerate(ids)]
 
 
 def test_text_of_a_token_has_its_space_and_a_character_comes_with_its_last_byte() -> None:
@@ -300,8 +300,8 @@ def test_text_of_a_token_has_its_space_and_a_character_comes_with_its_last_byte(
     ids = byte_level_tokens()
     split = [ids[data] for data in (b"x\xe4", b"\xb8", b"\xad\xf0", b"\x9f\x98", b"\x80", b"x")]
     assert texts_of_tokens(decoder, split) == ["", "", "", "", "x中😀", "x"]
-    assert decoder.token_text(ids[b"\xad"], [ids[b"\xe4"], ids[b"\xb8"]]) == "中"
-    assert decoder.token_text(ids[b"\xb8"], [ids[b"\xe4"], ids[b"\xb8"]]) == "丸"  # another that is as likely there
+    likeliest = [ids[data] for data in (b"\xad", b"\xb8", b"x", b"\xe4")]  # each is completed by itself
+    assert decoder.token_texts(likeliest, [ids[b"\xe4"], ids[b"\xb8"]]) == ["中", "丸", "x", ""]
     tokenizer, decoder = tokenizer_named("byte_fallback")
     vocab = tokenizer.get_vocab()
     run = [vocab[f"<0x{byte:02X}>"] for byte in "中é".encode()]

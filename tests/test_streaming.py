@@ -510,9 +510,9 @@ class TestChat:
         messages = [{"role": "user", "content": [{"type": "text", "text": "a"}, {"type": "text", "text": "b"}]}]
         (output,) = demo.chat(messages, GREEDY, use_tqdm=False, chat_template=CHATML)
         assert output.prompt == "<user>a\nb<assistant>"
-        for form, shown in (("string", "<user>a\nb"), ("openai", "<user>[{'type': 'text', 'text': 'a'}")):
-            options = {"chat_template": CHATML, "chat_template_content_format": form}
-            assert demo.chat(messages, GREEDY, False, **options)[0].prompt.startswith(shown)
+        for form, shown in (("string", "True"), ("openai", "False")):
+            options = {"chat_template": "{{ messages[0].content is string }}", "chat_template_content_format": form}
+            assert demo.chat(messages, GREEDY, False, **options)[0].prompt == shown
         with pytest.raises(ValueError, match=r"messages\[1\]\[0\]\['content'\]\[0\] is of type 'image_url'"):
             image = [{"role": "user", "content": [{"type": "image_url", "image_url": {"url": "x"}}]}]
             demo.chat([messages, image], GREEDY, False, chat_template=CHATML)

@@ -165,7 +165,7 @@ class Request:
         texts: Iterable[str | None] = repeat(None)
         if self.decoder is not None:
             before = token_ids[max(0, place - NUM_CONTEXT) : place]
-            texts = [self.decoder.token_text(token_id, before) for token_id in values.token_ids]
+            texts = self.decoder.token_texts(values.token_ids, before)
         entries = zip(values.token_ids, values.logprobs, values.ranks, texts, strict=False)
         return {token_id: Logprob(logprob, rank, text) for token_id, logprob, rank, text in entries}
 
