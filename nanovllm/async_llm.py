@@ -21,7 +21,7 @@ from nanovllm.config import Config
 from nanovllm.engine import rollout
 from nanovllm.engine.engine_thread import EngineThread
 from nanovllm.engine.llm_engine import StepStats
-from nanovllm.engine.processor import Processor, Prompt, as_request_ids, own_params
+from nanovllm.engine.processor import Processor, Prompt, as_request_ids, own_copy, own_params
 from nanovllm.engine.request import Request, is_last
 from nanovllm.outputs import RequestOutput
 from nanovllm.sampling_params import SamplingParams
@@ -84,6 +84,7 @@ class AsyncLLM(AbsentMethods):
             RuntimeError: the engine failed under the request, which the `__cause__` explains, or it is closed.
         """
         check_arguments(AsyncLLM.generate, vllm_arguments)
+        prompt = own_copy(prompt)
         params = None if sampling_params is None else own_params(sampling_params)
         return self._run(lambda: prompt, params, request_id)
 
@@ -94,6 +95,7 @@ class AsyncLLM(AbsentMethods):
         request_id: str | None = None,
         *,
         chat_template: str | None = None,
+        chat_template_content_format: str = "auto",
         add_generation_prompt: bool = True,
         continue_final_message: bool = False,
         tools: list[dict[str, Any]] | None = None,
@@ -101,12 +103,14 @@ class AsyncLLM(AbsentMethods):
         **vllm_arguments: Any,
     ) -> AsyncIterator[RequestOutput]:
         """Answer one conversation; the arguments are those of `LLM.chat`, the rest is as in `generate`."""
+        messages, tools, chat_template_kwargs = map(own_copy, (messages, tools, chat_template_kwargs))
 
         def make_prompt() -> Prompt:
             return chat_prompt(
                 self._processor.tokenizer,
                 messages,
                 chat_template=chat_template,
+                chat_template_content_format=chat_template_content_format,
                 add_generation_prompt=add_generation_prompt,
                 continue_final_message=continue_final_message,
                 tools=tools,

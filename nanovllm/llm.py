@@ -73,6 +73,7 @@ class LLM(AbsentMethods):
         use_tqdm: UseTqdm = True,
         *,
         chat_template: str | None = None,
+        chat_template_content_format: str = "auto",
         add_generation_prompt: bool = True,
         continue_final_message: bool = False,
         tools: list[dict[str, Any]] | None = None,
@@ -82,8 +83,11 @@ class LLM(AbsentMethods):
         """Answer a conversation, or each of a list, written out by the tokenizer's chat template.
 
         Args:
-            messages: `[{"role": "user", "content": "…"}, …]`, or a list of such lists.
+            messages: `[{"role": "user", "content": "…"}, …]`, or a list of such lists. Content may be a list of parts
+                `{"type": "text", "text": "…"}`, or None beside tool calls, whose arguments may be JSON strings.
             chat_template: a Jinja template instead of the tokenizer's.
+            chat_template_content_format: how content is given to the template, as "string" or, "openai", as a list of
+                parts. "auto": as the template asks for it.
             add_generation_prompt: open the assistant's message, which is to be written.
             continue_final_message: leave the last message open, which is to be continued; not with the above.
             tools: JSON schemas of functions, for templates that know them.
@@ -91,13 +95,15 @@ class LLM(AbsentMethods):
             vllm_arguments: as in `generate`.
 
         Raises:
-            TypeError, ValueError: as `generate`; or the template is missing, or does not take the messages.
+            TypeError, ValueError: as `generate`; or the template is missing, or does not take the messages; or one of
+                their parts is no text.
         """
         check_arguments(LLM.chat, vllm_arguments)
         prompts = chat_prompts(
             self.get_tokenizer(),
             messages,
             chat_template=chat_template,
+            chat_template_content_format=chat_template_content_format,
             add_generation_prompt=add_generation_prompt,
             continue_final_message=continue_final_message,
             tools=tools,

@@ -159,6 +159,8 @@ class TestGenerate:
                 for request_id in (5, b"a", ["a"], True):
                     with pytest.raises(TypeError, match="request_id=.* must be a string or None"):
                         await last(llm.generate(PROMPTS[0], GREEDY, request_id))
+                with pytest.raises(ValueError, match=r"request_id='\\ud800' has a lone surrogate"):
+                    await last(llm.generate(PROMPTS[0], GREEDY, "\ud800"))
                 for request_id in (5, None, b"a", ["a", 5], [["a"]]):
                     with pytest.raises(TypeError, match="request_id=.* must be a string or a list of strings"):
                         await llm.abort(request_id)
@@ -204,6 +206,11 @@ class TestGenerate:
                 assert same(output, reference) and output.prompt == reference.prompt == "<user>Hi<assistant>"
                 assert await llm.encode_prompt(output.prompt) == output.prompt_token_ids
                 assert (await llm.get_tokenizer()).decode(output["token_ids"]) == output["text"]
+                messages = [{"role": "user", "content": [{"type": "text", "text": "Hi"}]}]
+                outputs = llm.chat(messages, GREEDY, chat_template=template, chat_template_content_format="string")
+                messages[0]["content"].clear()  # after the call they are the caller's again
+                messages.clear()
+                assert same(await last(outputs), reference)
                 with pytest.raises(ValueError, match="the chat template does not take"):
                     await last(llm.chat([{"role": "user", "content": "Hi"}], GREEDY))
                 async for _ in llm.chat([{"role": "user", "content": "Hi"}], LONG, "c", chat_template=template):
