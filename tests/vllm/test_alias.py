@@ -119,3 +119,13 @@ def test_a_program_for_vllm_runs_as_it_is_and_so_do_the_processes_that_it_starts
     lines = done.stdout.splitlines()
     assert lines[0] == "m False"  # importing the names loads no PyTorch
     assert len(lines) == 2 and lines[1].count(",") == 2
+
+
+def test_a_module_is_run_too_and_nothing_is_a_usage_error(tmp_path: Path) -> None:
+    (tmp_path / "module.py").write_text("import sys, vllm\nprint(vllm.__version__, *sys.argv[1:])")
+    environment = {"PYTHONPATH": str(ROOT)}
+    for arguments, expected in ((["-m", "module", "a"], "0.24.0 a"), (["module.py", "a"], "0.24.0 a"), (["-m"], "")):
+        command = [sys.executable, "-m", "nanovllm.vllm", *arguments]
+        done = subprocess.run(command, cwd=tmp_path, env=environment, capture_output=True, text=True)
+        assert done.stdout.strip() == expected, done.stderr
+        assert ("usage:" in done.stderr) is not bool(expected)
