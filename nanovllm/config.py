@@ -124,6 +124,8 @@ class Config:
                 raise TypeError(f"{option.name}={value!r:.80} must be a dict or None")
         if not isinstance(self.logits_processors, list | None):
             raise TypeError(f"logits_processors={self.logits_processors!r:.80} must be a list of classes or None")
+        if self.logits_processors and self.tensor_parallel_size != 1:
+            raise ValueError("logits_processors run in one process: they need tensor_parallel_size=1")
         if not isinstance(self.generation_config, str):
             raise TypeError(f"generation_config={self.generation_config!r} must be 'auto', 'vllm' or a directory")
         for name in ("max_num_seqs", "max_num_batched_tokens", "tensor_parallel_size"):

@@ -119,11 +119,9 @@ class Processors:
     """An engine's, and the batch as they know it: who is where, densely."""
 
     def __init__(self, engine: LLMEngine, classes: list[str | type[LogitsProcessor]]) -> None:
-        """Raises ValueError: the engine has several ranks; TypeError: a class is not a LogitsProcessor."""
+        """Raises TypeError: a class is not a LogitsProcessor."""
         from nanovllm.vllm.engines import vllm_config
 
-        if engine.config.tensor_parallel_size > 1:
-            raise ValueError("logits_processors run in one process: they need tensor_parallel_size=1")
         self._classes = [_resolve(cls) for cls in classes]
         device = torch.device(engine.runner.device)
         self._processors = [cls(vllm_config(engine), device, engine.runner.is_cuda) for cls in self._classes]

@@ -99,6 +99,8 @@ def test_what_cannot_be_served_is_refused(text_model: Path, make_llm: Callable[.
         make_llm(text_model).generate([[1]], SamplingParams(extra_args={"target": 1}), use_tqdm=False)
     with pytest.raises(TypeError, match="logits_processors has <class 'int'>"):
         make_llm(text_model, logits_processors=[int])
+    with pytest.raises(ValueError, match="need tensor_parallel_size=1"):
+        make_llm(text_model, logits_processors=[Target], tensor_parallel_size=2)
     with pytest.raises(TypeError, match="must be a list of classes"):
         make_llm(text_model, logits_processors=Target)
 
