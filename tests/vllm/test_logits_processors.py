@@ -67,8 +67,9 @@ def tokens(llm: LLM, params: list[SamplingParams]) -> list[list[int]]:
     return [output.outputs[0].token_ids for output in llm.generate(PROMPTS, params, use_tqdm=False)]
 
 
+@pytest.mark.parametrize("with_graphs", [False, True])
 def test_those_who_ask_are_changed_and_the_others_are_as_without(
-    text_model: Path, make_llm: Callable[..., LLM]
+    text_model: Path, make_llm: Callable[..., LLM], with_graphs: bool
 ) -> None:
     """Of lengths that let the batch shrink and move, with edits of ours besides, and fewer rows than requests."""
     params = [SamplingParams(max_tokens=3 + 2 * i, seed=i, ignore_eos=True, logprobs=1) for i in range(6)]
@@ -76,7 +77,7 @@ def test_those_who_ask_are_changed_and_the_others_are_as_without(
     expected = tokens(make_llm(text_model), params)
     for i in (1, 4):
         params[i].extra_args = {"target": 100 + i}
-    llm = make_llm(text_model, logits_processors=[Target], max_num_seqs=4)
+    llm = make_llm(text_model, logits_processors=[Target], max_num_seqs=4, with_graphs=with_graphs)
     found = llm.generate(PROMPTS, params, use_tqdm=False)
     for i, output in enumerate(found):
         assert output.outputs[0].token_ids == ([100 + i] * (3 + 2 * i) if i in (1, 4) else expected[i])
