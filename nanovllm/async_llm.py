@@ -25,10 +25,11 @@ from nanovllm.engine.processor import Processor, Prompt, as_request_ids, own_cop
 from nanovllm.engine.request import Request, is_last
 from nanovllm.outputs import RequestOutput
 from nanovllm.sampling_params import SamplingParams
-from nanovllm.vllm_defaults import AbsentMethods, check_arguments
+from nanovllm.vllm.methods import AsyncLLMMethods
+from nanovllm.vllm_defaults import check_arguments
 
 
-class AsyncLLM(AbsentMethods):
+class AsyncLLM(AsyncLLMMethods):
     """A model with its engine, for asyncio.
 
         async with AsyncLLM("/path/to/Qwen3-0.6B") as llm:
@@ -184,9 +185,10 @@ class AsyncLLM(AbsentMethods):
         """As `LLM.get_default_sampling_params`."""
         return self._processor.default_sampling_params()
 
-    async def reset_prefix_cache(self) -> None:
-        """Forget all cached prefixes. Requests that run keep their blocks."""
-        await self._between_steps(lambda engine: engine.block_manager.forget_content())
+    async def reset_prefix_cache(self, reset_running_requests: bool = False, reset_connector: bool = False) -> bool:
+        """As `LLM.reset_prefix_cache`."""
+        await self._between_steps(lambda engine: engine.reset_prefix_cache(reset_running_requests))
+        return True
 
     async def load_weights(self, named_tensors: Iterable[tuple[str, "torch.Tensor"]]) -> None:  # noqa: F821
         """As `LLM.load_weights`: requests must have ended."""
@@ -196,12 +198,11 @@ class AsyncLLM(AbsentMethods):
         """As `LLM.sleep`: requests must have ended."""
         await self._between_steps(rollout.sleep, level)
 
-    async def wake_up(self) -> None:
+    async def wake_up(self, tags: list[str] | None = None) -> None:
         """As `LLM.wake_up`."""
-        await self._between_steps(rollout.wake_up)
+        await self._between_steps(rollout.wake_up, tags)
 
-    @property
-    def is_sleeping(self) -> bool:
+    async def is_sleeping(self) -> bool:
         return self._processor.engine.runner.sleep_level > 0
 
     def stats(self) -> StepStats:
@@ -274,9 +275,9 @@ class AsyncLLM(AbsentMethods):
             raise RuntimeError("the engine is closed") from error
         return await future
 
-    async def _between_steps(self, function: Callable[..., Any], *arguments: Any) -> None:
+    async def _between_steps(self, function: Callable[..., Any], *arguments: Any) -> Any:
         """Call `function(engine, *arguments)` in the engine's thread."""
-        await asyncio.wrap_future(self._thread.call(partial(function, self._processor.engine, *arguments)))
+        return await asyncio.wrap_future(self._thread.call(partial(function, self._processor.engine, *arguments)))
 
     def _give_back(self) -> None:
         processor, self._thread.processor = self._thread.processor, None

@@ -17,12 +17,13 @@ from nanovllm.engine.processor import Processor, Prompt, as_list_of_prompts, as_
 from nanovllm.engine.request import Request
 from nanovllm.outputs import LogLikelihood, RequestOutput
 from nanovllm.sampling_params import SamplingParams
-from nanovllm.vllm_defaults import AbsentMethods, check_arguments
+from nanovllm.vllm.methods import LLMMethods
+from nanovllm.vllm_defaults import check_arguments
 
 UseTqdm = bool | Callable[..., Any]
 
 
-class LLM(AbsentMethods):
+class LLM(LLMMethods):
     """A model with its engine.
 
     `LLM("/path/to/Qwen3-0.6B", enforce_eager=True)`; the options are those of `nanovllm.config.Config`. Use it as a
@@ -169,9 +170,16 @@ class LLM(AbsentMethods):
         processor = self._open()
         processor.abort(processor.find(as_request_ids(request_id)))
 
-    def reset_prefix_cache(self) -> None:
-        """Forget all cached prefixes. Requests that run keep their blocks."""
-        self.engine.block_manager.forget_content()
+    def reset_prefix_cache(self, reset_running_requests: bool = False, reset_connector: bool = False) -> bool:
+        """Forget all cached prefixes. Requests that run keep their blocks, or are preempted, and so computed anew.
+
+        Args:
+            reset_connector: vLLM's; there is none, and nothing is done.
+
+        Returns: True, as it always succeeds.
+        """
+        self.engine.reset_prefix_cache(reset_running_requests)
+        return True
 
     def load_weights(self, named_tensors: Iterable[tuple[str, "torch.Tensor"]]) -> None:  # noqa: F821
         """Write new weights over the old ones, as after an optimizer step, and empty the prefix cache.
@@ -200,13 +208,18 @@ class LLM(AbsentMethods):
         """
         rollout.sleep(self.engine, level)
 
-    def wake_up(self) -> None:
+    def wake_up(self, tags: list[str] | None = None) -> None:
         """Take the device's memory again. After `sleep(2)` call `load_weights()` before anything else.
 
+        Args:
+            tags: ["weights"] takes theirs alone, so that new ones can be loaded while a trainer still needs the rest,
+                and ["kv_cache"] later that; None: both.
+
         Raises:
+            ValueError: there is no such tag; RuntimeError: the cache is asked for before the weights.
             torch.OutOfMemoryError: others hold the memory; the engine sleeps on, and may be woken again.
         """
-        rollout.wake_up(self.engine)
+        rollout.wake_up(self.engine, tags)
 
     @property
     def is_sleeping(self) -> bool:

@@ -548,11 +548,11 @@ class TestBetweenRollouts:
             await llm.load_weights({name: torch.zeros_like(tensor) for name, tensor in weights.items()}.items())
             assert await answer() == [0] * 16
             await llm.sleep(level=2)
-            assert llm.is_sleeping
+            assert await llm.is_sleeping()
             with pytest.raises(RuntimeError, match=r"call wake_up\(\)"):
                 await answer()
             await llm.wake_up()
-            assert not llm.is_sleeping
+            assert not await llm.is_sleeping()
             with pytest.raises(RuntimeError, match=r"call load_weights\(\)"):
                 await answer()
             await llm.load_weights(weights.items())
