@@ -1,5 +1,8 @@
 """nano-vLLM: an LLM inference engine that can be read in an afternoon."""
 
+from typing import Any
+
+from nanovllm import vllm
 from nanovllm.async_llm import AsyncLLM
 from nanovllm.demo import demo_model
 from nanovllm.errors import EngineDeadError, RankError
@@ -21,3 +24,10 @@ __all__ = [
     "SamplingParams",
     "demo_model",
 ]
+
+
+def __getattr__(name: str) -> Any:
+    """vLLM's other names, EngineArgs for one: they are made when they are asked for."""
+    if name in vllm.__all__:
+        return getattr(vllm, name)
+    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

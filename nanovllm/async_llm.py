@@ -21,15 +21,16 @@ from nanovllm.config import Config
 from nanovllm.engine import rollout
 from nanovllm.engine.engine_thread import EngineThread
 from nanovllm.engine.llm_engine import StepStats
-from nanovllm.engine.processor import Processor, Prompt, as_request_ids, own_params
+from nanovllm.engine.processor import Processor, Prompt, as_request_ids, own_copy, own_params
 from nanovllm.engine.request import Request, is_last
 from nanovllm.errors import EngineDeadError
 from nanovllm.outputs import RequestOutput
 from nanovllm.sampling_params import SamplingParams
-from nanovllm.vllm_defaults import AbsentMethods, check_arguments
+from nanovllm.vllm.methods import AsyncLLMMethods
+from nanovllm.vllm_defaults import check_arguments
 
 
-class AsyncLLM(AbsentMethods):
+class AsyncLLM(AsyncLLMMethods):
     """A model with its engine, for asyncio.
 
         async with AsyncLLM("/path/to/Qwen3-0.6B") as llm:
@@ -91,6 +92,7 @@ class AsyncLLM(AbsentMethods):
             EngineDeadError: it is closed, or has failed for good.
         """
         check_arguments(AsyncLLM.generate, vllm_arguments)
+        prompt = own_copy(prompt)
         params = None if sampling_params is None else own_params(sampling_params)
         return self._run(lambda: prompt, params, request_id)
 
@@ -101,6 +103,7 @@ class AsyncLLM(AbsentMethods):
         request_id: str | None = None,
         *,
         chat_template: str | None = None,
+        chat_template_content_format: str = "auto",
         add_generation_prompt: bool = True,
         continue_final_message: bool = False,
         tools: list[dict[str, Any]] | None = None,
@@ -108,12 +111,14 @@ class AsyncLLM(AbsentMethods):
         **vllm_arguments: Any,
     ) -> AsyncIterator[RequestOutput]:
         """Answer one conversation; the arguments are those of `LLM.chat`, the rest is as in `generate`."""
+        messages, tools, chat_template_kwargs = map(own_copy, (messages, tools, chat_template_kwargs))
 
         def make_prompt() -> Prompt:
             return chat_prompt(
                 self._processor.tokenizer,
                 messages,
                 chat_template=chat_template,
+                chat_template_content_format=chat_template_content_format,
                 add_generation_prompt=add_generation_prompt,
                 continue_final_message=continue_final_message,
                 tools=tools,
@@ -202,9 +207,10 @@ class AsyncLLM(AbsentMethods):
         """As `LLM.get_default_sampling_params`."""
         return self._processor.default_sampling_params()
 
-    async def reset_prefix_cache(self) -> None:
-        """Forget all cached prefixes. Requests that run keep their blocks."""
-        await self._between_steps(lambda engine: engine.forget_cache())
+    async def reset_prefix_cache(self, reset_running_requests: bool = False, reset_connector: bool = False) -> bool:
+        """As `LLM.reset_prefix_cache`."""
+        await self._between_steps(lambda engine: engine.reset_prefix_cache(reset_running_requests))
+        return True
 
     async def load_weights(self, named_tensors: Iterable[tuple[str, "torch.Tensor"]]) -> None:  # noqa: F821
         """As `LLM.load_weights`: requests must have ended."""
@@ -214,12 +220,11 @@ class AsyncLLM(AbsentMethods):
         """As `LLM.sleep`: requests must have ended."""
         await self._between_steps(rollout.sleep, level)
 
-    async def wake_up(self) -> None:
+    async def wake_up(self, tags: list[str] | None = None) -> None:
         """As `LLM.wake_up`."""
-        await self._between_steps(rollout.wake_up)
+        await self._between_steps(rollout.wake_up, tags)
 
-    @property
-    def is_sleeping(self) -> bool:
+    async def is_sleeping(self) -> bool:
         return self._processor.engine.runner.sleep_level > 0
 
     def stats(self) -> StepStats:
@@ -311,9 +316,9 @@ class AsyncLLM(AbsentMethods):
             raise EngineDeadError("the engine is closed") from error
         return await future
 
-    async def _between_steps(self, function: Callable[..., Any], *arguments: Any) -> None:
+    async def _between_steps(self, function: Callable[..., Any], *arguments: Any) -> Any:
         """Call `function(engine, *arguments)` in the engine's thread."""
-        await asyncio.wrap_future(self._thread.call(partial(function, self._processor.engine, *arguments)))
+        return await asyncio.wrap_future(self._thread.call(partial(function, self._processor.engine, *arguments)))
 
     def _give_back(self) -> None:
         processor, self._thread.processor = self._thread.processor, None

@@ -1,9 +1,14 @@
 """Conversations become prompts: the tokenizer's chat template, a Jinja program, writes them out."""
 
+from collections.abc import Callable
 from typing import Any
+
+from nanovllm.messages import CONTENT_FORMATS, as_template_takes, content_format, is_object, plain
+from nanovllm.surrogates import refuse_surrogates
 
 _OPTIONS = {
     "chat_template": (str | None, "a string or None"),
+    "chat_template_content_format": (str, f"one of {', '.join(CONTENT_FORMATS)}"),
     "chat_template_kwargs": (dict | None, "a dict or None"),
     "tools": (list | tuple | None, "a list of JSON schemas or None"),
     "add_generation_prompt": (bool, "True or False"),
@@ -15,7 +20,7 @@ def chat_prompts(tokenizer: Any, messages: Any, **options: Any) -> list[dict[str
     """`chat_prompt` of a conversation, or of each of a list of conversations. Raises as it does."""
     if not isinstance(messages, (list, tuple)) or not messages:
         raise TypeError(f"messages={messages!r:.80} must be a list of messages, or of such lists, and not empty")
-    if isinstance(messages[0], dict):
+    if isinstance(messages[0], dict) or is_object(messages[0]):
         return [chat_prompt(tokenizer, messages, **options)]
     return [chat_prompt(tokenizer, one, name=f"messages[{i}]", **options) for i, one in enumerate(messages)]
 
@@ -25,24 +30,35 @@ def chat_prompt(
     messages: Any,
     name: str = "messages",
     chat_template_kwargs: dict[str, Any] | None = None,
+    chat_template_content_format: str = "auto",
     **template_options: Any,
 ) -> dict[str, Any]:
     """The prompt, with its text and its ids, for one conversation.
 
     Args:
-        messages: `[{"role": "user", "content": "…"}, …]`.
+        messages: `[{"role": "user", "content": "…"}, …]`; see `nanovllm.messages` for what else a message may have.
         name: what to call them in an error.
         chat_template_kwargs: what the template knows besides; they must not name one of the
         template_options: what `apply_chat_template` of a `transformers` tokenizer takes; see `LLM.chat`.
 
     Raises:
         TypeError: the messages or an option have another form.
-        ValueError: there is no template, or it does not take them.
+        ValueError: there is no template, or it does not take them; a part of a message is no text.
     """
-    for option, value in {"chat_template_kwargs": chat_template_kwargs, **template_options}.items():
+    options = {
+        "chat_template_kwargs": chat_template_kwargs,
+        "chat_template_content_format": chat_template_content_format,
+        **template_options,
+    }
+    for option, value in options.items():
         kind, allowed = _OPTIONS[option]
         if not isinstance(value, kind):
             raise TypeError(f"{option}={value!r:.80} must be {allowed}")
+    if chat_template_content_format not in CONTENT_FORMATS:
+        raise ValueError(
+            f"chat_template_content_format={chat_template_content_format!r:.80} must be one of "
+            f"{', '.join(CONTENT_FORMATS)}"
+        )
     twice = template_options.keys() & (chat_template_kwargs or {})
     if twice:
         raise ValueError(
@@ -50,13 +66,25 @@ def chat_prompt(
         )
     if template_options.get("add_generation_prompt") and template_options.get("continue_final_message"):
         raise ValueError("continue_final_message=True goes on with the last message: set add_generation_prompt=False")
-    is_list = isinstance(messages, (list, tuple)) and len(messages) > 0
-    if not is_list or not all(isinstance(message, dict) and "role" in message for message in messages):
+    conversation = plain(messages, name)
+    is_list = isinstance(conversation, list) and len(conversation) > 0
+    if not is_list or not all(isinstance(message, dict) and "role" in message for message in conversation):
         raise TypeError(f"{name}={messages!r:.80} must be a list of dicts with 'role' and 'content', and not empty")
-    template_options |= chat_template_kwargs or {}
-    try:
-        text = tokenizer.apply_chat_template(list(messages), tokenize=False, **template_options)
-    except Exception as error:  # a template is a program: it may raise what it likes
-        raise ValueError(f"the chat template does not take {name}: {error}") from error
+    options = {option: plain(value, option) for option, value in template_options.items()}
+    options |= plain(chat_template_kwargs or {}, "chat_template_kwargs")
+
+    def asked(function: Callable[..., Any], *arguments: Any, **options: Any) -> Any:
+        try:
+            return function(*arguments, **options)
+        except Exception as error:  # a template is a program: it may raise what it likes
+            raise ValueError(f"the chat template does not take {name}: {error}") from error
+
+    form = chat_template_content_format
+    if form == "auto":
+        template = asked(tokenizer.get_chat_template, options.get("chat_template"), options.get("tools"))
+        form = asked(content_format, template)
+    conversation = [as_template_takes(m, form, f"{name}[{i}]") for i, m in enumerate(conversation)]
+    text = asked(tokenizer.apply_chat_template, conversation, tokenize=False, **options)
+    refuse_surrogates(text, f"what the chat template makes of {name}")
     # The template writes what special tokens there are to be.
     return {"prompt": text, "prompt_token_ids": tokenizer.encode(text, add_special_tokens=False)}

@@ -8,7 +8,7 @@ from nanovllm.vllm_defaults import ENGINE_OPTIONS, SAME_OPTIONS, check
 
 Dtype = Literal["auto", "bfloat16", "float16", "float32"]
 Device = Literal["auto", "cuda", "cpu"]
-LoadFormat = Literal["auto", "safetensors", "dummy"]
+LoadFormat = Literal["auto", "safetensors", "dummy", "sharded_state"]
 OTHER_NAMES = {"half": "float16", "float": "float32"}  # of dtypes
 
 
@@ -40,11 +40,15 @@ class Config:
         tensor_parallel_size: processes, on CUDA with a device each, over which the layers are cut.
         tensor_parallel_timeout: seconds that one of them waits for another in a step before it gives up.
         load_format: "auto" and "safetensors" read the folder's files; "dummy" fills the config's shapes with random
-            weights, for benchmarks.
+            weights, for benchmarks; "sharded_state" reads what each rank has written, see `models/sharded_state.py`.
         generation_config: where the sampling comes from of requests without parameters, and the EOS ids: "auto" is the
             model's generation_config.json; "vllm" takes only its EOS ids; otherwise a directory that has one.
         override_generation_config: {key of that file: value}, as {"temperature": 0.5}, over what it says of sampling.
         seed: makes requests without a seed of their own repeatable.
+        hf_overrides: {key: value} over those of the model's config.json, as {"rope_parameters": {…}}.
+        profiler_config: {"profiler": "torch", "torch_profiler_dir": folder}, where `stop_profile()` writes the trace.
+        logits_processors: classes that change logits by vLLM's protocol, or "module:Class" of them: see
+            `nanovllm.vllm.logits_processors`.
         max_logprobs: log-probabilities of likeliest tokens that a request may ask for at each position; -1: any number.
 
     Raises:
@@ -73,6 +77,9 @@ class Config:
     generation_config: str = "auto"
     override_generation_config: dict[str, Any] | None = None
     seed: int | None = None
+    hf_overrides: dict[str, Any] | None = None
+    profiler_config: dict[str, Any] | None = None
+    logits_processors: list[Any] | None = None
     max_logprobs: int = -1
 
     @classmethod
@@ -96,6 +103,11 @@ class Config:
         check("LLM", ENGINE_OPTIONS, others, [*known, *SAME_OPTIONS])
         return cls(model=model, **own)
 
+    @property
+    def has_checkpoint(self) -> bool:
+        """Whether the weights come from a checkpoint's tensors, by its names."""
+        return self.load_format in ("auto", "safetensors")
+
     def __post_init__(self) -> None:
         self._normalize()
         if not isinstance(self.model, str) or not self.model:
@@ -108,10 +120,14 @@ class Config:
                 raise TypeError(f"{option.name}={value!r} must be True or False")
             if option.type == str | None and not isinstance(value, str | None):
                 raise TypeError(f"{option.name}={value!r} must be a string or None")
+            if option.type == dict[str, Any] | None and not isinstance(value, dict | None):
+                raise TypeError(f"{option.name}={value!r:.80} must be a dict or None")
+        if not isinstance(self.logits_processors, list | None):
+            raise TypeError(f"logits_processors={self.logits_processors!r:.80} must be a list of classes or None")
+        if self.logits_processors and self.tensor_parallel_size != 1:
+            raise ValueError("logits_processors run in one process: they need tensor_parallel_size=1")
         if not isinstance(self.generation_config, str):
             raise TypeError(f"generation_config={self.generation_config!r} must be 'auto', 'vllm' or a directory")
-        if not isinstance(self.override_generation_config, dict | None):
-            raise TypeError(f"override_generation_config={self.override_generation_config!r} must be a dict or None")
         for name in ("max_num_seqs", "max_num_batched_tokens", "tensor_parallel_size"):
             self._require_positive_int(name)
         for name in ("max_model_len", "kvcache_block_size", "num_kvcache_blocks", "kvcache_memory_bytes"):

@@ -8,12 +8,15 @@ one's lead byte comes. What may still change is kept back:
 - A "�" at the end, which stands for bytes that have begun a character. One further to the left is final.
 - A run of byte tokens (`<0xE4>`). Such tokenizers decode a run as a whole: one byte too many, and "中" is "����".
 
+An output's text goes on where the prompt's ends, and some decoders leave a space out at the beginning of a text. So the
+first tokens are decoded behind the last few of the prompt; not if it is one of ids that ends within a character.
+
 The `tokenizers` library's DecodeStream does the first but not the second (it raises an error there), keeps back all
 tokens as long as their text ends in "�", decoding them again with each, and never gives what it still has at the end.
 """
 
 import re
-from typing import Any
+from typing import Any, NamedTuple
 
 from nanovllm.sampling_params import SamplingParams
 
@@ -21,6 +24,16 @@ NUM_CONTEXT = 4  # tokens before a new one that its text may depend on
 BROKEN = "\ufffd"  # "�", which decoders write for bytes that are no character
 _BYTE_TOKEN = re.compile("<0x[0-9A-Fa-f]{2}>").fullmatch
 _INVISIBLE, _BYTE, _VISIBLE = range(3)
+
+
+class Context(NamedTuple):
+    """The end of a prompt, behind which an output's tokens are decoded."""
+
+    ids: list[int]
+    num_chars: int  # of their text
+
+
+NO_CONTEXT = Context([], 0)
 
 
 class TokenDecoder:
@@ -45,15 +58,34 @@ class TokenDecoder:
             return self._backend.decode(ids, skip_special_tokens=False)
         return self._tokenizer.decode(ids, skip_special_tokens=False, clean_up_tokenization_spaces=False)
 
-    def decode_all(self, sequences: list[list[int]], params: SamplingParams) -> list[str]:
+    def context(self, prompt_ids: list[int], params: SamplingParams) -> Context:
+        """What an output's text depends on of its prompt.
+
+        It costs some 3 µs, so that it is not asked first whether this tokenizer's decoder needs it.
+        """
+        ids: list[int] = []
+        for token_id in reversed(prompt_ids):
+            kind = self.kind(token_id, params.skip_special_tokens)
+            if kind != _INVISIBLE:
+                ids.append(token_id)
+            if kind == _VISIBLE and len(ids) >= NUM_CONTEXT:  # not within a run of bytes
+                break
+        ids.reverse()
+        text = self.decode(ids) if ids else ""
+        return NO_CONTEXT if text.endswith(BROKEN) else Context(ids, len(text))
+
+    def decode_all(self, sequences: list[list[int]], context: Context, params: SamplingParams) -> list[str]:
         """The texts of a request's finished sequences: what a `Detokenizer` would give in the end, but faster."""
         if self.must_join_added_tokens(params):
-            streams = [(TextStream(self, params), ids) for ids in sequences]
+            streams = [(TextStream(self, params, context), ids) for ids in sequences]
             return ["".join(map(stream.append, ids)) + stream.finish() for stream, ids in streams]
         skip = params.skip_special_tokens
+        sequences = [context.ids + ids for ids in sequences]
         if self._backend is not None:
-            return self._backend.decode_batch(sequences, skip_special_tokens=skip)
-        return [self.decode([i for i in ids if self.kind(i, skip)]) for ids in sequences]
+            texts = self._backend.decode_batch(sequences, skip_special_tokens=skip)
+        else:
+            texts = [self.decode([i for i in ids if self.kind(i, skip)]) for ids in sequences]
+        return [text[context.num_chars :] for text in texts]
 
     def kind(self, token_id: int, skip_special_tokens: bool) -> int:
         """_INVISIBLE (0) if the token adds nothing, _BYTE for a byte token, otherwise _VISIBLE."""
@@ -76,24 +108,61 @@ class TokenDecoder:
         """Whether spaces that the tokenizer's decoder puts between added tokens are to be left out."""
         return not (params.skip_special_tokens or params.spaces_between_special_tokens) and bool(self.added_tokens)
 
-    def token_text(self, token_id: int) -> str:
-        """The text of one token by itself: "�" for a part of a character."""
-        text = self._token_texts.get(token_id)
-        if text is None:
-            text = self._token_texts[token_id] = self.decode([token_id]) if self.kind(token_id, False) else ""
+    def token_texts(self, token_ids: list[int], before: list[int]) -> list[str]:
+        """The texts that tokens add within a text, each by itself behind those before it.
+
+        Of a token that ends within a character it is "", and of the one that completes the character, that character.
+
+        Args:
+            before: the tokens before them, of which the last NUM_CONTEXT count.
+        """
+        known = self._token_texts
+        return [known.get(token_id) or self._token_text(token_id, before) for token_id in token_ids]
+
+    def _token_text(self, token_id: int, before: list[int]) -> str:
+        """The same of one token; it is remembered unless it depends on those before."""
+        if self.kind(token_id, False) == _INVISIBLE:
+            return ""
+        alone = self.decode([token_id])
+        if _is_partial(alone):
+            return self._completed_text(token_id, alone, before[-NUM_CONTEXT:])
+        # Behind itself, since at the beginning of a text a decoder may leave its space out.
+        text = self._token_texts[token_id] = self.decode([token_id] * 2)[len(alone) :]
         return text
+
+    def _completed_text(self, token_id: int, alone: str, before: list[int]) -> str:
+        """Of a token that begins or ends within a character: what it adds to the fewest tokens before it that tell."""
+        candidates = [] if alone.endswith(BROKEN) else [alone]
+        for num in range(1, len(before) + 1):
+            context = before[-num:]
+            text = self.decode([*context, token_id])
+            while context and self.decode(context[-1:]).endswith(BROKEN):  # these have been said to add nothing
+                context = context[:-1]
+            added = text[len(self.decode(context)) if context else 0 :]
+            if not _is_partial(added):
+                return added
+            if not added.endswith(BROKEN):
+                candidates.append(added)
+        return candidates[0] if candidates else ""
+
+
+def _is_partial(text: str) -> bool:
+    return text.endswith(BROKEN) or text.startswith(BROKEN)
 
 
 class TextStream:
-    """One sequence's tokens in, its text out: `append` each, then `finish`. The pieces join to the one-shot decode."""
+    """One sequence's tokens in, its text out: `append` each, then `finish`.
 
-    def __init__(self, decoder: TokenDecoder, params: SamplingParams) -> None:
+    The pieces join to what the tokens add to the prompt's text, both decoded in one.
+    """
+
+    def __init__(self, decoder: TokenDecoder, params: SamplingParams, context: Context = NO_CONTEXT) -> None:
         self._decoder = decoder
         self._skip_special_tokens = params.skip_special_tokens
         self._must_join = decoder.must_join_added_tokens(params)
-        self._last_id = -1
-        self._ids: list[int] = []  # the window: some context, and the tokens whose text has not been given
-        self._num_given = 0  # characters of the window's text
+        self._last_id = context.ids[-1] if context.ids else -1
+        self._ids = list(context.ids)  # the window: some context, and the tokens whose text has not been given
+        self._num_given = context.num_chars  # of the window's text
 
     def append(self, token_id: int) -> str:
         """The text that is settled now and was not before."""
@@ -136,18 +205,18 @@ class TextStream:
 class Detokenizer:
     """One sequence's text as its tokens come, up to a stop string.
 
-    Which stop string ends the text does not depend on where tokens begin: it is the one that is complete first, and
-    of several that end at the same place the longest. What may be the beginning of one is kept back.
+    Which stop string ends the text does not depend on where tokens begin: it is the one that is complete first, and of
+    several that end at the same place the first in the list. What may be the beginning of one is kept back.
 
     Attributes:
         pieces: the text, in pieces. The list only grows.
         num_chars: of them may be shown. It only grows too.
     """
 
-    def __init__(self, decoder: TokenDecoder, params: SamplingParams) -> None:
+    def __init__(self, decoder: TokenDecoder, params: SamplingParams, context: Context = NO_CONTEXT) -> None:
         self.pieces: list[str] = []
         self.num_chars = 0
-        self._stream = TextStream(decoder, params)
+        self._stream = TextStream(decoder, params, context)
         self._searches = [StopSearch(stop) for stop in params.stop]
         self._include_stop = params.include_stop_str_in_output
         self._min_tokens = params.min_tokens
@@ -188,8 +257,8 @@ class Detokenizer:
             self.num_chars = self._num_all
             return None
         counts = self._num_tokens > self._min_tokens
-        ends = [(search.read(new, counts), -len(search.stop), search.stop) for search in self._searches]
-        end, _, stop = min((e for e in ends if e[0]), default=(0, 0, None))
+        ends = [(search.read(new, counts), search.stop) for search in self._searches]
+        end, stop = min((e for e in ends if e[0]), default=(0, None), key=lambda e: e[0])
         if stop is None:
             num_held = 0 if self._include_stop else max(search.num_matched for search in self._searches)
             self.num_chars = self._num_all - num_held

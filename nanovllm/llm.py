@@ -21,12 +21,13 @@ from nanovllm.errors import EngineDeadError
 from nanovllm.output_stream import OutputStream
 from nanovllm.outputs import LogLikelihood, RequestOutput
 from nanovllm.sampling_params import SamplingParams
-from nanovllm.vllm_defaults import AbsentMethods, check_arguments
+from nanovllm.vllm.methods import LLMMethods
+from nanovllm.vllm_defaults import check_arguments
 
 UseTqdm = bool | Callable[..., Any]
 
 
-class LLM(AbsentMethods):
+class LLM(LLMMethods):
     """A model with its engine.
 
     `LLM("/path/to/Qwen3-0.6B", enforce_eager=True)`; the options are those of `nanovllm.config.Config`. Use it as a
@@ -82,6 +83,7 @@ class LLM(AbsentMethods):
         use_tqdm: UseTqdm = True,
         *,
         chat_template: str | None = None,
+        chat_template_content_format: str = "auto",
         add_generation_prompt: bool = True,
         continue_final_message: bool = False,
         tools: list[dict[str, Any]] | None = None,
@@ -91,8 +93,11 @@ class LLM(AbsentMethods):
         """Answer a conversation, or each of a list, written out by the tokenizer's chat template.
 
         Args:
-            messages: `[{"role": "user", "content": "…"}, …]`, or a list of such lists.
+            messages: `[{"role": "user", "content": "…"}, …]`, or a list of such lists. Content may be a list of parts
+                `{"type": "text", "text": "…"}`, or None beside tool calls, whose arguments may be JSON strings.
             chat_template: a Jinja template instead of the tokenizer's.
+            chat_template_content_format: how content is given to the template, as "string" or, "openai", as a list of
+                parts. "auto": as the template asks for it.
             add_generation_prompt: open the assistant's message, which is to be written.
             continue_final_message: leave the last message open, which is to be continued; not with the above.
             tools: JSON schemas of functions, for templates that know them.
@@ -100,13 +105,15 @@ class LLM(AbsentMethods):
             vllm_arguments: as in `generate`.
 
         Raises:
-            TypeError, ValueError: as `generate`; or the template is missing, or does not take the messages.
+            TypeError, ValueError: as `generate`; or the template is missing, or does not take the messages; or one of
+                their parts is no text.
         """
         check_arguments(LLM.chat, vllm_arguments)
         prompts = chat_prompts(
             self.get_tokenizer(),
             messages,
             chat_template=chat_template,
+            chat_template_content_format=chat_template_content_format,
             add_generation_prompt=add_generation_prompt,
             continue_final_message=continue_final_message,
             tools=tools,
@@ -180,10 +187,17 @@ class LLM(AbsentMethods):
             processor = self._enter()
             processor.abort(processor.find(request_ids))
 
-    def reset_prefix_cache(self) -> None:
-        """Forget all cached prefixes. Requests that run keep their blocks."""
+    def reset_prefix_cache(self, reset_running_requests: bool = False, reset_connector: bool = False) -> bool:
+        """Forget all cached prefixes. Requests that run keep their blocks, or are preempted, and so computed anew.
+
+        Args:
+            reset_connector: vLLM's; there is none, and nothing is done.
+
+        Returns: True, as it always succeeds.
+        """
         with self._one_caller:
-            self._enter().engine.forget_cache()
+            self._enter().engine.reset_prefix_cache(reset_running_requests)
+        return True
 
     def load_weights(self, named_tensors: Iterable[tuple[str, "torch.Tensor"]]) -> None:  # noqa: F821
         """Write new weights over the old ones, as after an optimizer step, and empty the prefix cache.
@@ -214,14 +228,19 @@ class LLM(AbsentMethods):
         with self._one_caller:
             rollout.sleep(self._enter().engine, level)
 
-    def wake_up(self) -> None:
+    def wake_up(self, tags: list[str] | None = None) -> None:
         """Take the device's memory again. After `sleep(2)` call `load_weights()` before anything else.
 
+        Args:
+            tags: ["weights"] takes theirs alone, so that new ones can be loaded while a trainer still needs the rest,
+                and ["kv_cache"] later that; None: both.
+
         Raises:
+            ValueError: there is no such tag; RuntimeError: the cache is asked for before the weights.
             torch.OutOfMemoryError: others hold the memory; the engine sleeps on, and may be woken again.
         """
         with self._one_caller:
-            rollout.wake_up(self._enter().engine)
+            rollout.wake_up(self._enter().engine, tags)
 
     @property
     def is_sleeping(self) -> bool:

@@ -1,16 +1,16 @@
 """What a request gives back, while it runs and when it has ended."""
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, NamedTuple
 
 
-@dataclass
-class Logprob:
+class Logprob(NamedTuple):
     """How likely the model found a token: before temperature and truncation."""
 
     logprob: float
     rank: int | None = None  # 1 is the likeliest of the vocabulary
+    # The text that it adds within a text: of a character that several tokens make, all comes with the last of them.
     decoded_token: str | None = None  # None without a tokenizer, or with detokenize=False
 
 
@@ -22,7 +22,7 @@ class CompletionOutput:
     """
 
     index: int  # among the request's n
-    text: str | None  # None without a tokenizer, or with detokenize=False
+    text: str  # goes on where the prompt's ends; "" without a tokenizer, or with detokenize=False
     token_ids: list[int]
     cumulative_logprob: float | None = None
     logprobs: list[dict[int, Logprob]] | None = None  # one for each of token_ids
@@ -45,10 +45,9 @@ class LogLikelihood:
 
 @dataclass
 class RequestMetrics:
-    """When things happened to a request: seconds of `time.monotonic()`, None if they have not.
+    """When things happened to a request: seconds of `time.monotonic()`, None if they have not by then.
 
-    Its completions and all its outputs share one object, so that an early output shows the times that came later. The
-    properties are the names of vLLM's second engine.
+    The properties are the names of vLLM's second engine.
     """
 
     arrival_time: float
@@ -84,17 +83,48 @@ class RequestMetrics:
         return self.last_token_time
 
 
+class _OwnCopy:
+    """A field that is given the request's list, which all its outputs share, and shows a copy of its own.
+
+    It is made when somebody looks, which few do: a prompt may be long, and each of its tokens has an output.
+    """
+
+    def __init__(self, copy: Callable[[Any], Any]) -> None:
+        self._copy = copy
+
+    def __set_name__(self, owner: type, name: str) -> None:
+        self._name = name
+
+    def __get__(self, output: Any, owner: type) -> Any:
+        if output is None:  # a dataclass asks for the default, and takes this error for none
+            raise AttributeError(self._name)
+        value, is_copy = output.__dict__[self._name]
+        if not is_copy:
+            value = None if value is None else self._copy(value)
+            output.__dict__[self._name] = (value, True)
+        return value
+
+    def __set__(self, output: Any, value: Any) -> None:
+        output.__dict__[self._name] = (value, False)
+
+
+def _copy_logprobs(logprobs: list[dict[int, Logprob] | None]) -> list[dict[int, Logprob] | None]:
+    return [of_token and dict(of_token) for of_token in logprobs]
+
+
 @dataclass
 class RequestOutput:
     """A request and its completions: vLLM's object, which can also be read as upstream nano-vLLM's dict is.
 
-    The fields without a comment after `metrics` are vLLM's, and None.
+    What is in it is the reader's: a change to it changes nothing that comes later. The fields without a comment after
+    `metrics` are vLLM's, and None.
     """
 
     request_id: str
     prompt: str | None
-    prompt_token_ids: list[int]
-    prompt_logprobs: list[dict[int, Logprob] | None] | None  # of each prompt token; of the first, None
+    prompt_token_ids: list[int] = _OwnCopy(list)
+    # Of each prompt token; of the first, None.
+    prompt_logprobs: list[dict[int, Logprob] | None] | None = _OwnCopy(_copy_logprobs)
     outputs: list[CompletionOutput]
     finished: bool
     metrics: RequestMetrics | None = None

@@ -71,7 +71,7 @@ _ENGINE_OPTIONS = {
     },
     "the model is what its folder says, as safetensors and with the tokenizer of transformers": {
         """
-        code_revision hf_config_path hf_overrides model_class_overrides model_weights rope_scaling rope_theta
+        code_revision hf_config_path model_class_overrides model_weights rope_scaling rope_theta
         tokenizer_revision
         """: NONE,
         "config_format tokenizer_mode": ("auto", "hf"),
@@ -108,7 +108,7 @@ _ENGINE_OPTIONS = {
         """: ANY,
         "enable_reasoning": OFF,
         """
-        logits_processor_pattern logits_processors reasoning_config reasoning_parser reasoning_parser_plugin
+        logits_processor_pattern reasoning_config reasoning_parser reasoning_parser_plugin
         """: NONE,
     },
     "log-probabilities are the model's own, and draws are exact": {
@@ -154,12 +154,11 @@ _ENGINE_OPTIONS = {
     "there are no models with experts": {
         """
     all2all_backend dbo_decode_token_threshold dbo_prefill_token_threshold elastic_ep_max_dp_size
-        eplb_config eplb_log_balancedness eplb_step_interval eplb_window_size expert_placement_strategy
-        moe_backend
+        enable_expert_parallel eplb_config eplb_log_balancedness eplb_step_interval eplb_window_size
+        expert_placement_strategy moe_backend
         """: ANY,
         """
-        enable_dbo enable_elastic_ep enable_ep_weight_filter enable_eplb enable_expert_parallel
-        enable_return_routed_experts
+        enable_dbo enable_elastic_ep enable_ep_weight_filter enable_eplb enable_return_routed_experts
         """: OFF,
         "num_redundant_experts ubatch_size": (0,),
     },
@@ -191,7 +190,7 @@ _ENGINE_OPTIONS = {
         """: OFF,
         """
         aux_output_config collect_detailed_traces log_config_file logging_config otlp_traces_endpoint
-        profiler_config show_hidden_metrics_for_version
+        show_hidden_metrics_for_version
         """: NONE,
         """
         custom_histogram_buckets disable_log_requests disable_log_stats kv_cache_metrics_sample log_level
@@ -212,7 +211,7 @@ _SAMPLING_FIELDS = {
     },
     "there are no grammars, logits processors, watermarks or limits to thinking": {
         """
-        extra_args guided_decoding logits_processors repetition_detection structured_outputs
+        guided_decoding logits_processors repetition_detection structured_outputs
         trace_decode_token_ids
         """: NONE,
         "thinking_token_budget": (-1,),
@@ -231,6 +230,9 @@ _SAMPLING_FIELDS = {
     },
     "there are no models with experts": {
         "routed_experts_prompt_start": ANY,
+    },
+    "it is for the engine's logits_processors, which look at it": {
+        "extra_args": ANY,
     },
     "it is vLLM's own business": {
         "output_text_buffer_length skip_clone": ANY,

@@ -132,6 +132,27 @@ def save_byte_tokenizer(path: Path) -> None:
     PreTrainedTokenizerFast(tokenizer_object=tokenizer, eos_token="<|end|>").save_pretrained(path)
 
 
+def save_spaced_tokenizer(path: Path) -> int:
+    """One like Llama's: spaces are in the tokens, and the decoder leaves the first of a text out. Returns its size.
+
+    A prompt begins with `<s>`, id 1.
+    """
+    from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors
+
+    words = ["▁", "▁hi", "▁world", "▁a", *"abcdefghijklmnopqrstuvwxyz!."]
+    pieces = [(token, 0.0) for token in ("<unk>", "<s>", "</s>")] + [(f"<0x{byte:02X}>", -9.0) for byte in range(256)]
+    pieces += [(word, -float(3 - len(word.strip("▁")) / 2)) for word in words]
+    tokenizer = Tokenizer(models.Unigram(pieces, unk_id=0, byte_fallback=True))
+    tokenizer.pre_tokenizer = pre_tokenizers.Metaspace(replacement="▁", prepend_scheme="first")
+    tokenizer.post_processor = processors.TemplateProcessing(single="<s> $A", special_tokens=[("<s>", 1)])
+    tokenizer.decoder = decoders.Sequence(
+        [decoders.Replace("▁", " "), decoders.ByteFallback(), decoders.Fuse(), decoders.Strip(" ", 1, 0)]
+    )
+    fast = PreTrainedTokenizerFast(tokenizer_object=tokenizer, bos_token="<s>", eos_token="</s>", unk_token="<unk>")
+    fast.save_pretrained(path)
+    return len(pieces)
+
+
 @lru_cache(maxsize=2)
 def reference_model(path: Path, device: str = "cpu", dtype: torch.dtype = torch.float32) -> Qwen3ForCausalLM:
     return Qwen3ForCausalLM.from_pretrained(path, dtype=dtype, attn_implementation="sdpa").to(device).eval()

@@ -159,6 +159,8 @@ class TestGenerate:
                 for request_id in (5, b"a", ["a"], True):
                     with pytest.raises(TypeError, match="request_id=.* must be a string or None"):
                         await last(llm.generate(PROMPTS[0], GREEDY, request_id))
+                with pytest.raises(ValueError, match=r"request_id='\\ud800' has a lone surrogate"):
+                    await last(llm.generate(PROMPTS[0], GREEDY, "\ud800"))
                 for request_id in (5, None, b"a", ["a", 5], [["a"]]):
                     with pytest.raises(TypeError, match="request_id=.* must be a string or a list of strings"):
                         await llm.abort(request_id)
@@ -204,6 +206,11 @@ class TestGenerate:
                 assert same(output, reference) and output.prompt == reference.prompt == "<user>Hi<assistant>"
                 assert await llm.encode_prompt(output.prompt) == output.prompt_token_ids
                 assert (await llm.get_tokenizer()).decode(output["token_ids"]) == output["text"]
+                messages = [{"role": "user", "content": [{"type": "text", "text": "Hi"}]}]
+                outputs = llm.chat(messages, GREEDY, chat_template=template, chat_template_content_format="string")
+                messages[0]["content"].clear()  # after the call they are the caller's again
+                messages.clear()
+                assert same(await last(outputs), reference)
                 with pytest.raises(ValueError, match="the chat template does not take"):
                     await last(llm.chat([{"role": "user", "content": "Hi"}], GREEDY))
                 async for _ in llm.chat([{"role": "user", "content": "Hi"}], LONG, "c", chat_template=template):
@@ -541,11 +548,11 @@ class TestBetweenRollouts:
             await llm.load_weights({name: torch.zeros_like(tensor) for name, tensor in weights.items()}.items())
             assert await answer() == [0] * 16
             await llm.sleep(level=2)
-            assert llm.is_sleeping
+            assert await llm.is_sleeping()
             with pytest.raises(RuntimeError, match=r"call wake_up\(\)"):
                 await answer()
             await llm.wake_up()
-            assert not llm.is_sleeping
+            assert not await llm.is_sleeping()
             with pytest.raises(RuntimeError, match=r"call load_weights\(\)"):
                 await answer()
             await llm.load_weights(weights.items())

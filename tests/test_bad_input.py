@@ -4,6 +4,7 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 from checkpoints import VOCAB_SIZE, Reference, random_prompts
 
@@ -65,6 +66,18 @@ BAD_PROMPTS: dict[str, tuple[Any, type[Exception], str]] = {
     "dict of ids for text": ({"prompt": [1, 2]}, TypeError, r"\['prompt'\]=\[1, 2\] must be a string"),
     "dict of a number beside ids": ({"prompt": 3, "prompt_token_ids": [1]}, TypeError, r"=3 must be a string"),
     "dict of None": ({"prompt_token_ids": None}, TypeError, "must be a string or a list of token ids"),
+    "ids that are arrays": ([np.array([1, 2])], TypeError, "must be a string or a list of token ids"),
+    "ids that are numpy's truths": ([1, np.True_], TypeError, "must be a string or a list of token ids"),
+    "an array": (np.array([1, 2]), TypeError, "must be a string or a list of token ids"),
+    "a negative id of numpy's": ((5, np.int32(-1)), ValueError, r"token id -1: ids must be in"),
+    "an image": ({"prompt_token_ids": [1], "multi_modal_data": {"image": 3}}, ValueError, "multi_modal_data'.=.* None"),
+    "a salt": ({"prompt_token_ids": [1], "cache_salt": "a"}, ValueError, r"\['cache_salt'\]='a' must be None"),
+    "an array of embeddings": ({"prompt_embeds": np.ones(2)}, ValueError, r"\['prompt_embeds'\]=.* must be None"),
+    "nothing at all": (
+        {"prompt": None, "multi_modal_data": None},
+        TypeError,
+        "must be a string or a list of token ids",
+    ),
     "text without a tokenizer": ("Hello", ValueError, "skip_tokenizer_init=True.*give token ids"),
 }
 

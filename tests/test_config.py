@@ -54,7 +54,6 @@ def test_value_that_is_not_allowed_is_a_value_error_that_names_it(name: str, val
         ("skip_tokenizer_init", 0),
         ("tokenizer", 3),
         ("revision", 3),
-        ("generation_config", None),
         ("generation_config", {"temperature": 0.5}),
         ("override_generation_config", "vllm"),
         ("seed", 1.5),

@@ -11,7 +11,7 @@ from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers
 from transformers import AutoTokenizer, PreTrainedTokenizer, PreTrainedTokenizerFast
 
 from nanovllm import SamplingParams, demo_model
-from nanovllm.detokenizer import Detokenizer, StopSearch, TextStream, TokenDecoder
+from nanovllm.detokenizer import NO_CONTEXT, NUM_CONTEXT, Detokenizer, StopSearch, TextStream, TokenDecoder
 
 PLAIN = SamplingParams()
 WITH_SPECIAL = SamplingParams(skip_special_tokens=False)
@@ -67,7 +67,7 @@ def bpe_suffix() -> PreTrainedTokenizerFast:
 
 
 def no_decoder() -> PreTrainedTokenizerFast:
-    return of_vocabulary(["a", "b", "中", "\ufffd"], None)
+    return of_vocabulary(["a", "b", "中", "\ufffd", "xabcd"], None)
 
 
 SPELLED = {byte: f"{byte:02x}" for byte in range(256)}
@@ -146,15 +146,21 @@ def token_ids(tokenizer: Any) -> st.SearchStrategy[list[int]]:
 @pytest.mark.parametrize("name", TOKENIZERS)
 @given(data=st.data())
 @settings(deadline=None, max_examples=150)
-def test_pieces_of_any_tokens_join_to_the_one_shot_decode(name: str, params: SamplingParams, data: Any) -> None:
+def test_pieces_of_any_tokens_join_to_what_they_add_to_the_prompt(name: str, params: SamplingParams, data: Any) -> None:
     # Whatever comes later: so no piece holds half a character, or text that a later token would revise.
     tokenizer, decoder = tokenizer_named(name)
-    ids = data.draw(token_ids(tokenizer))
-    stream = TextStream(decoder, params)
-    pieces = [stream.append(token_id) for token_id in ids]
-    pieces.append(stream.finish())
-    assert "".join(pieces) == one_shot(tokenizer, ids, params)
-    assert decoder.decode_all([ids, [], ids], params) == ["".join(pieces), "", "".join(pieces)]
+    prompt, ids = data.draw(st.just([]) | token_ids(tokenizer)), data.draw(token_ids(tokenizer))
+    context = decoder.context(prompt, params)
+    stream = TextStream(decoder, params, context)
+    text = "".join([stream.append(token_id) for token_id in ids]) + stream.finish()
+    assert decoder.decode_all([ids, [], ids], context, params) == [text, "", text]
+    before, both = one_shot(tokenizer, prompt, params), one_shot(tokenizer, prompt + ids, params)
+    if before.endswith("\ufffd"):  # the prompt ends within a character
+        assert text == one_shot(tokenizer, ids, params)
+    elif both.startswith(before):
+        assert text == both[len(before) :]
+    else:
+        assert name == "byte_fallback"  # the first bytes have spoiled a run with which the prompt ends
 
 
 @pytest.mark.parametrize("name", ["demo", "byte_level", "slow"])
@@ -212,7 +218,7 @@ def test_spaces_between_special_tokens_can_be_left_out(name: str, expected: str 
     params = SamplingParams(skip_special_tokens=False, spaces_between_special_tokens=False)
     stream = TextStream(decoder, params)
     text = "".join(map(stream.append, ids)) + stream.finish()
-    assert decoder.decode_all([ids], params) == [text]
+    assert decoder.decode_all([ids], NO_CONTEXT, params) == [text]
     if expected is None:
         assert text == one_shot(tokenizer, ids, params)  # there are none
     else:
@@ -220,22 +226,93 @@ def test_spaces_between_special_tokens_can_be_left_out(name: str, expected: str 
         assert text == expected.replace("a<", "a <")
 
 
+@pytest.mark.parametrize("name", ["demo", "byte_fallback", "metaspace", "word_piece"])
+@pytest.mark.parametrize(("prompt", "text"), [("a b", " a ab"), ("b.", "中b"), ("a", "b"), ("é", "é a")])
+def test_text_is_what_the_librarys_own_stream_gives_behind_the_prompt(name: str, prompt: str, text: str) -> None:
+    tokenizer, decoder = tokenizer_named(name)
+    prompt_ids, ids = (tokenizer.encode(t, add_special_tokens=False) for t in (prompt, text))
+    stream = decoders.DecodeStream(ids=prompt_ids, skip_special_tokens=True)
+    expected = "".join(stream.step(tokenizer.backend_tokenizer, i) or "" for i in ids)
+    assert decoder.decode_all([ids], decoder.context(prompt_ids, PLAIN), PLAIN) == [expected]
+
+
+def test_a_decoder_that_leaves_a_space_out_at_the_beginning_keeps_it_behind_a_prompt() -> None:
+    tokenizer, decoder = tokenizer_named("byte_fallback")
+    vocab = tokenizer.get_vocab()
+    a, b, end = vocab["▁a"], vocab["b"], vocab["<|end|>"]
+    run = [vocab[f"<0x{byte:02X}>"] for byte in "中".encode()]
+    for prompt, params, text in (
+        ([b], PLAIN, " ab a"),
+        ([], PLAIN, "ab a"),
+        ([end], PLAIN, "ab a"),  # it is not in the text, which begins with the output
+        ([end], WITH_SPECIAL, " ab a"),
+        ([b, *[end] * 9], PLAIN, " ab a"),
+        ([b] * 100, PLAIN, " ab a"),
+        (run * 3, PLAIN, " ab a"),
+        ([vocab["▁"]], PLAIN, " ab a"),
+    ):
+        context = decoder.context(prompt, params)
+        detokenizer = Detokenizer(decoder, params, context)
+        for token_id in (a, b, a):
+            detokenizer.append(token_id)
+        detokenizer.finish()
+        assert detokenizer.text == text
+        assert decoder.decode_all([[a, b, a]], context, params) == [text]
+        stopping = Detokenizer(
+            decoder, SamplingParams(stop=" a", skip_special_tokens=params.skip_special_tokens), context
+        )
+        assert (stopping.append(a), stopping.text) == ((" a", "") if text[0] == " " else (None, "a"))
+
+
 @pytest.mark.parametrize("name", TOKENIZERS)
-def test_text_of_one_token(name: str) -> None:
+def test_text_of_one_token_is_what_it_adds_within_a_text(name: str) -> None:
     tokenizer, decoder = tokenizer_named(name)
     for token_id in range(0, len(tokenizer), 5):
+        alone = one_shot(tokenizer, [token_id], WITH_SPECIAL)
+        text = one_shot(tokenizer, [token_id] * 2, WITH_SPECIAL)[len(alone) :]
+        if "\ufffd" in alone:  # nothing before it completes the character that it ends
+            text = "" if alone.endswith("\ufffd") else alone
         for _ in range(2):
-            assert decoder.token_text(token_id) == one_shot(tokenizer, [token_id], WITH_SPECIAL)
-    assert decoder.token_text(len(tokenizer) + 5) == ""  # models have more ids than their tokenizers
+            assert decoder.token_texts([token_id], []) == [text]
+    assert decoder.token_texts([len(tokenizer) + 5], []) == [""]  # models have more ids than their tokenizers
+
+
+def texts_of_tokens(decoder: TokenDecoder, ids: list[int]) -> list[str]:
+    return [decoder.token_texts([token_id], ids[max(0, i - NUM_CONTEXT) : i])[0] for i, token_id in enumerate(ids)]
+
+
+def test_text_of_a_token_has_its_space_and_a_character_comes_with_its_last_byte() -> None:
+    _, decoder = tokenizer_named("byte_level")
+    ids = byte_level_tokens()
+    split = [ids[data] for data in (b"x\xe4", b"\xb8", b"\xad\xf0", b"\x9f\x98", b"\x80", b"x")]
+    assert texts_of_tokens(decoder, split) == ["", "", "", "", "x中😀", "x"]
+    likeliest = [ids[data] for data in (b"\xad", b"\xb8", b"x", b"\xe4")]  # each is completed by itself
+    assert decoder.token_texts(likeliest, [ids[b"\xe4"], ids[b"\xb8"]]) == ["中", "丸", "x", ""]
+    tokenizer, decoder = tokenizer_named("byte_fallback")
+    vocab = tokenizer.get_vocab()
+    run = [vocab[f"<0x{byte:02X}>"] for byte in "中é".encode()]
+    assert texts_of_tokens(decoder, [vocab["▁a"], *run, vocab["▁a"], vocab["b"], vocab["▁"]]) == [
+        " a", "", "", "中", "", "é", " a", "b", " ",
+    ]  # fmt: skip
+
+
+@given(data=st.data())
+@settings(deadline=None, max_examples=200)
+def test_texts_of_tokens_join_to_the_text(data: Any) -> None:
+    tokenizer, decoder = tokenizer_named("byte_level")
+    text = data.draw(st.text("ab中😀é", max_size=8))
+    ids = sum((random_split(tokenizer, char.encode(), data) for char in text), [])
+    texts = texts_of_tokens(decoder, ids)
+    assert not any("\ufffd" in t for t in texts)
+    assert "".join(texts) == text
 
 
 def expected_cut(text: str, stop: list[str]) -> tuple[int, str] | None:
-    """Character by character: where the first stop string to be complete begins, and of several the longest."""
+    """Character by character: where the first stop string to be complete begins, of several the first of the list."""
     for end in range(1, len(text) + 1):
-        complete = [s for s in stop if text[:end].endswith(s)]
-        if complete:
-            longest = max(complete, key=len)
-            return end - len(longest), longest
+        for s in stop:
+            if text[:end].endswith(s):
+                return end - len(s), s
     return None
 
 
@@ -325,6 +402,26 @@ def test_stop_strings_count_after_min_tokens(
             break
     detokenizer.finish()
     assert (detokenizer.text, any(answers)) == (expected[0], expected[1] is not None)
+
+
+@pytest.mark.parametrize("include", [False, True])
+@pytest.mark.parametrize(
+    ("stop", "found", "start"),
+    [
+        (["b", "ab"], "b", 2),  # both are complete at the same place: the first of the list, as in vLLM
+        (["ab", "b"], "ab", 1),
+        (["cd", "b"], "b", 2),  # the one that is complete first, whatever the list
+        (["b", "b"], "b", 2),
+    ],
+)
+def test_of_several_stop_strings_the_first_to_be_complete_ends_the_text(
+    stop: list[str], found: str, start: int, include: bool
+) -> None:
+    tokenizer, decoder = tokenizer_named("no_decoder")
+    token_id = tokenizer.convert_tokens_to_ids("xabcd")
+    detokenizer = Detokenizer(decoder, SamplingParams(stop=stop, include_stop_str_in_output=include))
+    assert detokenizer.append(token_id) == found
+    assert detokenizer.text == "xabcd"[: start + (len(found) if include else 0)]
 
 
 @given(

@@ -8,6 +8,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 from checkpoints import SHAPES, Reference, random_prompts, save_byte_tokenizer, save_checkpoint
 
@@ -87,7 +88,7 @@ class TestOutputs:
         output = llm.generate(PROMPTS[0], GREEDY, use_tqdm=False)[0]
         assert isinstance(output, RequestOutput) and isinstance(output.outputs[0], CompletionOutput)
         assert output["token_ids"] is output.outputs[0].token_ids
-        assert output["text"] is output.outputs[0].text is None  # no tokenizer
+        assert output["text"] == output.outputs[0].text == ""  # no tokenizer
         assert output["finish_reason"] == output.outputs[0].finish_reason == "length"
         assert output.finished and output.outputs[0].index == 0 and output.prompt is None
         with pytest.raises(KeyError, match="'texts'.*'text', 'token_ids' and 'finish_reason'"):
@@ -103,6 +104,16 @@ class TestOutputs:
         assert tokens(llm, {"prompt_token_ids": PROMPTS[1]}) == one
         assert tokens(llm, [{"prompt_token_ids": PROMPTS[1]}, PROMPTS[1]]) == one * 2
         assert tokens(llm, (PROMPTS[1], PROMPTS[1])) == one * 2
+        assert tokens(llm, tuple(PROMPTS[1])) == tokens(llm, [tuple(PROMPTS[1])]) == one
+
+    def test_ids_may_be_numpys_and_keys_that_ask_for_nothing_may_be_there(self, llm: LLM) -> None:
+        one = tokens(llm, [PROMPTS[1]])
+        for ids in (list(np.array(PROMPTS[1])), tuple(np.array(PROMPTS[1], dtype=np.uint8))):
+            (output,) = llm.generate(ids, GREEDY, use_tqdm=False)
+            assert [output["token_ids"]] == one == tokens(llm, [ids])
+            assert output.prompt_token_ids == PROMPTS[1] and set(map(type, output.prompt_token_ids)) == {int}
+        nothing = {"multi_modal_data": None, "mm_processor_kwargs": {}, "cache_salt": None, "prompt": None}
+        assert tokens(llm, {"prompt_token_ids": PROMPTS[1], **nothing}) == one
 
     def test_one_sampling_params_or_one_each(self, llm: LLM) -> None:
         assert tokens(llm, PROMPTS, [GREEDY] * len(PROMPTS)) == tokens(llm, PROMPTS, GREEDY)

@@ -3,6 +3,8 @@
 import asyncio
 import time
 from collections.abc import AsyncIterator, Callable, Iterable, Iterator
+from copy import deepcopy
+from dataclasses import fields, is_dataclass
 from pathlib import Path
 from typing import Any
 
@@ -82,9 +84,8 @@ def joined(outputs: Iterable[RequestOutput]) -> list[tuple[Any, ...]]:
     whole: dict[int, CompletionOutput] = {}
     for output in outputs:
         for part in output.outputs:
-            so_far = whole.setdefault(part.index, CompletionOutput(part.index, part.text and "", []))
-            if so_far.text is not None:
-                so_far.text += part.text
+            so_far = whole.setdefault(part.index, CompletionOutput(part.index, "", []))
+            so_far.text += part.text
             so_far.token_ids = so_far.token_ids + part.token_ids
             so_far.logprobs = None if part.logprobs is None else [*(so_far.logprobs or []), *part.logprobs]
             so_far.cumulative_logprob = part.cumulative_logprob
@@ -201,14 +202,86 @@ def test_output_has_what_there_was_however_far_the_engine_has_gone_on(
         assert output.finished == expected.finished and output.prompt_logprobs == expected.prompt_logprobs
 
 
-def test_outputs_do_not_change_once_they_have_been_handed_out(llm: LLM) -> None:
-    params = SamplingParams(temperature=0.0, max_tokens=20, logprobs=0)
+def spoil(value: Any) -> None:
+    """Change whatever there is to change in an output."""
+    if isinstance(value, list | dict):
+        for item in list(value.values() if isinstance(value, dict) else value):
+            spoil(item)
+        value.clear()
+    elif is_dataclass(value):
+        for each in fields(value):
+            spoil(getattr(value, each.name))
+            setattr(value, each.name, "spoilt")
+
+
+@pytest.mark.usefixtures("max_behind")
+@pytest.mark.parametrize("kind", RequestOutputKind)
+@pytest.mark.parametrize("ask", ["logprobs", "four", "stop strings"])
+def test_an_output_is_its_readers_who_may_change_it(llm: LLM, async_llm: AsyncLLM, ask: str, kind: Any) -> None:
+    params = SamplingParams(max_tokens=12, output_kind=kind, **ASKS[ask])
+    expected = list(llm.stream([PROMPTS[1]], params))
+
+    def check(output: RequestOutput, expected: RequestOutput) -> None:
+        for each in ("prompt_token_ids", "prompt_logprobs", "outputs", "finished"):
+            assert getattr(output, each) == getattr(expected, each)
+        metrics = output.metrics
+        assert metrics.arrival_time <= metrics.first_scheduled_time <= metrics.first_token_time
+        assert (metrics.finished_time is not None) == expected.finished
+        spoil(output)
+
+    for output, other in zip(llm.stream([PROMPTS[1]], params), expected, strict=True):
+        check(output, other)
+    (final,) = llm.generate([PROMPTS[1]], params, use_tqdm=False)
+    spoil(final)
+
+    async def main() -> None:
+        async for output in async_llm.generate(PROMPTS[1], params):
+            last = deepcopy(output)
+            spoil(output)
+        assert last.prompt_token_ids == PROMPTS[1] and last.prompt_logprobs == (
+            expected[-1].prompt_logprobs if kind is not DELTA or len(expected) == 1 else None
+        )
+
+    asyncio.run(main())
+    assert [facts(c) for c in list(llm.stream([PROMPTS[1]], params))[-1].outputs] == [
+        facts(c) for c in expected[-1].outputs
+    ]
+
+
+@pytest.mark.parametrize("kind", RequestOutputKind)
+def test_outputs_do_not_change_once_they_have_been_handed_out(llm: LLM, kind: RequestOutputKind) -> None:
+    params = SamplingParams(temperature=0.0, max_tokens=20, logprobs=0, output_kind=kind)
     outputs, copies = [], []
     for output in llm.stream(PROMPTS[1], params):
         outputs.append(output)
-        copies.append(facts(output.outputs[0])[:2] + tuple(map(list, facts(output.outputs[0])[2:4])))
-    assert [facts(output.outputs[0])[:4] for output in outputs] == copies
-    assert [len(output["token_ids"]) for output in outputs] == list(range(1, 21))
+        copies.append(deepcopy(output))
+    assert outputs == copies
+
+
+def test_what_was_given_is_read_once_and_never_changed(llm: LLM, async_llm: AsyncLLM) -> None:
+    params = SamplingParams(temperature=0.0, max_tokens=5, truncate_prompt_tokens=3)
+    expected = llm.generate([PROMPTS[1][-3:]], params, use_tqdm=False)[0]["token_ids"]
+    prompt = list(PROMPTS[1])
+    prompts: list[Any] = [prompt, {"prompt_token_ids": prompt}]
+    stream = llm.stream(prompts, params)
+    streams = [async_llm.generate(prompt, params) for prompt in prompts]
+    prompt.clear(), prompts.clear()
+    assert [o["token_ids"] for o in stream if o.finished] == [expected] * 2
+
+    async def main() -> list[list[int]]:
+        return [[output async for output in stream][-1]["token_ids"] for stream in streams]
+
+    assert asyncio.run(main()) == [expected] * 2
+
+
+def test_a_delta_costs_no_more_behind_a_long_prompt(llm: LLM, monkeypatch: pytest.MonkeyPatch) -> None:
+    copied = []
+    monkeypatch.setattr(RequestOutput.__dict__["prompt_token_ids"], "_copy", lambda ids: copied.append(1) or list(ids))
+    params = SamplingParams(temperature=0.0, max_tokens=5, output_kind=DELTA)
+    outputs = list(llm.stream([PROMPTS[1]], params))
+    assert len(outputs) == 5 and not copied
+    assert all(output.prompt_token_ids == PROMPTS[1] for output in outputs) and len(copied) == 5
+    assert outputs[0].prompt_token_ids is outputs[0].prompt_token_ids is not outputs[1].prompt_token_ids
 
 
 def test_final_only_gives_its_turn_up_when_it_has_begun(text_model: Path) -> None:

@@ -6,9 +6,9 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from checkpoints import random_prompts
+from checkpoints import SHAPES, random_prompts, save_checkpoint, save_spaced_tokenizer
 
-from nanovllm import LLM, Logprob, SamplingParams, demo_model
+from nanovllm import LLM, Logprob, RequestOutputKind, SamplingParams, demo_model
 from nanovllm.outputs import RequestOutput
 
 NUM_BLOCKS = 64
@@ -203,7 +203,7 @@ class TestText:
     def test_is_not_made_unless_asked_for(self, llm: LLM) -> None:
         params = SamplingParams(temperature=0.0, max_tokens=24, detokenize=False, logprobs=1)
         for output in (generate(llm, PROMPTS[0], params)[0], list(llm.stream(PROMPTS[0], params))[-1]):
-            assert output["text"] is None and len(output["token_ids"]) == 24
+            assert output["text"] == "" and len(output["token_ids"]) == 24
             assert all(value.decoded_token is None for entry in output.outputs[0].logprobs for value in entry.values())
 
     def test_special_tokens_are_kept_if_asked_for(self, llm: LLM) -> None:
@@ -218,6 +218,10 @@ class TestText:
                 assert output["text"] == ("" if skip else "<|end|>" * 4)
 
     def test_logprobs_name_their_tokens(self, llm: LLM) -> None:
+        def is_text_of(value: Logprob, token_id: int) -> bool:
+            alone = decode(llm, [token_id])
+            return value.decoded_token == alone or (alone == "\ufffd" and not value.decoded_token.endswith("\ufffd"))
+
         params = SamplingParams(temperature=0.0, max_tokens=6, logprobs=3, prompt_logprobs=2)
         for output in (generate(llm, PROMPTS[0], params)[0], list(llm.stream(PROMPTS[0], params))[-1]):
             completion = output.outputs[0]
@@ -225,12 +229,24 @@ class TestText:
             for token_id, entry in zip(completion.token_ids, completion.logprobs, strict=True):
                 assert next(iter(entry)) == token_id and entry[token_id].rank == 1 and len(entry) == 3
                 for i, value in entry.items():
-                    assert isinstance(value, Logprob) and value.decoded_token == decode(llm, [i])
+                    assert isinstance(value, Logprob) and is_text_of(value, i)
             chosen = [e[i].logprob for i, e in zip(completion.token_ids, completion.logprobs, strict=True)]
             assert completion.cumulative_logprob == pytest.approx(sum(chosen))
             assert output.prompt_logprobs[0] is None and len(output.prompt_logprobs) == len(PROMPTS[0])
             for token_id, entry in zip(PROMPTS[0][1:], output.prompt_logprobs[1:], strict=True):
-                assert next(iter(entry)) == token_id and entry[token_id].decoded_token == decode(llm, [token_id])
+                assert next(iter(entry)) == token_id and is_text_of(entry[token_id], token_id)
+
+    def test_a_characters_text_comes_with_its_last_byte(self, llm: LLM) -> None:
+        def texts(entries: list[Any], ids: list[int]) -> list[str]:
+            return [entry[i].decoded_token for entry, i in zip(entries, ids, strict=True)]
+
+        ids = llm.encode_prompt("a中é!")
+        params = SamplingParams(max_tokens=1, logprobs=0, prompt_logprobs=2, allowed_token_ids=ids[-1:])
+        output = generate(llm, [ids], params)[0]
+        assert texts(output.prompt_logprobs[1:], ids[1:]) == ["", "", "中", "", "é", "!"]
+        assert texts(output.outputs[0].logprobs, ids[-1:]) == ["!"]
+        output = generate(llm, [ids[:3]], SamplingParams(max_tokens=1, logprobs=0, allowed_token_ids=ids[3:4]))[0]
+        assert texts(output.outputs[0].logprobs, ids[3:4]) == ["中"]
 
     def test_prompt_keeps_only_its_last_tokens_if_asked_to(self, llm: LLM) -> None:
         text = "Hello, Nano-vLLM."
@@ -251,6 +267,50 @@ class TestText:
             assert llm.encode_prompt(prompt) == generate(llm, [prompt])[0].prompt_token_ids
         with pytest.raises(TypeError, match="must be a string or a list of token ids"):
             llm.encode_prompt(3)
+
+
+class TestSpacesInTokens:
+    """With a tokenizer like Llama's, whose decoder leaves out the first space of a text."""
+
+    @pytest.fixture(scope="class")
+    def llm(self, tmp_path_factory: pytest.TempPathFactory) -> Iterator[LLM]:
+        path = tmp_path_factory.mktemp("spaced")
+        save_checkpoint(path, {**SHAPES["plain"], "vocab_size": save_spaced_tokenizer(path)})
+        with make(path) as llm:
+            yield llm
+
+    def drawing(self, llm: LLM, token: str, **options: Any) -> SamplingParams:
+        token_id = llm.get_tokenizer().convert_tokens_to_ids(token)
+        return SamplingParams(**{"allowed_token_ids": [token_id], "max_tokens": 2, "temperature": 0.0, **options})
+
+    def test_text_goes_on_where_the_prompt_ends(self, llm: LLM) -> None:
+        ids = llm.encode_prompt("hi")
+        assert llm.get_tokenizer().convert_ids_to_tokens(ids) == ["<s>", "▁hi"]
+        for prompt in ("hi", ids, ids[1:], {"prompt": "hi", "prompt_token_ids": ids}, "hi é"):
+            for special in (True, False):
+                params = self.drawing(llm, "▁world", skip_special_tokens=special)
+                assert generate(llm, [prompt], params)[0]["text"] == " world world"
+                assert [o["text"] for o in llm.stream([prompt], params)] == [" world", " world world"]
+                deltas = self.drawing(llm, "▁world", skip_special_tokens=special, output_kind=RequestOutputKind.DELTA)
+                assert [o["text"] for o in llm.stream([prompt], deltas)] == [" world", " world"]
+        two = self.drawing(llm, "▁world", n=2, temperature=1.0)
+        assert [c.text for c in generate(llm, ["hi"], two)[0].outputs] == [" world world"] * 2
+        assert generate(llm, ["hi"], self.drawing(llm, "d"))[0]["text"] == "dd"
+
+    def test_a_prompt_that_shows_no_text_is_the_beginning_of_one(self, llm: LLM) -> None:
+        for prompt in ("", [1], [1, 1, 1]):
+            for special, text in ((True, "world world"), (False, " world world")):
+                params = self.drawing(llm, "▁world", skip_special_tokens=special)
+                assert generate(llm, [prompt], params)[0]["text"] == text
+                assert [o["text"] for o in llm.stream([prompt], params)][-1] == text
+
+    def test_stop_strings_and_logprobs_have_the_space(self, llm: LLM) -> None:
+        output = generate(llm, ["hi"], self.drawing(llm, "▁world", stop=[" world"], logprobs=0))[0]
+        assert (output["text"], output.outputs[0].stop_reason, len(output["token_ids"])) == ("", " world", 1)
+        params = self.drawing(llm, "▁world", logprobs=0, prompt_logprobs=0)
+        output = generate(llm, ["hi hi"], params)[0]
+        entries = output.prompt_logprobs[1:] + output.outputs[0].logprobs
+        assert [value.decoded_token for entry in entries for value in entry.values()] == [" hi"] * 2 + [" world"] * 2
 
 
 class TestManyCompletions:
@@ -372,7 +432,7 @@ def test_a_request_of_several_completions_is_finished_when_all_are(llm: LLM) -> 
     stop_early = SamplingParams(n=3, max_tokens=30, stop_token_ids=list(range(60)), seed=1)
     outputs = list(llm.stream(PROMPTS[0], stop_early))
     assert any(c.finish_reason for output in outputs[:-1] for c in output.outputs)
-    assert outputs[0].metrics.finished_time is not None and outputs[-1].finished
+    assert outputs[0].metrics.finished_time is None and outputs[-1].finished
     seen = []
     for output in llm.stream(PROMPTS[0], stop_early):
         seen.append((output.finished, output.metrics.finished_time is not None))
@@ -389,8 +449,27 @@ class TestWhatIsRefused:
         assert generate(llm, [PROMPTS[0]])[0].finished
 
     @pytest.mark.parametrize(
+        ("given", "name"),
+        [
+            ({"prompts": "a\ud83d"}, r"prompts\[0\]='a\\ud83d' has a lone surrogate, '\\ud83d' at character 1"),
+            ({"prompts": ["a", {"prompt": "\udcff"}]}, r"prompts\[1\]\['prompt'\]="),
+            ({"prompts": {"prompt": "\ud800", "prompt_token_ids": [5]}}, r"prompts\[0\]\['prompt'\]="),
+            ({"stop": ["a", "\ud800"]}, r"stop\[1\]="),
+            ({"bad_words": ["\ud800a"]}, r"bad_words\[0\]="),
+        ],
+        ids=["text", "dict", "dict with ids", "stop", "bad_words"],
+    )
+    def test_lone_surrogates_by_name(self, llm: LLM, given: dict[str, Any], name: str) -> None:
+        prompts = given.get("prompts", "a")
+        params = SamplingParams(**{key: value for key, value in given.items() if key != "prompts"})
+        with pytest.raises(ValueError, match=name):
+            generate(llm, prompts, params)
+        with pytest.raises(ValueError, match=name):
+            llm.stream(prompts, params)
+
+    @pytest.mark.parametrize(
         ("prompt", "message"),
-        [("\ud800", "cannot be tokenized"), ({1: 2, "a": 3}, "has the keys 1, 'a'"), ({}, "has the keys none")],
+        [("\ud800", "a lone surrogate"), ({1: 2, "a": 3}, "has the keys 1, 'a'"), ({}, "has the keys none")],
         ids=str,
     )
     def test_prompts_with_the_cause(self, llm: LLM, prompt: Any, message: str) -> None:
@@ -426,6 +505,17 @@ class TestChat:
         assert output.prompt == text
         assert output.prompt_token_ids == demo.encode_prompt(text)
         assert output["text"] == generate(demo, text)[0]["text"]
+
+    def test_takes_parts_and_gives_them_as_the_template_or_the_caller_says(self, demo: LLM) -> None:
+        messages = [{"role": "user", "content": [{"type": "text", "text": "a"}, {"type": "text", "text": "b"}]}]
+        (output,) = demo.chat(messages, GREEDY, use_tqdm=False, chat_template=CHATML)
+        assert output.prompt == "<user>a\nb<assistant>"
+        for form, shown in (("string", "True"), ("openai", "False")):
+            options = {"chat_template": "{{ messages[0].content is string }}", "chat_template_content_format": form}
+            assert demo.chat(messages, GREEDY, False, **options)[0].prompt == shown
+        with pytest.raises(ValueError, match=r"messages\[1\]\[0\]\['content'\]\[0\] is of type 'image_url'"):
+            image = [{"role": "user", "content": [{"type": "image_url", "image_url": {"url": "x"}}]}]
+            demo.chat([messages, image], GREEDY, False, chat_template=CHATML)
 
     def test_takes_a_list_of_conversations(self, demo: LLM) -> None:
         params = [SamplingParams(temperature=0.0, max_tokens=n) for n in (3, 5)]

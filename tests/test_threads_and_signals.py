@@ -104,6 +104,10 @@ class TestThreads:
                 lambda: llm.sleep(),
                 lambda: llm.wake_up(),
                 lambda: llm.reset_prefix_cache(),
+                lambda: llm.collective_rpc("reload_weights"),
+                lambda: llm.apply_model(id),
+                lambda: llm.llm_engine.step(),
+                lambda: llm.llm_engine.add_request("a", PROMPTS[0], GREEDY),
                 lambda: llm.close(),
             ):
                 with pytest.raises(RuntimeError, match="another thread is in a call.*AsyncLLM"):

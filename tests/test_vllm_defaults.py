@@ -108,8 +108,7 @@ def test_a_program_that_passes_everything_can_start() -> None:
         ("kv_cache_dtype", "fp8"),
         ("speculative_config", {"method": "ngram"}),
         ("runner", "pooling"),
-        ("hf_overrides", lambda config: config),
-        ("logits_processors", [object]),
+        ("kv_transfer_config", object()),
     ],
 )
 def test_values_near_the_default_are_refused(name: str, value: Any) -> None:

@@ -31,6 +31,7 @@ class EngineThread:
     Attributes:
         processor: None when its memory has been given back.
         ended: done when the thread does nothing any more.
+        is_paused: no steps are done; commands are.
     """
 
     def __init__(self, processor: Processor) -> None:
@@ -41,6 +42,7 @@ class EngineThread:
         self._listeners: dict[Request, Listener] = {}
         self._wakeup = threading.Condition()
         self._is_closing = False
+        self.is_paused = False
         self.ended: Future[None] = Future()
         self._thread = threading.Thread(target=self._run, name="nanovllm-engine", daemon=True)
 
@@ -154,7 +156,7 @@ class EngineThread:
             while self._wait():
                 while self._commands:
                     self._commands.popleft()()
-                if self.processor.engine.has_unfinished_requests:
+                if self._has_steps_to_do():
                     self._step()
         except BaseException as error:
             logger.exception("the engine's thread has died")
@@ -175,12 +177,16 @@ class EngineThread:
     def _wait(self) -> bool:
         """Until there is something to do. False: there never will be."""
         with self._wakeup:
-            while not self._commands and not self.processor.engine.has_unfinished_requests:
+            while not self._commands and not self._has_steps_to_do():
                 if self._is_closing:
                     self.ended.set_result(None)  # with the lock held, so that no command is left behind
                     return False
                 self._wakeup.wait()
         return True
+
+    def _has_steps_to_do(self) -> bool:
+        """Closing, a pause counts no more: those that drain must come to their end."""
+        return self.processor.engine.has_unfinished_requests and (not self.is_paused or self._is_closing)
 
     def _step(self) -> None:
         try:

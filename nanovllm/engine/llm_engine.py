@@ -42,6 +42,7 @@ class StepStats:
     num_steps: int = 0
     num_prefill_tokens: int = 0  # computed, not found in the cache
     num_decode_tokens: int = 0
+    num_output_tokens: int = 0  # handed to their sequences
     num_preemptions: int = 0
     prefix_queries: int = 0
     prefix_hits: int = 0
@@ -77,6 +78,8 @@ class LLMEngine:
     is_changing = False  # somebody is changing the books, or has been interrupted in it
     _device_error = ""  # what it says since it has failed for good
 
+    logits_processors: "Processors | None" = None  # noqa: F821 -- the user's, see vllm/logits_processors.py
+
     def __init__(self, config: Config) -> None:
         from nanovllm.models.checkpoint_config import load_hf_config
         from nanovllm.models.generation_config import load_default_sampling, load_eos_token_ids
@@ -89,7 +92,7 @@ class LLMEngine:
         self.config = config
         self._pid = os.getpid()
         self.model_path = resolve_model_path(config.model, config.revision)
-        hf_config, model_class = load_hf_config(self.model_path)
+        hf_config, model_class = load_hf_config(self.model_path, config.hf_overrides)
         self.eos_token_ids = load_eos_token_ids(config, self.model_path, hf_config)
         self.eos_token_id: int | None = None  # the tokenizer's own, which is one of them; set by who has the tokenizer
         self.default_sampling = load_default_sampling(config, self.model_path)
@@ -103,13 +106,17 @@ class LLMEngine:
         self.followers.start(hf_config, model_class, self.model_path)
         with self.followers.doing("build", wait=True):
             self.runner = ModelRunner(config, hf_config, model_class, self.model_path, self.followers.tp)
-            source = None if config.load_format == "dummy" else self.model_path
+            source = self.model_path if config.has_checkpoint else None
             self.tied_head = TiedHead(self.runner.dtype, source) if hf_config.tie_word_embeddings else None
         self.vocab_size: int = hf_config.vocab_size
         self.max_model_len = self.runner.max_model_len
         self._make_scheduler()
         # Where the device does not run beside the host, planning ahead would only compute surplus tokens.
         self.max_behind = MAX_STEPS_IN_FLIGHT - 1 if self.runner.is_cuda else 0
+        if config.logits_processors:
+            from nanovllm.vllm.logits_processors import install
+
+            install(self)
         self.stats = StepStats()
         self._in_flight: deque[_StepInFlight] = deque()
         self._unfinished: dict[str, Sequence] = {}
@@ -218,6 +225,12 @@ class LLMEngine:
         for name, token_ids in by_name.items():
             if token_ids and max(token_ids) >= self.vocab_size:
                 raise ValueError(f"{name} has {max(token_ids)}: ids must be in [0, {self.vocab_size})")
+        if self.logits_processors is not None:
+            self.logits_processors.validate(params)
+        elif params.extra_args:
+            raise ValueError(
+                f"extra_args={params.extra_args!r:.80} are for logits_processors, which this engine has not"
+            )
         limit = self.config.max_logprobs
         for name in ("logprobs", "prompt_logprobs"):
             num_top = getattr(params, name)
@@ -250,12 +263,6 @@ class LLMEngine:
             del self._unfinished[seq.request_id]
             self.scheduler.finish(seq)
         self._drop_surplus()
-        self.is_changing = False
-
-    def forget_cache(self) -> None:
-        """Forget all cached prefixes. Requests that run keep their blocks."""
-        self.begin_change()
-        self.block_manager.forget_content()
         self.is_changing = False
 
     def has_idle_device(self) -> bool:
@@ -326,6 +333,7 @@ class LLMEngine:
                     seq.append_logprobs(of_token)
                 seq.append_token(token_id)
             self.advanced.append(seq)
+            self.stats.num_output_tokens += 1
             if seq.is_finished:
                 self.scheduler.finish(seq)
                 del self._unfinished[seq.request_id]
@@ -349,6 +357,14 @@ class LLMEngine:
             for (seq, position), values in zip(scored, step.handle.prompt_logprobs(), strict=True):
                 # What has been here before, of a prompt that was preempted under way, comes again.
                 seq.prompt_logprobs[position : position + len(values)] = values
+
+    def reset_prefix_cache(self, reset_running_requests: bool = False) -> None:
+        """Forget all cached prefixes. Who runs keeps its blocks, or is preempted, and then computed anew."""
+        self.begin_change()
+        if reset_running_requests:
+            self.scheduler.preempt_all()
+        self.block_manager.forget_content()
+        self.is_changing = False
 
     def begin_change(self) -> None:
         """The books are whole when this returns, and marked as changing until `is_changing` is False again."""

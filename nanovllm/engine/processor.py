@@ -9,18 +9,25 @@ import time
 from collections.abc import Iterable
 from dataclasses import replace
 from hashlib import blake2b
+from numbers import Integral
 from typing import Any
 
 from nanovllm.bad_words import bad_word_ids
 from nanovllm.config import Config
-from nanovllm.detokenizer import Detokenizer, TokenDecoder
+from nanovllm.detokenizer import NO_CONTEXT, Detokenizer, TokenDecoder
 from nanovllm.engine.llm_engine import LLMEngine
 from nanovllm.engine.request import Completion, Request
 from nanovllm.engine.sequence import Sequence
 from nanovllm.outputs import RequestMetrics
 from nanovllm.sampling_params import RequestOutputKind, SamplingParams
+from nanovllm.surrogates import refuse_surrogates
 
 Prompt = str | list[int] | dict[str, Any]
+
+# Of vLLM's prompts, besides the text and the ids: taken if they ask for nothing.
+ABSENT_PROMPT_KEYS = frozenset(
+    ("multi_modal_data", "multi_modal_uuids", "mm_processor_kwargs", "cache_salt", "token_type_ids", "prompt_embeds")
+)
 
 
 class Processor:
@@ -71,6 +78,11 @@ class Processor:
         """
         arrival_time = time.monotonic()
         text, token_ids = self.encode(prompt, name)
+        for strings in ("stop", "bad_words"):
+            for i, string in enumerate(getattr(params, strings)):
+                refuse_surrogates(string, f"{strings}[{i}]")
+        if request_id is not None:
+            refuse_surrogates(request_id, "request_id")
         if params.truncate_prompt_tokens is not None:
             longest = self.engine.max_model_len - 1
             num_kept = longest if params.truncate_prompt_tokens == -1 else params.truncate_prompt_tokens
@@ -87,12 +99,13 @@ class Processor:
         output_kind = params.output_kind if is_streaming else RequestOutputKind.FINAL_ONLY
         decoder = self._decoder if params.detokenize else None
         must_follow = decoder is not None and (bool(params.stop) or output_kind is not RequestOutputKind.FINAL_ONLY)
+        context = decoder.context(token_ids, params) if must_follow else NO_CONTEXT
         return Request(
             request_id=request_id,
             prompt=text,
             prompt_token_ids=token_ids,
             params=params,
-            completions=[Completion(s, Detokenizer(decoder, params) if must_follow else None) for s in seqs],
+            completions=[Completion(s, Detokenizer(decoder, params, context) if must_follow else None) for s in seqs],
             metrics=metrics,
             output_kind=output_kind,
             decoder=decoder,
@@ -120,21 +133,24 @@ class Processor:
         """A prompt's text, if it has one, and a fresh list of its token ids. Raises as `make_request` does."""
         text, token_ids = (prompt, None) if isinstance(prompt, str) else (None, prompt)
         if isinstance(prompt, dict):
-            unknown = prompt.keys() - {"prompt", "prompt_token_ids"}
+            unknown = prompt.keys() - {"prompt", "prompt_token_ids"} - ABSENT_PROMPT_KEYS
             if unknown or not prompt:
                 keys = ", ".join(map(repr, prompt))
                 raise ValueError(f"{name} has the keys {keys or 'none'}: it must have 'prompt' or 'prompt_token_ids'")
+            for key in prompt.keys() & ABSENT_PROMPT_KEYS:
+                if not isinstance(prompt[key], dict | None) or prompt[key]:
+                    raise ValueError(f"{name}[{key!r}]={shorten(prompt[key])} must be None: it is not supported")
             text, token_ids = prompt.get("prompt"), prompt.get("prompt_token_ids")
             if not isinstance(text, str | None):
                 raise TypeError(f"{name}['prompt']={shorten(text)} must be a string")
-        if text is not None and token_ids is None:
-            try:
-                token_ids = self.tokenizer.encode(text)
-            except (TypeError, UnicodeError) as error:  # a lone surrogate, which no encoding has
-                raise ValueError(f"{name}={shorten(text)} cannot be tokenized: {error}") from error
-        if not isinstance(token_ids, list) or not set(map(type, token_ids)) <= {int}:
+        if text is not None:
+            refuse_surrogates(text, name if text is prompt else f"{name}['prompt']")
+            if token_ids is None:
+                return text, self.tokenizer.encode(text)
+        kinds = set(map(type, token_ids)) if isinstance(token_ids, (list, tuple)) else {None}
+        if not all(map(is_id_type, kinds)):
             raise TypeError(f"{name}={shorten(prompt)} must be a string or a list of token ids")
-        return text, list(token_ids)
+        return text, list(token_ids) if kinds <= {int} else list(map(int, token_ids))
 
     def add(self, request: Request) -> None:
         """Let a request run. Raises ValueError if another of its id is running."""
@@ -269,11 +285,26 @@ def child_seed(seed: int, index: int) -> int:
     return int.from_bytes(blake2b(f"{seed}/{index}".encode(), digest_size=8).digest(), "little")
 
 
+def is_id_type(kind: type | None) -> bool:
+    """Whether its values may be token ids: Python's integers and numpy's, but no truth values."""
+    return kind is not None and issubclass(kind, Integral) and not issubclass(kind, bool)
+
+
+def own_copy(given: Any) -> Any:
+    """The dicts and lists that a caller has given and may change before they are read; all else as it is."""
+    if isinstance(given, dict):
+        return {key: own_copy(value) for key, value in given.items()}
+    if not isinstance(given, list):
+        return given
+    return list(given) if given and is_id_type(type(given[0])) else [own_copy(value) for value in given]
+
+
 def as_list_of_prompts(prompts: Any) -> list[Prompt]:
     """What `generate` takes, as a list. Raises TypeError."""
-    if isinstance(prompts, (str, dict)) or (isinstance(prompts, list) and prompts and type(prompts[0]) is int):
+    is_list = isinstance(prompts, (list, tuple))
+    if isinstance(prompts, (str, dict)) or (is_list and prompts and is_id_type(type(prompts[0]))):
         return [prompts]
-    if not isinstance(prompts, (list, tuple)):
+    if not is_list:
         raise TypeError(f"prompts={shorten(prompts)} must be a string, a list of token ids, or a list of these")
     return list(prompts)
 

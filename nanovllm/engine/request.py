@@ -3,13 +3,15 @@
 The engine's thread makes tokens and pieces of text, and says after each step how many there are: a `Progress`, whose
 cost does not grow with the text. Whoever takes an output builds it from the latest one, maybe in another thread, and
 no lock is needed: ids, pieces and log-probabilities are lists that only grow, and what a `Progress` counts never
-changes. So outputs that nobody takes are never built.
+changes. So outputs that nobody takes are never built. One that is taken is its reader's, who may change what is in it.
 """
 
-from dataclasses import dataclass, field
+from collections.abc import Iterable
+from dataclasses import dataclass, field, replace
+from itertools import repeat
 from typing import NamedTuple
 
-from nanovllm.detokenizer import Detokenizer, TokenDecoder
+from nanovllm.detokenizer import NUM_CONTEXT, Detokenizer, TokenDecoder
 from nanovllm.engine.sequence import Sequence
 from nanovllm.outputs import CompletionOutput, Logprob, RequestMetrics, RequestOutput
 from nanovllm.sampling_params import RequestOutputKind, SamplingParams
@@ -35,7 +37,7 @@ class Completion:
     detokenizer: Detokenizer | None  # None: its text is made at the end, if at all
     num_read: int = 0  # output tokens that the detokenizer has seen
     given: Progress = Progress()
-    text: str | None = None
+    text: str = ""
     logprobs: list[dict[int, Logprob]] = field(default_factory=list)
 
     def readable_ids(self, start: int = 0) -> list[int]:
@@ -93,12 +95,12 @@ class Request:
         """
         is_delta = self.output_kind is RequestOutputKind.DELTA
         is_first = not self.completions[0].given.num_tokens
-        if self.completions[0].text is None:
-            self._make_texts()
+        self._make_texts()
         if self.prompt_logprobs is None and is_first:
-            values = self.completions[0].seq.prompt_logprobs
+            seq = self.completions[0].seq
+            values = seq.prompt_logprobs
             if values is not None and len(values) == len(self.prompt_token_ids):  # all have come
-                self.prompt_logprobs = [v and self._logprobs(v) for v in values]
+                self.prompt_logprobs = [v and self._logprobs(v, seq.token_ids, i) for i, v in enumerate(values)]
         self.metrics.num_generation_tokens = sum(completion.num_tokens for completion in progress)
         return RequestOutput(
             request_id=self.request_id,
@@ -112,15 +114,16 @@ class Request:
             ],
             finished=is_last(progress),
             num_cached_tokens=self.completions[0].seq.num_cached_tokens,
-            metrics=self.metrics,
+            metrics=replace(self.metrics),
         )
 
     def _make_texts(self) -> None:
         """Of tokens that nobody has followed, now that they have all come."""
         pending = [completion for completion in self.completions if completion.detokenizer is None]
         if self.decoder is not None and pending:
+            context = self.decoder.context(self.prompt_token_ids, self.params)
             ids = [completion.readable_ids() for completion in pending]
-            for completion, text in zip(pending, self.decoder.decode_all(ids, self.params), strict=True):
+            for completion, text in zip(pending, self.decoder.decode_all(ids, context, self.params), strict=True):
                 completion.text = text
 
     def _completion(self, index: int, completion: Completion, now: Progress, is_delta: bool) -> CompletionOutput:
@@ -137,10 +140,10 @@ class Request:
             stop_reason=now.stop_reason,
         )
 
-    def _text(self, completion: Completion, since: Progress, now: Progress, is_delta: bool) -> str | None:
+    def _text(self, completion: Completion, since: Progress, now: Progress, is_delta: bool) -> str:
         if completion.detokenizer is None:
             return completion.text
-        text = (completion.text or "") + "".join(completion.detokenizer.pieces[since.num_pieces : now.num_pieces])
+        text = completion.text + "".join(completion.detokenizer.pieces[since.num_pieces : now.num_pieces])
         num_shown = now.num_chars - since.num_chars if is_delta else now.num_chars
         completion.text = text[num_shown:] if is_delta else text
         return text[:num_shown]
@@ -150,17 +153,22 @@ class Request:
     ) -> list[dict[int, Logprob]] | None:
         if self.params.logprobs is None:
             return None
-        new = [self._logprobs(values) for values in completion.seq.logprobs[since.num_tokens : now.num_tokens]]
+        seq = completion.seq
+        places = range(since.num_tokens, now.num_tokens)
+        new = [self._logprobs(seq.logprobs[i], seq.token_ids, seq.num_prompt_tokens + i) for i in places]
         if is_delta:
             return new
         completion.logprobs += new
-        return list(completion.logprobs)
+        return [dict(of_token) for of_token in completion.logprobs]
 
-    def _logprobs(self, values: TokenLogprobs) -> dict[int, Logprob]:
-        """Of the token that is there first, then of the likeliest, best first."""
-        text = self.decoder.token_text if self.decoder is not None else lambda token_id: None
-        entries = zip(values.token_ids, values.logprobs, values.ranks, strict=True)
-        return {token_id: Logprob(logprob, rank, text(token_id)) for token_id, logprob, rank in entries}
+    def _logprobs(self, values: TokenLogprobs, token_ids: list[int], place: int) -> dict[int, Logprob]:
+        """Of the token that is at this place of `token_ids` first, then of the likeliest, best first."""
+        texts: Iterable[str | None] = repeat(None)
+        if self.decoder is not None:
+            before = token_ids[max(0, place - NUM_CONTEXT) : place]
+            texts = self.decoder.token_texts(values.token_ids, before)
+        entries = zip(values.token_ids, values.logprobs, values.ranks, texts, strict=False)
+        return {token_id: Logprob(logprob, rank, text) for token_id, logprob, rank, text in entries}
 
 
 def is_last(progress: list[Progress]) -> bool:

@@ -21,7 +21,7 @@ def load_weights(engine: LLMEngine, named_tensors: Iterable[tuple[str, "torch.Te
     from nanovllm.worker.sleep import load_weights
 
     runner, followers = engine.runner, engine.followers
-    if runner.sleep_level:
+    if not runner.has_weights:
         raise RuntimeError("load_weights() while the engine sleeps: call wake_up() first")
     _require_idle(engine, "load_weights()")
     outline = build_outline(runner.hf_config, type(runner.model))
@@ -49,7 +49,7 @@ def load_weights(engine: LLMEngine, named_tensors: Iterable[tuple[str, "torch.Te
                 refusal = error
             followers.tell("no_more_tensors")
     finally:
-        engine.forget_cache()
+        engine.reset_prefix_cache()
     if refusal is not None:
         raise refusal
 
@@ -68,14 +68,15 @@ def sleep(engine: LLMEngine, level: int) -> None:
         raise
     if level == 2 and engine.tied_head is not None:
         engine.tied_head.forget()
-    engine.forget_cache()
+    engine.reset_prefix_cache()
 
 
-def wake_up(engine: LLMEngine) -> None:
-    from nanovllm.worker.sleep import wake_up
+def wake_up(engine: LLMEngine, tags: list[str] | None = None) -> None:
+    from nanovllm.worker.sleep import require_tags, wake_up
 
-    with engine.followers.doing("wake_up", wait=True):
-        wake_up(engine.runner)
+    tags = require_tags(tags, engine.runner.has_weights)
+    with engine.followers.doing("wake_up", tags, wait=True):
+        wake_up(engine.runner, tags)
 
 
 def _require_idle(engine: LLMEngine, what: str) -> None:

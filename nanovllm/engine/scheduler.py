@@ -69,6 +69,11 @@ class Scheduler:
             self._release(seq)
         # If it waits, it is skipped when its turn comes: leaving costs nothing, however long the queue.
 
+    def preempt_all(self) -> None:
+        """Take back what all who run hold. They go on in the order in which they came."""
+        while self.running:
+            self._preempt_latest()
+
     def _continue_decodes(self, step: ScheduledStep) -> None:
         """One token for each running sequence whose prompt is done, preempting from the end when blocks run out."""
         for seq in self.running:  # a preemption takes its victim from the end, at or past the loop's place

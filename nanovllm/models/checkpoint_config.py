@@ -16,10 +16,11 @@ from nanovllm.models.generation_config import are_token_ids
 from nanovllm.models.weight_files import read_json
 
 
-def load_hf_config(path: Path) -> tuple[Any, type]:
+def load_hf_config(path: Path, overrides: dict[str, Any] | None = None) -> tuple[Any, type]:
     """A checkpoint's config.json, with what it may leave out filled in, and the class of its model.
 
-    Read as plain JSON: transformers' class for the same takes two seconds to import.
+    `overrides` replace its keys, as if the file had them so. Read as plain JSON: transformers' class for the same takes
+    two seconds to import.
 
     Raises:
         FileNotFoundError: there is none; ValueError: it names no architecture of ours, lacks a key, has one of a wrong
@@ -28,7 +29,7 @@ def load_hf_config(path: Path) -> tuple[Any, type]:
     file = path / "config.json"
     if not file.is_file():
         raise FileNotFoundError(f"no config.json in {path}")
-    content = read_json(file)
+    content = read_json(file) | (overrides or {})
     cls = model_class(content.get("architectures"))
     missing = [key for key in cls.required_config if key not in content]
     if missing:

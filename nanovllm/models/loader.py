@@ -14,6 +14,7 @@ from torch import nn
 from nanovllm.config import Config
 from nanovllm.kernels.packed_linear import pack_weight, unpack_weight
 from nanovllm.layers.linear import Linear, TensorParallel
+from nanovllm.models.sharded_state import load_shard
 from nanovllm.models.tied_head import EMBEDDING, HEAD, TiedHead
 from nanovllm.models.weight_files import read_tensors
 
@@ -138,6 +139,8 @@ def build_model(
     model._apply(lambda param: torch.empty(param.shape, dtype=param.dtype, device=device))
     if config.load_format == "dummy":
         fill_with_random_weights(model, seed=tp.rank)
+    elif config.load_format == "sharded_state":
+        load_shard(model, tp.rank, path)
     else:
         load_weights(model, path)
     pack_linears(model)

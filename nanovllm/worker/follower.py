@@ -20,6 +20,7 @@ import torch
 
 from nanovllm.config import Config
 from nanovllm.layers.linear import PeerLostError, TensorParallel
+from nanovllm.models.sharded_state import save_shard
 from nanovllm.worker.groups import join_group
 from nanovllm.worker.model_runner import ModelRunner
 from nanovllm.worker.resolve import resolve_device
@@ -58,10 +59,12 @@ def follow(rank: int, parent: int, fd: int) -> None:
                     runner = ModelRunner(config, hf_config, model_cls, path, tp)
                 case "load_weights":
                     load_weights(runner, _tensors(inbox, runner))
+                case "save_shard":
+                    save_shard(runner.model, rank, *args)
                 case "sleep":
                     sleep(runner, *args)
                 case "wake_up":
-                    wake_up(runner)
+                    wake_up(runner, *args)
             if must_ack:
                 link.send(None)
     except BaseException as error:

@@ -24,6 +24,11 @@ MAX_BIAS = 1e30  # no logit counts beside it, and what is done to it afterwards 
 SORTED_COST = 8  # memory for one of the likeliest tokens (its logit and int64 index, twice), in float32 numbers
 
 
+# (rows, their logits in float32) to logits: the user's, see `vllm/logits_processors.py`; few engines have any.
+ProcessLogits = Callable[[list[int], torch.Tensor], torch.Tensor]
+NO_EDITS = RowEdits(prompt_len=0)
+
+
 @dataclass(slots=True)
 class LogprobsOnTheWay:
     """A step's log-probabilities: copies to the host that have ended when the step has."""
@@ -56,13 +61,18 @@ class LogitExtras:
     """The edits of the rows that have any, and the work after a step's plain part."""
 
     def __init__(
-        self, batch: InputBatch, compute_logits: Callable[[torch.Tensor], torch.Tensor], vocab_size: int
+        self,
+        batch: InputBatch,
+        compute_logits: Callable[[torch.Tensor], torch.Tensor],
+        vocab_size: int,
+        process: ProcessLogits | None = None,
     ) -> None:
         self._batch = batch
         self._compute_logits = compute_logits
         self._vocab_size = vocab_size
         self._edits: dict[int, RowEdits] = {}
         self._lengths: dict[int, int] = {}  # of the rows in _edits: tokens before the one to be sampled
+        self.process = process
 
     def take(self, new_rows: list[NewRow]) -> None:
         """Remember the edits of rows that begin, and forget those of the rows' last owners."""
@@ -76,6 +86,7 @@ class LogitExtras:
         """Whether anything is to be done in this step."""
         edits = self._edits
         is_edited = bool(edits) and any(row in edits for row in plan.rows[: plan.num_samples])
+        is_edited |= self.process is not None and plan.num_samples > 0
         return is_edited or bool(plan.logprobs or plan.prompt_logprobs)
 
     def run(
@@ -103,10 +114,14 @@ class LogitExtras:
 
     def _draw_again(self, plan: StepPlan, logits: torch.Tensor, seq_lens: torch.Tensor, sampled: torch.Tensor) -> None:
         batch = self._batch
-        asking = [i for i, row in enumerate(plan.rows[: plan.num_samples]) if row in self._edits]
+        sampling = plan.rows[: plan.num_samples]
+        asking = [i for i, row in enumerate(sampling) if row in self._edits]
+        if self.process is not None:
+            logits = self.process(sampling, logits[: len(sampling)].to(torch.float32, copy=True))
+            asking = list(range(len(sampling)))
         for piece in _pieces(asking, self._vocab_size):
-            edits = [self._edits[plan.rows[i]] for i in piece]
-            max_len = max(self._lengths[plan.rows[i]] for i in piece)
+            edits = [self._edits.get(plan.rows[i], NO_EDITS) for i in piece]
+            max_len = max(self._lengths.get(plan.rows[i], 1) for i in piece)
             entries = send(piece, torch.int64, logits.device)
             x, rows, lens = logits[entries].float(), batch.live_rows[entries], seq_lens[entries]
             edit_logits(x, edits, batch.token_ids[rows.long(), :max_len], lens, max_len)
@@ -114,8 +129,9 @@ class LogitExtras:
             sample(x, rows, lens, batch.params, batch.token_ids, drawn)
             # The edits may have hidden a NaN.
             sampled[entries] = torch.where(sampled[entries] == NAN_LOGITS, NAN_LOGITS, drawn)
-        for i in asking:
-            self._lengths[plan.rows[i]] += 1
+        for row in sampling:
+            if row in self._edits:
+                self._lengths[row] += 1
 
     def _sample_logprobs(
         self, plan: StepPlan, logits: torch.Tensor, sampled: torch.Tensor, out: LogprobsOnTheWay

@@ -22,7 +22,7 @@ from nanovllm.layers.rotary_embedding import build_cos_sin, rope_parameters
 from nanovllm.models.loader import build_model
 from nanovllm.worker.cuda_graph import StepGraphs, StepShape, StepShapes
 from nanovllm.worker.input_batch import InputBatch
-from nanovllm.worker.logit_extras import LogitExtras, LogprobsOnTheWay, ask_for_the_most
+from nanovllm.worker.logit_extras import LogitExtras, LogprobsOnTheWay, ProcessLogits, ask_for_the_most
 from nanovllm.worker.memory import DeviceMemory, cache_bytes_left, cache_bytes_per_block, zeros_on_demand
 from nanovllm.worker.resolve import resolve_device, resolve_dtype, resolve_max_model_len
 from nanovllm.worker.step_handle import StepHandle
@@ -39,7 +39,7 @@ class ModelRunner:
 
     Attributes:
         num_blocks, block_size: of the paged cache. max_model_len: cut to what the cache holds.
-        not_ready: why nothing can be launched, empty if it can; this and the next two are `worker/sleep.py`'s.
+        not_ready: why nothing can be launched, empty if it can; this and the next three are `worker/sleep.py`'s.
     """
 
     @torch.inference_mode()
@@ -71,9 +71,11 @@ class ModelRunner:
         self.graphs: StepGraphs | None = None
         self.graph_type = StepGraphs if self.is_cuda and not config.enforce_eager else None
         self.recorded_hidden: dict[StepShape, torch.Tensor] = {}  # of each graph of decodes: a few MB in all
+        self.process_logits: ProcessLogits | None = None
         self.num_blocks = self._fit_cache(before)
         self.not_ready = ""
         self.sleep_level = 0
+        self.has_weights = True
         self.missing_weights: set[str] = set()
         self.start()
 
@@ -84,6 +86,10 @@ class ModelRunner:
         if self.graph_type is not None:
             self.graphs = self.graph_type()
             self.graphs.capture(self._record, self.shapes.all())
+
+    def set_logits_processors(self, process: ProcessLogits) -> None:
+        """Let it change the logits of every step."""
+        self.process_logits = self.extras.process = process
 
     def stop(self) -> None:
         """Drop what `start` made. Until it is called again nothing can be launched."""
@@ -271,7 +277,8 @@ class ModelRunner:
             DecodePlan.allocate(self.num_rows, *heads, self.device) if self.is_cuda else None
         )
         self.sampled = torch.zeros(self.batch.num_entries, dtype=torch.int32, device=self.device)
-        self.extras = LogitExtras(self.batch, self.model.compute_logits, self.hf_config.vocab_size)
+        vocab_size = self.hf_config.vocab_size
+        self.extras = LogitExtras(self.batch, self.model.compute_logits, vocab_size, self.process_logits)
         self.num_launched = 0
         if self.is_cuda:
             self.done = [torch.cuda.Event() for _ in range(MAX_STEPS_IN_FLIGHT)]

@@ -35,7 +35,7 @@ def resolve_by_weights(config: Config, hf_config: Any, path: Path) -> None:
 
     Raises as `models.weight_files.read_tensors`.
     """
-    if config.load_format == "dummy":
+    if not config.has_checkpoint:
         return
     if config.dtype == "auto" and _saved_dtype(hf_config) is None:
         for _, tensor in read_tensors(path):

@@ -10,6 +10,7 @@ the engine's start. While awake, `load_weights` writes in place and the graphs s
 """
 
 import ctypes
+from collections.abc import Collection
 
 import torch
 from torch import nn
@@ -17,6 +18,8 @@ from torch import nn
 from nanovllm.layers.linear import Linear
 from nanovllm.models import loader
 from nanovllm.worker.model_runner import ModelRunner
+
+TAGS = ("weights", "kv_cache")  # what can be taken back by itself
 
 
 @torch.inference_mode()
@@ -27,7 +30,7 @@ def sleep(runner: ModelRunner, level: int) -> None:
         ValueError: level is not 1 or 2; RuntimeError: the host has no room, and the engine is as before.
     """
     require_level(level)
-    if level <= runner.sleep_level:
+    if level <= runner.sleep_level and not runner.has_weights:
         return
     before, runner.not_ready = runner.not_ready, "sleep() was interrupted: call it again, then wake_up()"
     try:
@@ -36,7 +39,7 @@ def sleep(runner: ModelRunner, level: int) -> None:
         runner.not_ready = before
         raise
     runner.sleep_level = level
-    runner.not_ready = "the engine sleeps: call wake_up() first"
+    _say_why_not_ready(runner)
 
 
 def require_level(level: int) -> None:
@@ -45,9 +48,23 @@ def require_level(level: int) -> None:
         raise ValueError(f"level={level!r} must be 1 (weights to host memory) or 2 (weights dropped)")
 
 
+def require_tags(tags: list[str] | None, has_weights: bool) -> list[str]:
+    """What is to be taken back, None for all. Raises ValueError for another tag, RuntimeError for a wrong order."""
+    tags = list(TAGS) if tags is None else tags
+    if not isinstance(tags, list | tuple) or not set(tags) <= set(TAGS):
+        raise ValueError(f"tags={tags!r} must be None or a list of 'weights' and 'kv_cache'")
+    if "kv_cache" in tags and "weights" not in tags and not has_weights:
+        raise RuntimeError("tags=['kv_cache'] before the weights: call wake_up(tags=['weights']) first")
+    return list(tags)
+
+
 @torch.inference_mode()
-def wake_up(runner: ModelRunner) -> None:
+def wake_up(runner: ModelRunner, tags: Collection[str] = TAGS) -> None:
     """Take back what `sleep` gave; after level 2 the weights are missing until `load_weights` has brought them.
+
+    Args:
+        tags: "weights", so that new ones can be loaded while somebody else still needs the memory of the cache; and
+            "kv_cache" for the rest, with which the engine is awake.
 
     Raises:
         torch.OutOfMemoryError: others hold the device's memory. The engine sleeps on, and may be woken again.
@@ -55,16 +72,20 @@ def wake_up(runner: ModelRunner) -> None:
     if not runner.sleep_level:
         return
     try:
-        if runner.sleep_level == 2:
-            runner.model.to_empty(device=runner.device)
-        elif runner.is_cuda:
-            _move_weights(runner.model, runner.device)
-        runner.start()
+        if "weights" in tags and not runner.has_weights:
+            if runner.sleep_level == 2:
+                runner.model.to_empty(device=runner.device)
+            elif runner.is_cuda:
+                _move_weights(runner.model, runner.device)
+            runner.has_weights = True
+        if "kv_cache" in tags:
+            runner.start()
+            runner.sleep_level = 0
     except BaseException:
         _put_away(runner, runner.sleep_level)
         raise
-    runner.sleep_level = 0
-    _say_what_is_missing(runner)
+    finally:
+        _say_why_not_ready(runner)
 
 
 def load_weights(runner: ModelRunner, named_tensors: loader.NamedTensors) -> None:
@@ -81,14 +102,18 @@ def load_weights(runner: ModelRunner, named_tensors: loader.NamedTensors) -> Non
             torch.cuda.synchronize()
         if runner.missing_weights:
             runner.missing_weights -= loaded
-            _say_what_is_missing(runner)
+            _say_why_not_ready(runner)
             if not runner.missing_weights:
                 loader.pack_linears(runner.model)
 
 
-def _say_what_is_missing(runner: ModelRunner) -> None:
+def _say_why_not_ready(runner: ModelRunner) -> None:
     missing, runner.not_ready = runner.missing_weights, ""
-    if missing:
+    if runner.sleep_level and not runner.has_weights:
+        runner.not_ready = "the engine sleeps: call wake_up() first"
+    elif runner.sleep_level:
+        runner.not_ready = "the engine has its weights, but no cache: call wake_up(tags=['kv_cache']) first"
+    elif missing:
         runner.not_ready = (
             f"sleep(level=2) has dropped the weights, and {len(missing)} tensors, {min(missing)!r} for one, have not "
             "come back: call load_weights() first"
@@ -102,6 +127,7 @@ def _put_away(runner: ModelRunner, level: int) -> None:
         runner.missing_weights = set(loader.tensor_places(runner.model))
     elif runner.is_cuda:
         _move_weights(runner.model, "cpu")
+    runner.has_weights = False
     runner.stop()
     if not runner.is_cuda:
         _trim_heap()

@@ -1,0 +1,37 @@
+"""What vLLM has and nano-vLLM has not: to be imported, since programs import it at their top, and refused when used."""
+
+from typing import Any
+
+_REASONS = {
+    "there are no LoRA adapters": "LoRARequest",
+    "there is no beam search; SamplingParams(n=…) draws several completions": "BeamSearchParams",
+    "there are no grammars": "GuidedDecodingParams StructuredOutputsConfig StructuredOutputsParams",
+    "models generate text: none are for pooling": """
+        ClassificationOutput ClassificationRequestOutput EmbeddingOutput EmbeddingRequestOutput PoolerConfig
+        PoolingOutput PoolingParams PoolingRequestOutput ScoringOutput ScoringRequestOutput
+    """,
+    "another way to the same tokens is not to be chosen": "CompilationConfig",
+    "there is no speculative decoding": "SpeculativeConfig",
+    "the cache stays on the device": "KVEventsConfig KVTransferConfig",
+    "new weights come by LLM.load_weights()": "WeightTransferConfig",
+    "models are those of nanovllm/models/": "ModelRegistry",
+    "there is no Ray": "initialize_ray_cluster",
+}
+
+
+class _Absent(type):
+    """The type of such a class, whose attributes are not there either."""
+
+    why: str
+
+    def __getattr__(cls, name: str) -> Any:
+        if name.startswith("__"):  # as the standard library asks of any object
+            raise AttributeError(name)
+        raise NotImplementedError(f"nano-vLLM has no {cls.__name__}: {cls.why}")
+
+    def __call__(cls, *args: Any, **kwargs: Any) -> Any:
+        raise NotImplementedError(f"nano-vLLM has no {cls.__name__}: {cls.why}")
+
+
+for _why, _names in _REASONS.items():
+    globals().update({name: _Absent(name, (), {"why": _why, "__module__": __name__}) for name in _names.split()})

@@ -1,0 +1,93 @@
+"""vLLM's `EngineArgs` and its command line: the options of `LLM`, as data and as `--options`."""
+
+import json
+import sys
+from argparse import ArgumentParser, BooleanOptionalAction, Namespace
+from collections.abc import Sequence
+from dataclasses import fields, make_dataclass
+from typing import Any, Self
+
+from nanovllm.config import Config
+from nanovllm.vllm_defaults import ENGINE_OPTIONS, SAME_OPTIONS
+
+DEFAULT_MODEL = "Qwen/Qwen3-0.6B"
+_SHORT = {"tensor_parallel_size": "-tp", "data_parallel_size": "-dp", "pipeline_parallel_size": "-pp"}
+
+
+def _options() -> list[tuple[str, Any, Any]]:
+    """(name, type, default) of all that `LLM` takes: our options, vLLM's names for them, and what asks for nothing."""
+    ours = [(f.name, f.type, DEFAULT_MODEL if f.name == "model" else f.default) for f in fields(Config)]
+    type_of = {name: type_ for name, type_, _ in ours}
+    others = [(name, type_of[own], None) for name, own in SAME_OPTIONS.items()]
+    absent = []
+    for name, (nothing, _) in ENGINE_OPTIONS.items():
+        default = nothing[0] if nothing and nothing[0] is not ... else None
+        absent.append((name, bool if isinstance(default, bool) else Any, default))
+    return ours + others + absent
+
+
+class _Methods:
+    """Of `EngineArgs`, whose fields are the options."""
+
+    def given(self) -> dict[str, Any]:
+        """The options that are not at their defaults, and the model, to make an engine of."""
+        values = {f.name: getattr(self, f.name) for f in fields(self) if getattr(self, f.name) != f.default}
+        return {"model": self.model, **values}
+
+    @classmethod
+    def add_cli_args(cls, parser: ArgumentParser) -> ArgumentParser:
+        """Give a parser an `--option` for each field; a value is JSON where the option is no string."""
+        for f in fields(cls):
+            flags = [f"--{f.name.replace('_', '-')}", *filter(None, [_SHORT.get(f.name)])]
+            kind: dict[str, Any] = {"type": str if f.type in (str, str | None) else _value}
+            if f.type is bool:
+                kind = {"action": BooleanOptionalAction}
+            parser.add_argument(*flags, dest=f.name, default=f.default, **kind)
+        return parser
+
+    @classmethod
+    def from_cli_args(cls, args: Namespace) -> Self:
+        """Of what such a parser has read; what else is in it is passed by."""
+        return cls(**{f.name: getattr(args, f.name) for f in fields(cls) if hasattr(args, f.name)})
+
+    def create_model_config(self) -> Any:
+        raise NotImplementedError(
+            "what is to be known of a model is known once it is loaded: LLM(…).llm_engine.model_config"
+        )
+
+    create_engine_config = create_model_config
+
+
+EngineArgs = make_dataclass("EngineArgs", _options(), bases=(_Methods,), namespace={"__module__": __name__})
+AsyncEngineArgs = make_dataclass("AsyncEngineArgs", [], bases=(EngineArgs,), namespace={"__module__": __name__})
+
+
+def _value(text: str) -> Any:
+    """JSON, or else the string itself."""
+    try:
+        return json.loads(text)
+    except json.JSONDecodeError:
+        return text
+
+
+class FlexibleArgumentParser(ArgumentParser):
+    """argparse's, to which `--max_tokens` is `--max-tokens`."""
+
+    def parse_known_args(
+        self, args: Sequence[str] | None = None, namespace: Namespace | None = None
+    ) -> tuple[Namespace, list[str]]:
+        args = sys.argv[1:] if args is None else args
+        return super().parse_known_args(list(map(self._with_dashes, args)), namespace)
+
+    def _with_dashes(self, arg: str) -> str:
+        flag, equals, value = arg.partition("=")
+        dashed = flag.replace("_", "-")
+        is_ours = flag not in self._option_string_actions and dashed in self._option_string_actions
+        return dashed + equals + value if flag.startswith("--") and is_ours else arg
+
+
+class ProfilerConfig(dict):
+    """What `LLM(profiler_config=…)` takes for `start_profile()`; any dict of the same does as well."""
+
+    def __init__(self, **values: Any) -> None:
+        super().__init__(values)

@@ -1,0 +1,133 @@
+"""lm-eval's `vllm` model class on nano-vLLM, under the alias, beside its `hf` class: every answer of both, compared.
+
+    pip install "lm_eval[hf]"       # in an environment of its own, say: it brings some 40 packages
+    python tools/run_lm_eval.py
+
+Two tasks of our own, so that nothing is fetched: choices by log-likelihood, and text until a stop string. The model is
+the one that ships, in float32 on the CPU.
+"""
+
+import argparse
+import json
+import os
+import sys
+import tempfile
+import time
+from pathlib import Path
+from typing import Any
+
+import nanovllm.vllm
+from nanovllm import demo_model
+
+TOLERANCE = 1e-4  # of a log-likelihood, a sum over some ten tokens in float32
+CHOICES = [
+    ("import os\n\ndef read(path):\n    with open(path) as", [" f:", " path:", " 7:"]),
+    ("for i in range(10):\n    print(", ["i)", "yield)", "10:"]),
+    ("class Point:\n    def __init__(self, x, y):\n        self.x =", [" x\n", " y\n", " import\n"]),
+    ("try:\n    value = int(text)\nexcept", [" ValueError:", " text:", " value"]),
+    ("def add(a, b):\n    return a", [" + b", " - a", " class"]),
+    ("if x is not", [" None:", " import:", " def:"]),
+    ("while", [" True:", " self:", " import:"]),
+    ("import sys\n\nif __name__ ==", [" '__main__':", " 'sys':", " 3:"]),
+]
+TASKS = {
+    "choices": """
+task: choices
+dataset_path: json
+dataset_kwargs: {data_files: {test: FOLDER/choices.jsonl}}
+test_split: test
+output_type: multiple_choice
+doc_to_text: "{{text}}"
+doc_to_choice: "{{choices}}"
+doc_to_target: 0
+target_delimiter: ""
+metric_list: [{metric: acc}, {metric: acc_norm}]
+""",
+    "lines": """
+task: lines
+dataset_path: json
+dataset_kwargs: {data_files: {test: FOLDER/choices.jsonl}}
+test_split: test
+output_type: generate_until
+doc_to_text: "{{text}}"
+doc_to_target: "{{choices[0]}}"
+generation_kwargs: {until: ["\\n\\n", "def "], max_gen_toks: 48, do_sample: false}
+metric_list: [{metric: exact_match}]
+""",
+    "rolling": """
+task: rolling
+dataset_path: json
+dataset_kwargs: {data_files: {test: FOLDER/choices.jsonl}}
+test_split: test
+output_type: loglikelihood_rolling
+doc_to_text: ""
+doc_to_target: "{{text}}"
+metric_list: [{metric: word_perplexity}, {metric: byte_perplexity}]
+""",
+}
+
+
+def write_tasks(folder: Path) -> None:
+    lines = [json.dumps({"text": text, "choices": choices}) for text, choices in CHOICES]
+    (folder / "choices.jsonl").write_text("\n".join(lines))
+    for name, content in TASKS.items():
+        (folder / f"{name}.yaml").write_text(content.replace("FOLDER", str(folder)))
+
+
+def answers(model: str, folder: Path, **model_args: Any) -> tuple[dict[str, Any], dict[str, list[Any]]]:
+    """({task: metrics}, {task: the model's answers in order}); of a log-likelihood (its sum, whether it is greedy)."""
+    from lm_eval import simple_evaluate
+    from lm_eval.tasks import TaskManager
+
+    results = simple_evaluate(
+        model=model,
+        model_args={"pretrained": demo_model(), "dtype": "float32", **model_args},
+        tasks=list(TASKS),
+        task_manager=TaskManager(include_path=str(folder), include_defaults=False),
+        bootstrap_iters=0,
+    )
+    by_task = {
+        task: [sample["resps"] for sample in sorted(samples, key=lambda s: s["doc_id"])]
+        for task, samples in results["samples"].items()
+    }
+    return results["results"], by_task
+
+
+def flat(value: Any) -> list[Any]:
+    return [x for v in value for x in flat(v)] if isinstance(value, list | tuple) else [value]
+
+
+def main() -> None:
+    argparse.ArgumentParser(description=__doc__.splitlines()[0]).parse_args()
+    os.environ.setdefault("HF_HUB_OFFLINE", "1")
+    nanovllm.vllm.install()
+    with tempfile.TemporaryDirectory() as name:
+        folder = Path(name)
+        os.environ.setdefault("HF_DATASETS_CACHE", str(folder / "datasets"))
+        write_tasks(folder)
+        start = time.perf_counter()
+        ours, our_answers = answers("vllm", folder, batch_size="auto")
+        between = time.perf_counter()
+        theirs, their_answers = answers("hf", folder, device="cpu", batch_size=1)
+        seconds = between - start, time.perf_counter() - between
+    print(f"\nvllm class on nano-vLLM: {seconds[0]:.1f} s, hf class: {seconds[1]:.1f} s, tasks and imports included")
+    is_equal = True
+    for task in TASKS:
+        pairs = list(zip(flat(our_answers[task]), flat(their_answers[task]), strict=True))
+        numbers = [abs(a - b) for a, b in pairs if isinstance(a, float)]
+        others = [a == b for a, b in pairs if not isinstance(a, float)]
+        is_equal &= max(numbers, default=0.0) < TOLERANCE and all(others)
+        said = [f"{len(numbers)} log-likelihoods, at most {max(numbers):.1e} apart"] if numbers else []
+        said += (
+            [f"{sum(others)} of {len(others)} {'texts' if task == 'lines' else 'greedy flags'} equal"] if others else []
+        )
+        print(f"{task}: {'; '.join(said)}")
+        for key, value in ours[task].items():
+            if isinstance(value, float):
+                print(f"    {key}: {value:.6f} and {theirs[task][key]:.6f}")
+    if not is_equal:
+        sys.exit("the two differ")
+
+
+if __name__ == "__main__":
+    main()
