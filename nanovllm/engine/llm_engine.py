@@ -18,6 +18,7 @@ from itertools import count
 from typing import Any
 
 from nanovllm.config import Config
+from nanovllm.engine.admission import BadWords, check_params, check_prompt, check_that_a_token_is_left
 from nanovllm.engine.block_manager import BlockManager, CacheStats
 from nanovllm.engine.forks import FORKED, keep_in_children
 from nanovllm.engine.scheduler import ScheduledStep, Scheduler
@@ -159,7 +160,7 @@ class LLMEngine:
         token_ids: list[int],
         params: SamplingParams,
         name: str = "prompt",
-        bad_words: tuple[tuple[int, ...], ...] = (),
+        bad_words: BadWords = (),
         request_id: str | None = None,
     ) -> Sequence:
         """Check a request and give it its shape. The engine is not touched: whatever cannot run is refused here.
@@ -174,22 +175,16 @@ class LLMEngine:
         self.check_health()
         if self.runner.not_ready:
             raise RuntimeError(self.runner.not_ready)
-        if not token_ids:
-            raise ValueError(f"{name} is empty: it must have at least one token")
-        for token_id in (min(token_ids), max(token_ids)):
-            if not 0 <= token_id < self.vocab_size:
-                raise ValueError(f"{name} has the token id {token_id}: ids must be in [0, {self.vocab_size})")
-        if len(token_ids) >= self.max_model_len:
+        check_prompt(token_ids, name, self.vocab_size, self.max_model_len)
+        check_params(params, bad_words, self.vocab_size, self.config.max_logprobs)
+        if self.logits_processors is not None:
+            self.logits_processors.validate(params)
+        elif params.extra_args:
             raise ValueError(
-                f"{name} has {len(token_ids)} tokens: with one to generate, they must fit "
-                f"max_model_len={self.max_model_len}"
+                f"extra_args={params.extra_args!r:.80} are for logits_processors, which this engine has not"
             )
-        self._check_limits(params, bad_words)
         stop_ids = self.eos_token_ids.union(params.stop_token_ids)
-        held_back = (stop_ids if params.min_tokens else frozenset()) | {w[0] for w in bad_words if len(w) == 1}
-        if held_back and all(i in held_back for i in params.allowed_token_ids or range(self.vocab_size)):
-            of = "allowed_token_ids" if params.allowed_token_ids else "the vocabulary"
-            raise ValueError(f"bad_words and min_tokens, which holds back stop ids, leave none of {of}")
+        check_that_a_token_is_left(params, bad_words, stop_ids, self.vocab_size)
         num_left = self.max_model_len - len(token_ids)
         seed = params.seed if params.seed is not None else self._random.getrandbits(64)
         return Sequence(
@@ -214,29 +209,6 @@ class LLMEngine:
         if eos_token_id is not None and 0 <= eos_token_id < self.vocab_size:
             self.eos_token_id = eos_token_id
             self.eos_token_ids |= {eos_token_id}
-
-    def _check_limits(self, params: SamplingParams, bad_words: tuple[tuple[int, ...], ...]) -> None:
-        by_name = {
-            "stop_token_ids": params.stop_token_ids,
-            "logit_bias": params.logit_bias or (),
-            "allowed_token_ids": params.allowed_token_ids or (),
-            "bad_words": [token_id for word in bad_words for token_id in word],
-        }
-        for name, token_ids in by_name.items():
-            if token_ids and max(token_ids) >= self.vocab_size:
-                raise ValueError(f"{name} has {max(token_ids)}: ids must be in [0, {self.vocab_size})")
-        if self.logits_processors is not None:
-            self.logits_processors.validate(params)
-        elif params.extra_args:
-            raise ValueError(
-                f"extra_args={params.extra_args!r:.80} are for logits_processors, which this engine has not"
-            )
-        limit = self.config.max_logprobs
-        for name in ("logprobs", "prompt_logprobs"):
-            num_top = getattr(params, name)
-            num_top = self.vocab_size if num_top == -1 else num_top
-            if num_top is not None and 0 <= limit < num_top:
-                raise ValueError(f"{name}={getattr(params, name)} must be at most max_logprobs={limit}")
 
     def add(self, seq: Sequence) -> None:
         """Queue a request. Raises ValueError if one of its id is unfinished, RuntimeError as `make_sequence` does."""
@@ -332,8 +304,8 @@ class LLMEngine:
                 if of_token is not None:
                     seq.append_logprobs(of_token)
                 seq.append_token(token_id)
+                self.stats.num_output_tokens += 1
             self.advanced.append(seq)
-            self.stats.num_output_tokens += 1
             if seq.is_finished:
                 self.scheduler.finish(seq)
                 del self._unfinished[seq.request_id]
