@@ -2,6 +2,7 @@
 
 import gc
 import os
+import signal
 import tempfile
 import time
 from collections.abc import Callable, Iterator
@@ -13,6 +14,9 @@ import torch
 
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:
+    # As in a shell's background jobs. Programs that the tests start would inherit it, and know no Ctrl-C.
+    signal.signal(signal.SIGINT, signal.default_int_handler)
 if not torch.cuda.is_available():
     # Kernels then run in Triton's interpreter, which it must know before a test imports the first one.
     os.environ["TRITON_INTERPRET"] = "1"
