@@ -17,7 +17,7 @@ import torch
 
 from nanovllm.kernels.early_launch import early_launch, wait_for_previous
 from nanovllm.kernels.gumbel_noise import MAX_TEMPERATURE, gumbel_kernel, noise_bits_kernel
-from nanovllm.kernels.sample_row import asked, count_stop_ids, load_logits, load_raw_logits, mask_logits
+from nanovllm.kernels.sample_row import asked, count_stop_ids, load_logits, load_raw_logits, mask_stop_ids
 from nanovllm.kernels.sample_threshold import bisect, kth_largest, least_logit, load_tokens, order, reaching
 from nanovllm.kernels.triton_shim import tl, triton
 from nanovllm.sampling_params import MIN_TEMPERATURE, NAN_LOGITS, NO_TOKEN_LEFT
@@ -151,14 +151,14 @@ def _scan_kernel(
         index = (split * tiles_each + i) * TILE + lane
         raw = load_raw_logits(logits_ptr, index, vocab_size)
         is_nan |= (raw != raw).to(tl.int32)
-        score = mask_logits(raw, index, stop_ids_ptr, stop_ids_strides[1], num_stop_ids)
+        score = mask_stop_ids(raw, index, stop_ids_ptr, stop_ids_strides[1], num_stop_ids)
         if is_truncated:
             largest = tl.maximum(best, score)
             shift = tl.where(largest == float("-inf"), 0.0, largest)
             mass = mass * tl.exp2((best - shift) * to_exponent) + tl.exp2((score - shift) * to_exponent)
         elif not is_greedy:
             score = score * inverse_temperature + gumbel_kernel(noise_bits_kernel(index, key_0, key_1))
-        is_better = score > best  # of equal scores a lane keeps the first
+        is_better = score > best  # of equal scores a lane keeps the first; NaN is never better
         best_index = tl.where(is_better, index, best_index)
         best = tl.where(is_better, score, best)
 
@@ -222,10 +222,10 @@ def _choose_kernel(
     program = entry * num_splits + split
     num_programs = tl.num_programs(0).to(tl.int64) * num_splits
     scores = tl.load(scratch_ptr + program, mask=inside, other=float("-inf"))
-    is_nan = tl.max((scores != scores).to(tl.int32), axis=0) > 0
+    is_nan = tl.max((scores != scores).to(tl.int32), axis=0)
     scores = tl.where(scores == scores, scores, float("-inf"))
     top = tl.max(scores, axis=0)
-    if is_truncated & (top > float("-inf")):
+    if is_truncated & (top > float("-inf")) & (is_nan == 0):
         # What this row keeps is some upper part of its logits: everything from a threshold on.
         to_exponent = inverse_temperature * 1.4426950408889634
         logits_ptr += entry * logits_stride
@@ -323,7 +323,7 @@ def _choose_kernel(
         tokens = tl.load(scratch_ptr + num_programs + program, mask=inside, other=0.0).to(tl.int32, bitcast=True)
         token = tl.min(tl.where(inside & (scores == top), tokens, 0x7FFFFFFF), axis=0)
     token = tl.where(token == 0x7FFFFFFF, NO_TOKEN_LEFT, token)
-    token = tl.where(is_nan, NAN_LOGITS, token)
+    token = tl.where(is_nan > 0, NAN_LOGITS, token)
     tl.store(out_ptr + entry, token)
     place = row * token_ids_strides[0] + position.to(tl.int64) * token_ids_strides[1]
     tl.store(token_ids_ptr + place, tl.maximum(token, 0))

@@ -42,9 +42,8 @@ def load_raw_logits(logits_ptr, index, vocab_size):
 
 
 @triton.jit
-def mask_logits(x, index, stop_ids_ptr, stop_ids_stride, num_stop_ids):
-    """-inf for NaN and for masked stop ids."""
-    x = tl.where(x == x, x, float("-inf"))
+def mask_stop_ids(x, index, stop_ids_ptr, stop_ids_stride, num_stop_ids):
+    """-inf for the stop ids that are masked."""
     for i in range(num_stop_ids):
         x = tl.where(index == tl.load(stop_ids_ptr + i * stop_ids_stride), float("-inf"), x)
     return x
@@ -52,6 +51,6 @@ def mask_logits(x, index, stop_ids_ptr, stop_ids_stride, num_stop_ids):
 
 @triton.jit
 def load_logits(logits_ptr, index, vocab_size, stop_ids_ptr, stop_ids_stride, num_stop_ids):
-    """float32 logits; -inf for NaN, for masked stop ids, and past the vocabulary."""
+    """float32 logits; -inf for masked stop ids, and past the vocabulary."""
     x = load_raw_logits(logits_ptr, index, vocab_size)
-    return mask_logits(x, index, stop_ids_ptr, stop_ids_stride, num_stop_ids)
+    return mask_stop_ids(x, index, stop_ids_ptr, stop_ids_stride, num_stop_ids)
