@@ -15,7 +15,7 @@ from nanovllm.config import Config
 from nanovllm.engine import rollout
 from nanovllm.engine.llm_engine import LLMEngine, StepStats
 from nanovllm.engine.one_caller import OneCaller
-from nanovllm.engine.processor import Processor, Prompt, as_list_of_prompts, as_request_ids, one_for_each
+from nanovllm.engine.processor import Processor, Prompt, as_list_of_prompts, as_request_ids, one_for_each, own_params
 from nanovllm.engine.request import Request
 from nanovllm.errors import EngineDeadError
 from nanovllm.output_stream import OutputStream
@@ -312,8 +312,11 @@ class LLM(LLMMethods):
     def _make_requests(
         self, pairs: list[tuple[Prompt, SamplingParams]], is_streaming: bool = False
     ) -> Iterator[Request]:
+        given = own = None
         for i, (prompt, params) in enumerate(pairs):
-            yield self._open().make_request(prompt, params, name=f"prompts[{i}]", is_streaming=is_streaming)
+            if params is not given:  # one for all is checked and copied once
+                given, own = params, own_params(params)
+            yield self._open().make_request(prompt, own, name=f"prompts[{i}]", is_streaming=is_streaming)
 
     def _run(self, pairs: list[tuple[Prompt, SamplingParams]], use_tqdm: UseTqdm) -> list[RequestOutput]:
         with self._one_caller:

@@ -317,17 +317,18 @@ def own_params(sampling_params: Any) -> SamplingParams:
 
 
 def one_for_each(sampling_params: Any, num_prompts: int) -> list[SamplingParams]:
-    """`own_params` of one for all, or of one for each prompt, as a list. Raises TypeError, ValueError."""
-    if not isinstance(sampling_params, (list, tuple)):
-        return [own_params(sampling_params)] * num_prompts
-    if not all(isinstance(p, SamplingParams) for p in sampling_params):
+    """One for all, or one for each prompt, as a list of the caller's objects. Raises TypeError, ValueError."""
+    if isinstance(sampling_params, SamplingParams):
+        return [sampling_params] * num_prompts
+    if not isinstance(sampling_params, (list, tuple)) or not all(
+        isinstance(p, SamplingParams) for p in sampling_params
+    ):
         raise TypeError(f"sampling_params={shorten(sampling_params)} must be a SamplingParams or a list of them")
     if len(sampling_params) != num_prompts:
         raise ValueError(
             f"sampling_params has {len(sampling_params)} entries for {num_prompts} prompts: give one, or one for each"
         )
-    own = {id(params): params.clone() for params in {id(p): p for p in sampling_params}.values()}
-    return [own[id(params)] for params in sampling_params]
+    return list(sampling_params)
 
 
 def as_request_ids(request_id: str | Iterable[str]) -> list[str]:
