@@ -55,10 +55,11 @@ class LLMEngine:
         """Queue a request, which the next steps will run. Returns its id.
 
         Args:
+            params: as they are at this call.
             arrival_time: `time.time()` when it came; it is counted from this call if not given.
 
         Raises:
-            TypeError, ValueError: the prompt cannot run, or a request of that id is running.
+            TypeError, ValueError: prompt or parameters are refused, or a request of that id is running.
         """
         if not isinstance(request_id, str):
             raise TypeError(f"request_id={request_id!r:.80} must be a string")
@@ -69,7 +70,7 @@ class LLMEngine:
         check("add_request", ARGUMENTS, further, [])
         with self.llm._one_caller:
             processor = self.llm._enter()
-            request = processor.make_request(prompt, params, request_id=request_id, is_streaming=True)
+            request = processor.make_request(prompt, params.clone(), request_id=request_id, is_streaming=True)
             if arrival_time is not None:
                 request.metrics.arrival_time += arrival_time - time.time()
             processor.add(request)
