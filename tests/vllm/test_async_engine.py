@@ -91,6 +91,17 @@ def test_a_pause_ends_requests_or_lets_them_end(args: AsyncEngineArgs) -> None:
     asyncio.run(main())
 
 
+def test_a_reader_may_wait_for_its_own_request_to_end(args: AsyncEngineArgs) -> None:
+    async def main() -> None:
+        async with AsyncLLM.from_engine_args(args) as llm:
+            outputs = llm.generate([65, 66], LONG)
+            await anext(outputs)
+            await asyncio.wait_for(llm.pause_generation(mode="wait"), timeout=10)
+            assert (await anext(outputs)).finished
+
+    asyncio.run(main())
+
+
 @pytest.mark.parametrize("max_waiting", [None, 1])
 def test_a_paused_engine_can_be_closed_and_drained(args: AsyncEngineArgs, max_waiting: int | None) -> None:
     async def main() -> None:
