@@ -77,11 +77,16 @@ class LLMEngine:
         return request_id
 
     def step(self) -> list[RequestOutput]:
-        """Do a step. Returns an output of each request that got tokens, of FINAL_ONLY ones when they end."""
+        """Do a step. Returns an output of each request that got tokens, of FINAL_ONLY ones when they end.
+
+        Requests of the LLM's streams get tokens too, but their outputs are the streams'.
+        """
         outputs = []
         with self.llm._one_caller:
-            for request in self.llm._enter().step():
-                if request.has_output:
+            requests = self.llm._enter().step()
+            of_streams = {request for each in self.llm._streams.values() for request in each}
+            for request in requests:
+                if request.has_output and request not in of_streams:
                     request.has_news = False
                     outputs.append(request.output(request.progress()))
         return outputs
