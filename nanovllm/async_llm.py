@@ -279,6 +279,7 @@ class AsyncLLM(AsyncLLMMethods):
                 await asyncio.sleep(0)  # tasks that were made just before begin
             self._is_closing = True
             if drain:
+                self._thread.end_pauses()  # with max_waiting, none who waits for its turn would ever come in
                 for stream in list(self._streams.values()):
                     await stream.entered_or_gone()
             self._thread.close(drain)

@@ -14,18 +14,49 @@ class Logprob(NamedTuple):
     decoded_token: str | None = None  # None without a tokenizer, or with detokenize=False
 
 
+class _OwnCopy:
+    """A field that is given a list of the request's, which its outputs share, and shows a copy of its own.
+
+    It is made when somebody looks, which few do: a prompt may be long, and each of its tokens has an output.
+    """
+
+    def __init__(self, copy: Callable[[Any], Any], **default: Any) -> None:
+        self._copy, self._default = copy, default
+
+    def __set_name__(self, owner: type, name: str) -> None:
+        self._name = name
+
+    def __get__(self, output: Any, owner: type) -> Any:
+        if output is None:  # a dataclass asks for the default, and takes this error for none
+            if not self._default:
+                raise AttributeError(self._name)
+            return self._default["default"]
+        value, is_copy = output.__dict__[self._name]
+        if not is_copy:
+            value = None if value is None else self._copy(value)
+            output.__dict__[self._name] = (value, True)
+        return value
+
+    def __set__(self, output: Any, value: Any) -> None:
+        output.__dict__[self._name] = (value, False)
+
+
+def _copy_logprobs(logprobs: list[dict[int, Logprob] | None]) -> list[dict[int, Logprob] | None]:
+    return [of_token and dict(of_token) for of_token in logprobs]
+
+
 @dataclass
 class CompletionOutput:
     """One continuation of the prompt. A snapshot: it does not change once it has been handed out.
 
-    The fields without a comment are vLLM's, and None.
+    What is in it is the reader's. The fields without a comment are vLLM's, and None.
     """
 
     index: int  # among the request's n
     text: str  # goes on where the prompt's ends; "" without a tokenizer, or with detokenize=False
     token_ids: list[int]
     cumulative_logprob: float | None = None
-    logprobs: list[dict[int, Logprob]] | None = None  # one for each of token_ids
+    logprobs: list[dict[int, Logprob]] | None = _OwnCopy(_copy_logprobs, default=None)  # one for each of token_ids
     routed_experts: None = field(default=None, repr=False)
     finish_reason: str | None = None  # "stop" | "length" | "abort" | "error"; None while it runs
     stop_reason: int | str | None = None  # the stop token id or the stop string, None if it was an EOS; or the error
@@ -81,35 +112,6 @@ class RequestMetrics:
     @property
     def last_token_ts(self) -> float | None:
         return self.last_token_time
-
-
-class _OwnCopy:
-    """A field that is given the request's list, which all its outputs share, and shows a copy of its own.
-
-    It is made when somebody looks, which few do: a prompt may be long, and each of its tokens has an output.
-    """
-
-    def __init__(self, copy: Callable[[Any], Any]) -> None:
-        self._copy = copy
-
-    def __set_name__(self, owner: type, name: str) -> None:
-        self._name = name
-
-    def __get__(self, output: Any, owner: type) -> Any:
-        if output is None:  # a dataclass asks for the default, and takes this error for none
-            raise AttributeError(self._name)
-        value, is_copy = output.__dict__[self._name]
-        if not is_copy:
-            value = None if value is None else self._copy(value)
-            output.__dict__[self._name] = (value, True)
-        return value
-
-    def __set__(self, output: Any, value: Any) -> None:
-        output.__dict__[self._name] = (value, False)
-
-
-def _copy_logprobs(logprobs: list[dict[int, Logprob] | None]) -> list[dict[int, Logprob] | None]:
-    return [of_token and dict(of_token) for of_token in logprobs]
 
 
 @dataclass

@@ -1,6 +1,7 @@
 """What each output of a stream has, by `SamplingParams.output_kind`; and outputs that nobody takes cost nothing."""
 
 import asyncio
+import gc
 import time
 from collections.abc import AsyncIterator, Callable, Iterable, Iterator
 from copy import deepcopy
@@ -13,7 +14,7 @@ from checkpoints import random_prompts
 
 from nanovllm import LLM, AsyncLLM, RequestOutputKind, SamplingParams
 from nanovllm.engine.request import Request
-from nanovllm.outputs import CompletionOutput, RequestOutput
+from nanovllm.outputs import CompletionOutput, Logprob, RequestOutput
 
 OPTIONS = {
     "device": "cpu",
@@ -119,6 +120,20 @@ def test_all_kinds_give_the_same_completions_in_their_own_way(llm: LLM, front: F
 
         for kind in (outputs, deltas, [only]):
             assert [output.finished for output in kind] == [False] * (len(kind) - 1) + [True]
+
+
+def test_log_probabilities_that_nobody_looks_at_are_not_copied(llm: LLM) -> None:
+    params = SamplingParams(temperature=0.0, max_tokens=40, ignore_eos=True, logprobs=0)
+
+    def count() -> int:
+        return sum(type(o) is dict and any(type(v) is Logprob for v in o.values()) for o in gc.get_objects())
+
+    before = count()
+    outputs = list(llm.stream([PROMPTS[0]], params))
+    assert len(outputs) == 40 and count() - before == 40
+    outputs[-1].outputs[0].logprobs[0].clear()
+    assert [len(o.outputs[0].logprobs) for o in outputs] == list(range(1, 41))
+    assert all(o.outputs[0].logprobs[0] for o in outputs[:-1]) and not outputs[-1].outputs[0].logprobs[0]
 
 
 @pytest.mark.parametrize("kind", RequestOutputKind)

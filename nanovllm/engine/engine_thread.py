@@ -43,6 +43,7 @@ class EngineThread:
         self._wakeup = threading.Condition()
         self._is_closing = False
         self.is_paused = False
+        self._ignores_pauses = False
         self.ended: Future[None] = Future()
         self._thread = threading.Thread(target=self._run, name="nanovllm-engine", daemon=True)
 
@@ -126,10 +127,17 @@ class EngineThread:
             future.set_exception(self.error or EngineDeadError("the engine is closed"))
         return future
 
+    def end_pauses(self) -> None:
+        """No pause counts from now on: the requests that are to end before it closes must come to their end."""
+        with self._wakeup:
+            self._ignores_pauses = True
+            self._wakeup.notify()
+
     def close(self, drain: bool = False) -> None:
         """Take no more requests, and let those that run end, or abort them. `ended` says when it is done."""
         if self.is_elsewhere:
             return
+        self.end_pauses()
         with self._wakeup:
             self._is_closing = True
             self._wakeup.notify()
@@ -185,8 +193,7 @@ class EngineThread:
         return True
 
     def _has_steps_to_do(self) -> bool:
-        """Closing, a pause counts no more: those that drain must come to their end."""
-        return self.processor.engine.has_unfinished_requests and (not self.is_paused or self._is_closing)
+        return self.processor.engine.has_unfinished_requests and (not self.is_paused or self._ignores_pauses)
 
     def _step(self) -> None:
         try:

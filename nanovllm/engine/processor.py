@@ -7,7 +7,6 @@ it, it is made once, of all tokens, when the output is taken (`engine/request.py
 
 import time
 from collections.abc import Iterable
-from dataclasses import replace
 from hashlib import blake2b
 from numbers import Integral
 from typing import Any
@@ -118,7 +117,8 @@ class Processor:
         make = self.engine.make_sequence
         seqs = [make(token_ids, params, name=name, bad_words=bad_words, request_id=request_id)]
         if params.n > 1:
-            params = replace(params, prompt_logprobs=None)  # the prompt's are the same for all
+            params = params.clone()
+            params.prompt_logprobs = None  # the prompt's are the same for all
         for i in range(1, params.n):
             seqs.append(make(token_ids, params, name=name, bad_words=bad_words, request_id=seqs[0].request_id))
             if params.seed is not None:

@@ -159,7 +159,7 @@ class Request:
         if is_delta:
             return new
         completion.logprobs += new
-        return [dict(of_token) for of_token in completion.logprobs]
+        return list(completion.logprobs)  # the dicts in it are copied if somebody looks
 
     def _logprobs(self, values: TokenLogprobs, token_ids: list[int], place: int) -> dict[int, Logprob]:
         """Of the token that is at this place of `token_ids` first, then of the likeliest, best first."""

@@ -8,7 +8,7 @@ from dataclasses import fields, make_dataclass
 from typing import Any, Self
 
 from nanovllm.config import Config
-from nanovllm.vllm_defaults import ENGINE_OPTIONS, SAME_OPTIONS
+from nanovllm.vllm_defaults import ANY, ENGINE_OPTIONS, SAME_OPTIONS
 
 DEFAULT_MODEL = "Qwen/Qwen3-0.6B"
 _SHORT = {"tensor_parallel_size": "-tp", "data_parallel_size": "-dp", "pipeline_parallel_size": "-pp"}
@@ -36,12 +36,17 @@ class _Methods:
 
     @classmethod
     def add_cli_args(cls, parser: ArgumentParser) -> ArgumentParser:
-        """Give a parser an `--option` for each field; a value is JSON where the option is no string."""
+        """Give a parser an `--option` for each field; a value is JSON where the option is no string.
+
+        An option that is passed over whatever it is needs no value.
+        """
         for f in fields(cls):
             flags = [f"--{f.name.replace('_', '-')}", *filter(None, [_SHORT.get(f.name)])]
             kind: dict[str, Any] = {"type": str if f.type in (str, str | None) else _value}
             if f.type is bool:
                 kind = {"action": BooleanOptionalAction}
+            elif f.name in ENGINE_OPTIONS and ENGINE_OPTIONS[f.name].nothing is ANY:  # many are flags of vLLM's
+                kind |= {"nargs": "?", "const": True}
             parser.add_argument(*flags, dest=f.name, default=f.default, **kind)
         return parser
 

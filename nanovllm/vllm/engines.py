@@ -55,10 +55,11 @@ class LLMEngine:
         """Queue a request, which the next steps will run. Returns its id.
 
         Args:
+            params: as they are at this call.
             arrival_time: `time.time()` when it came; it is counted from this call if not given.
 
         Raises:
-            TypeError, ValueError: the prompt cannot run, or a request of that id is running.
+            TypeError, ValueError: prompt or parameters are refused, or a request of that id is running.
         """
         if not isinstance(request_id, str):
             raise TypeError(f"request_id={request_id!r:.80} must be a string")
@@ -69,18 +70,23 @@ class LLMEngine:
         check("add_request", ARGUMENTS, further, [])
         with self.llm._one_caller:
             processor = self.llm._enter()
-            request = processor.make_request(prompt, params, request_id=request_id, is_streaming=True)
+            request = processor.make_request(prompt, params.clone(), request_id=request_id, is_streaming=True)
             if arrival_time is not None:
                 request.metrics.arrival_time += arrival_time - time.time()
             processor.add(request)
         return request_id
 
     def step(self) -> list[RequestOutput]:
-        """Do a step. Returns an output of each request that got tokens, of FINAL_ONLY ones when they end."""
+        """Do a step. Returns an output of each request that got tokens, of FINAL_ONLY ones when they end.
+
+        Requests of the LLM's streams get tokens too, but their outputs are the streams'.
+        """
         outputs = []
         with self.llm._one_caller:
-            for request in self.llm._enter().step():
-                if request.has_output:
+            requests = self.llm._enter().step()
+            of_streams = {request for each in self.llm._streams.values() for request in each}
+            for request in requests:
+                if request.has_output and request not in of_streams:
                     request.has_news = False
                     outputs.append(request.output(request.progress()))
         return outputs

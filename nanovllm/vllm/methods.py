@@ -10,6 +10,7 @@ from nanovllm.vllm_defaults import AbsentMethods
 
 if TYPE_CHECKING:
     import nanovllm.engine.llm_engine as ours
+    from nanovllm.async_stream import Stream
     from nanovllm.vllm.arguments import EngineArgs
     from nanovllm.vllm.engines import LLMEngine, ModelConfig, VllmConfig
     from nanovllm.vllm.metrics import Metric
@@ -153,10 +154,10 @@ class AsyncLLMMethods(AbsentMethods):
         mode = "wait" if wait_for_inflight_requests else mode
         if mode not in ("abort", "wait", "keep"):
             raise ValueError(f"mode={mode!r} must be 'abort', 'wait' or 'keep'")
-        present = list(self._streams)
+        present = dict(self._streams)
         if mode == "abort":
             await self.abort(present)
-        while mode == "wait" and not self._streams.keys().isdisjoint(present):
+        while mode == "wait" and await self._are_under_way(present):
             await asyncio.sleep(0.005)
 
         def pause(engine: ours.LLMEngine) -> None:
@@ -165,6 +166,13 @@ class AsyncLLMMethods(AbsentMethods):
                 engine.reset_prefix_cache(reset_running_requests=True)
 
         await self._between_steps(pause)
+
+    async def _are_under_way(self, streams: dict[str, Stream]) -> bool:
+        """Whether a request waits for its turn, or the engine has it, and not whether its reader has read it all."""
+        left = [request_id for request_id, stream in streams.items() if self._streams.get(request_id) is stream]
+        if not all(streams[request_id].has_entered.done() for request_id in left):
+            return True
+        return await self._between_steps(lambda engine: bool(self._processor.find(left)))
 
     async def resume_generation(self) -> None:
         """Go on after `pause_generation()`."""

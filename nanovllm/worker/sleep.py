@@ -67,10 +67,12 @@ def wake_up(runner: ModelRunner, tags: Collection[str] = TAGS) -> None:
             "kv_cache" for the rest, with which the engine is awake.
 
     Raises:
-        torch.OutOfMemoryError: others hold the device's memory. The engine sleeps on, and may be woken again.
+        torch.OutOfMemoryError: others hold the device's memory. The engine sleeps on, with the weights that it had
+            before, and may be woken again.
     """
     if not runner.sleep_level:
         return
+    had_weights = runner.has_weights
     try:
         if "weights" in tags and not runner.has_weights:
             if runner.sleep_level == 2:
@@ -82,7 +84,10 @@ def wake_up(runner: ModelRunner, tags: Collection[str] = TAGS) -> None:
             runner.start()
             runner.sleep_level = 0
     except BaseException:
-        _put_away(runner, runner.sleep_level)
+        if had_weights:  # they may have been loaded since
+            runner.stop()
+        else:
+            _put_away(runner, runner.sleep_level)
         raise
     finally:
         _say_why_not_ready(runner)

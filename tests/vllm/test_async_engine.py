@@ -91,14 +91,28 @@ def test_a_pause_ends_requests_or_lets_them_end(args: AsyncEngineArgs) -> None:
     asyncio.run(main())
 
 
-def test_a_paused_engine_can_be_closed_and_drained(args: AsyncEngineArgs) -> None:
+def test_a_reader_may_wait_for_its_own_request_to_end(args: AsyncEngineArgs) -> None:
     async def main() -> None:
-        llm = AsyncLLM.from_engine_args(args)
+        async with AsyncLLM.from_engine_args(args) as llm:
+            outputs = llm.generate([65, 66], LONG)
+            await anext(outputs)
+            await asyncio.wait_for(llm.pause_generation(mode="wait"), timeout=10)
+            assert (await anext(outputs)).finished
+
+    asyncio.run(main())
+
+
+@pytest.mark.parametrize("max_waiting", [None, 1])
+def test_a_paused_engine_can_be_closed_and_drained(args: AsyncEngineArgs, max_waiting: int | None) -> None:
+    async def main() -> None:
+        llm = AsyncLLM(**args.given(), max_waiting=max_waiting)
         times: list[float] = []
-        task = asyncio.create_task(run(llm, "a", times))
+        tasks = [asyncio.create_task(run(llm, "a", times))]
         await until(times, 1)
         await llm.pause_generation(mode="keep")
+        tasks += [asyncio.create_task(run(llm, request_id)) for request_id in ("b", "c")]
+        await asyncio.sleep(0.05)
         await asyncio.wait_for(llm.aclose(drain=True), timeout=60)
-        assert (await task)[1] == "length"
+        assert [reason for _, reason in await asyncio.gather(*tasks)] == ["length"] * 3
 
     asyncio.run(main())

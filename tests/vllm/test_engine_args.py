@@ -59,6 +59,11 @@ def test_underscores_and_json_and_no_are_taken() -> None:
     }
 
 
+def test_what_is_passed_over_needs_no_value() -> None:
+    args = parse("--model=m", "--disable-log-stats", "--async-scheduling", "--enable-sleep-mode", "--swap-space", "4")
+    assert config(**EngineArgs.from_cli_args(args).given()) == Config(model="m")
+
+
 def test_a_value_with_an_underscore_stays_as_it_is() -> None:
     assert parse("--model", "my_model", "--revision=some_tag").model == "my_model"
 

@@ -51,6 +51,26 @@ def test_kinds_of_output_are_vllms(llm: LLM) -> None:
     assert [len(o.outputs[0].token_ids) for o in outputs["FINAL_ONLY"]] == [4]
 
 
+def test_parameters_are_checked_and_the_requests_own(llm: LLM) -> None:
+    engine = llm.llm_engine
+    params = SamplingParams(max_tokens=3, temperature=0, ignore_eos=True)
+    params.stop = None
+    engine.add_request("a", PROMPTS[0], params)
+    params.max_tokens = -1
+    with pytest.raises(ValueError, match="max_tokens=-1"):
+        engine.add_request("b", PROMPTS[0], params)
+    assert len(run(engine)["a"][-1].outputs[0].token_ids) == 3
+
+
+def test_steps_take_nothing_from_a_stream(llm: LLM) -> None:
+    engine = llm.llm_engine
+    stream = llm.stream([PROMPTS[0]], SamplingParams(max_tokens=5, ignore_eos=True))
+    assert len(next(stream)["token_ids"]) == 1
+    engine.add_request("a", PROMPTS[1], SamplingParams(max_tokens=9, ignore_eos=True))
+    assert set(run(engine)) == {"a"}
+    assert [(len(output["token_ids"]), output.finished) for output in stream] == [(5, True)]
+
+
 def test_a_request_is_aborted_and_says_nothing_more(llm: LLM) -> None:
     engine = llm.llm_engine
     engine.add_request("a", PROMPTS[0], SamplingParams(max_tokens=8))

@@ -85,6 +85,12 @@ def test_those_who_ask_are_changed_and_the_others_are_as_without(
     assert found[1].outputs[0].logprobs[0][101].logprob < -0.5
 
 
+def test_every_completion_of_a_request_is_changed(text_model: Path, make_llm: Callable[..., LLM]) -> None:
+    params = SamplingParams(n=3, max_tokens=2, ignore_eos=True, extra_args={"target": 101})
+    (output,) = make_llm(text_model, logits_processors=[Target]).generate([5], params, use_tqdm=False)
+    assert [completion.token_ids for completion in output.outputs] == [[101, 101]] * 3
+
+
 def test_a_requests_own_processor_sees_prompt_and_output(text_model: Path, make_llm: Callable[..., LLM]) -> None:
     llm = make_llm(text_model, logits_processors=[f"{__name__}:NeverTwice"], max_num_seqs=4)
     params = [SamplingParams(max_tokens=12, temperature=0, ignore_eos=True, extra_args={}) for _ in PROMPTS]

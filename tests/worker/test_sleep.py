@@ -231,6 +231,26 @@ def test_engine_that_finds_no_memory_sleeps_on_and_may_be_woken_again(
     assert tokens(llm) == expected(checkpoint("plain"))
 
 
+def test_weights_that_were_loaded_stay_when_the_cache_finds_no_memory(
+    checkpoint: Callable[..., Path], make_llm: Callable[..., LLM], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    llm = make_llm(checkpoint("plain"))
+    llm.sleep(2)
+    llm.wake_up(tags=["weights"])
+    llm.load_weights(tensors_of(checkpoint("plain")))
+
+    def fail(*args: object) -> None:
+        raise torch.OutOfMemoryError("the trainer's")
+
+    with monkeypatch.context() as patch:
+        patch.setattr("nanovllm.worker.model_runner.InputBatch", fail)  # once the cache is made
+        with pytest.raises(torch.OutOfMemoryError):
+            llm.wake_up(tags=["kv_cache"])
+    assert llm.is_sleeping and llm.engine.runner.kv_cache is None
+    llm.wake_up(tags=["kv_cache"])
+    assert tokens(llm) == expected(checkpoint("plain"))
+
+
 def test_sleep_does_not_turn_the_random_numbers_back(
     checkpoint: Callable[..., Path], make_llm: Callable[..., LLM]
 ) -> None:
