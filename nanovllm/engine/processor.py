@@ -309,11 +309,14 @@ def as_list_of_prompts(prompts: Any) -> list[Prompt]:
     return list(prompts)
 
 
-def own_params(sampling_params: Any) -> SamplingParams:
-    """A request's parameters: checked, and its own, whatever the caller assigns later. Raises TypeError, ValueError."""
-    if not isinstance(sampling_params, SamplingParams):
-        raise TypeError(f"sampling_params={shorten(sampling_params)} must be a SamplingParams")
-    return sampling_params.clone()
+def own_params(given: Any, name: str = "sampling_params") -> SamplingParams:
+    """A request's parameters: checked, and its own, whatever the caller assigns later.
+
+    Raises TypeError, which calls the argument `name`, or ValueError.
+    """
+    if not isinstance(given, SamplingParams):
+        raise TypeError(f"{name}={shorten(given)} must be a SamplingParams")
+    return given.clone()
 
 
 def one_for_each(sampling_params: Any, num_prompts: int) -> list[SamplingParams]:

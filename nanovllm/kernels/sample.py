@@ -137,7 +137,7 @@ def _draw(
     """Gumbel-max over the tokens of `x [vocab]`, of which `top` is the largest, that the truncations leave."""
     is_truncated = 0 < top_k < len(x) or top_p < 1 or min_p > 0
     if is_truncated:
-        floor = _truncate(x, chunk_max, temperature, top_k, top_p, min_p)
+        floor = _truncate(x, chunk_max, top, temperature, top_k, top_p, min_p)
     else:
         # Noise is bounded: what is this far below the top wins only if the top's own noise is below -3 (2 in 10^9).
         floor = top - temperature * (MAX_GUMBEL + 3)
@@ -167,10 +167,9 @@ def _draw_from_all(x: torch.Tensor, chunk_max: torch.Tensor, temperature: float,
 
 
 def _truncate(
-    x: torch.Tensor, chunk_max: torch.Tensor, temperature: float, top_k: int, top_p: float, min_p: float
+    x: torch.Tensor, chunk_max: torch.Tensor, top: float, temperature: float, top_k: int, top_p: float, min_p: float
 ) -> float:
-    """The least logit that min_p, top_k and top_p keep."""
-    top = float(chunk_max.max())
+    """The least logit that min_p, top_k and top_p keep; `top` is the largest."""
     floor = top + temperature * math.log(min_p) if min_p > 0 else torch.finfo(x.dtype).min
     if 0 < top_k < len(x):
         # k chunks have a maximum, so k tokens a logit, of at least the k-th largest maximum.

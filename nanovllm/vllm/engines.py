@@ -7,7 +7,7 @@ from typing import Any, Self
 
 import nanovllm.engine.llm_engine as ours
 from nanovllm.async_llm import AsyncLLM
-from nanovllm.engine.processor import Prompt, as_request_ids
+from nanovllm.engine.processor import Prompt, as_request_ids, own_params
 from nanovllm.llm import LLM
 from nanovllm.outputs import RequestOutput
 from nanovllm.sampling_params import SamplingParams
@@ -63,14 +63,13 @@ class LLMEngine:
         """
         if not isinstance(request_id, str):
             raise TypeError(f"request_id={request_id!r:.80} must be a string")
-        if not isinstance(params, SamplingParams):
-            raise TypeError(f"params={params!r:.80} must be a SamplingParams")
+        own = own_params(params, "params")
         further = {"lora_request": lora_request, "tokenization_kwargs": tokenization_kwargs}
         further |= {"trace_headers": trace_headers, "priority": priority}
         check("add_request", ARGUMENTS, further, [])
         with self.llm._one_caller:
             processor = self.llm._enter()
-            request = processor.make_request(prompt, params.clone(), request_id=request_id, is_streaming=True)
+            request = processor.make_request(prompt, own, request_id=request_id, is_streaming=True)
             if arrival_time is not None:
                 request.metrics.arrival_time += arrival_time - time.time()
             processor.add(request)
