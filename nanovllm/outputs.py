@@ -14,6 +14,15 @@ class Logprob(NamedTuple):
     decoded_token: str | None = None  # None without a tokenizer, or with detokenize=False
 
 
+@dataclass(slots=True)
+class TokenLogprobs:
+    """Log-probabilities at one position: first of the token that is there, then of the likeliest, best first."""
+
+    token_ids: list[int]
+    logprobs: list[float]
+    ranks: list[int]  # 1 is the likeliest
+
+
 class _OwnCopy:
     """A field that is given a list of the request's, which its outputs share, and shows a copy of its own.
 

@@ -10,8 +10,8 @@ import torch
 from transformers import PreTrainedTokenizerFast, Qwen3Config, Qwen3ForCausalLM
 
 from nanovllm import LLM, SamplingParams
+from nanovllm.step_plan import StepPlan
 from nanovllm.worker.cuda_graph import StepShape
-from nanovllm.worker.step_plan import StepPlan
 
 VOCAB_SIZE = 211
 MAX_POSITIONS = 320

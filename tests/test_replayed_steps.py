@@ -14,8 +14,8 @@ from checkpoints import VOCAB_SIZE, random_prompts
 
 from nanovllm import LLM, SamplingParams
 from nanovllm.engine.sequence import Sequence
+from nanovllm.step_plan import StepPlan
 from nanovllm.worker.cuda_graph import MAX_CHUNKS, StepShape
-from nanovllm.worker.step_plan import StepPlan
 
 NEEDS_GPU = [pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device")]
 DEVICES = ["cpu", pytest.param("cuda", marks=NEEDS_GPU)]

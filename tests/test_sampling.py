@@ -15,8 +15,8 @@ from plain_sampling import assert_drawn_from, distribution_asked, edited_logits
 
 from nanovllm import LLM, SamplingParams
 from nanovllm.engine.sequence import Sequence
+from nanovllm.outputs import TokenLogprobs
 from nanovllm.worker import logit_extras
-from nanovllm.worker.step_plan import TokenLogprobs
 
 BadWords = tuple[tuple[int, ...], ...]
 PROMPTS = random_prompts([40, 1, 17, 70, 2, 33, 15], seed=1)

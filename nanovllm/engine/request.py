@@ -13,9 +13,8 @@ from typing import NamedTuple
 
 from nanovllm.detokenizer import NUM_CONTEXT, Detokenizer, TokenDecoder
 from nanovllm.engine.sequence import Sequence
-from nanovllm.outputs import CompletionOutput, Logprob, RequestMetrics, RequestOutput
+from nanovllm.outputs import CompletionOutput, Logprob, RequestMetrics, RequestOutput, TokenLogprobs
 from nanovllm.sampling_params import RequestOutputKind, SamplingParams
-from nanovllm.worker.step_plan import TokenLogprobs
 
 
 class Progress(NamedTuple):

@@ -11,7 +11,7 @@ from dataclasses import dataclass, field
 from nanovllm.engine.block_manager import BlockManager
 from nanovllm.engine.sequence import Sequence, SequenceStatus
 from nanovllm.sampling_params import MAX_STOP_IDS
-from nanovllm.worker.step_plan import LogitEdits, NewRow, PromptSpan, StepPlan
+from nanovllm.step_plan import LogitEdits, NewRow, PromptSpan, StepPlan
 
 # The largest numbers that a device-resident row can hold
 INT32_MAX = 2**31 - 1

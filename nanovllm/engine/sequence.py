@@ -4,9 +4,8 @@ import time
 from dataclasses import dataclass, field
 from enum import Enum, auto
 
-from nanovllm.outputs import RequestMetrics
+from nanovllm.outputs import RequestMetrics, TokenLogprobs
 from nanovllm.sampling_params import SamplingParams
-from nanovllm.worker.step_plan import TokenLogprobs
 
 
 class SequenceStatus(Enum):

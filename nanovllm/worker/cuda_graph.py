@@ -15,7 +15,7 @@ from functools import lru_cache
 
 import torch
 
-from nanovllm.worker.step_plan import StepPlan
+from nanovllm.step_plan import StepPlan
 
 MAX_CHUNKS = 16  # entries for chunks in a graph, one of them for padding
 CHUNK_TOKENS = (256, 512, 768, 1024, 1536, 2048, 3072, 4096)  # padded by less than a third, or by less than 256

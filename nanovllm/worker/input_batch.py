@@ -9,8 +9,8 @@ import torch
 
 from nanovllm.kernels.sample import SamplingTensors
 from nanovllm.sampling_params import MAX_STOP_IDS
+from nanovllm.step_plan import NewRow, StepPlan
 from nanovllm.worker.cuda_graph import MAX_CHUNKS, StepShape
-from nanovllm.worker.step_plan import NewRow, StepPlan
 
 # Columns of a row's scalars. Floats are stored as their 32 bits.
 TEMPERATURE, TOP_K, TOP_P, MIN_P, SEED_LO, SEED_HI, MIN_LEN, STOP_IDS = range(8)

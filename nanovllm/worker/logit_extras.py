@@ -14,9 +14,10 @@ import torch
 from nanovllm.kernels.logit_edits import RowEdits, edit_logits, send
 from nanovllm.kernels.logprobs import token_logprobs, unpack
 from nanovllm.kernels.sample import sample
+from nanovllm.outputs import TokenLogprobs
 from nanovllm.sampling_params import NAN_LOGITS
+from nanovllm.step_plan import LogitEdits, NewRow, PromptSpan, StepPlan
 from nanovllm.worker.input_batch import InputBatch
-from nanovllm.worker.step_plan import LogitEdits, NewRow, PromptSpan, StepPlan, TokenLogprobs
 
 PIECE_BYTES = 64 << 20  # of float32 logits
 MAX_PIECE_ROWS = 256

@@ -20,13 +20,13 @@ from nanovllm.layers.attention import Attention, AttentionMetadata
 from nanovllm.layers.linear import TensorParallel
 from nanovllm.layers.rotary_embedding import build_cos_sin, rope_parameters
 from nanovllm.models.loader import build_model
+from nanovllm.step_plan import NewRow, StepPlan
 from nanovllm.worker.cuda_graph import StepGraphs, StepShape, StepShapes
 from nanovllm.worker.input_batch import InputBatch
 from nanovllm.worker.logit_extras import LogitExtras, LogprobsOnTheWay, ProcessLogits, ask_for_the_most
 from nanovllm.worker.memory import DeviceMemory, cache_bytes_left, cache_bytes_per_block, zeros_on_demand
 from nanovllm.worker.resolve import resolve_device, resolve_dtype, resolve_max_model_len
 from nanovllm.worker.step_handle import StepHandle
-from nanovllm.worker.step_plan import NewRow, StepPlan
 
 logger = logging.getLogger(__name__)
 

@@ -4,8 +4,8 @@ from dataclasses import dataclass
 
 import torch
 
+from nanovllm.outputs import TokenLogprobs
 from nanovllm.worker.logit_extras import LogprobsOnTheWay
-from nanovllm.worker.step_plan import TokenLogprobs
 
 
 @dataclass(slots=True)

@@ -18,8 +18,8 @@ from nanovllm.config import Config
 from nanovllm.engine.llm_engine import LLMEngine, StepStats
 from nanovllm.engine.sequence import Sequence
 from nanovllm.sampling_params import NAN_LOGITS, SamplingParams
+from nanovllm.step_plan import StepPlan
 from nanovllm.worker.ranks import Followers
-from nanovllm.worker.step_plan import StepPlan
 
 EOS = 0
 VOCAB_SIZE = 5  # so few that requests stop often, and share prefixes by chance

@@ -8,7 +8,8 @@ from simulated_engine import VOCAB_SIZE, make_engine, prefix_hashes, run
 
 from nanovllm import SamplingParams
 from nanovllm.engine.llm_engine import LLMEngine
-from nanovllm.worker.step_plan import StepPlan, TokenLogprobs
+from nanovllm.outputs import TokenLogprobs
+from nanovllm.step_plan import StepPlan
 
 
 def score_on_device(engine: LLMEngine) -> None:

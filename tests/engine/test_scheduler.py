@@ -7,7 +7,7 @@ import pytest
 from simulated_engine import EOS, Checker, add_request, expected_output, make_engine, run
 
 from nanovllm.sampling_params import SamplingParams
-from nanovllm.worker.step_plan import StepPlan
+from nanovllm.step_plan import StepPlan
 
 FOREVER = SamplingParams(max_tokens=None, ignore_eos=True)
 

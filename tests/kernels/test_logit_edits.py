@@ -9,8 +9,8 @@ from plain_sampling import edited_logits
 
 from nanovllm import SamplingParams
 from nanovllm.kernels.logit_edits import edit_logits
+from nanovllm.step_plan import LogitEdits
 from nanovllm.worker.logit_extras import row_edits
-from nanovllm.worker.step_plan import LogitEdits
 
 VOCAB_SIZE = 97
 GARBAGE = 2**31 - 1  # what stands in a row past its tokens may be anything

@@ -11,9 +11,9 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from nanovllm import SamplingParams
+from nanovllm.step_plan import StepPlan
 from nanovllm.worker.cuda_graph import MAX_CHUNKS, StepShape, StepShapes
 from nanovllm.worker.input_batch import InputBatch
-from nanovllm.worker.step_plan import StepPlan
 
 
 @pytest.mark.parametrize(

@@ -1,4 +1,4 @@
-"""What the host tells the device to do in one step: plain data, only what changed since the last one."""
+"""What the host tells the device to do in one step: plain data, only what changed since the step before."""
 
 from dataclasses import dataclass, field
 
@@ -50,15 +50,6 @@ class PromptSpan:
     start: int  # position of the chunk's first token, which predicts the token after it
     num_tokens: int
     num_top: int  # of the likeliest tokens besides; -1: the vocabulary
-
-
-@dataclass(slots=True)
-class TokenLogprobs:
-    """Log-probabilities at one position: first of the token that is there, then of the likeliest, best first."""
-
-    token_ids: list[int]
-    logprobs: list[float]
-    ranks: list[int]  # 1 is the likeliest
 
 
 @dataclass(slots=True)
