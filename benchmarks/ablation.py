@@ -57,7 +57,7 @@ def late_launch() -> AbstractContextManager:
     return replaced({early_launch: lambda tensor: {"EARLY": False}})
 
 
-EARLY_LAUNCH, SKINNY_LINEAR = "nanovllm.kernels.early_launch", "nanovllm.kernels.skinny_linear"
+EARLY_LAUNCH, SKINNY_LINEAR = "nanovllm.kernels.early_launch", "nanovllm.kernels.linear.skinny_linear"
 VARIANTS = [
     Variant("everything on"),
     Variant("overlap of host and device off", prepare=wait_for_each_step),

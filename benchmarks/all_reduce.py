@@ -37,14 +37,14 @@ import torch.distributed as dist
 
 from benchmarks.machine import describe_machine, describe_versions
 from benchmarks.report import table_lines
-from nanovllm.kernels.all_reduce import (
+from nanovllm.kernels.device import multiprocessors
+from nanovllm.kernels.norm.all_reduce import (
     PeerBuffers,
     one_shot_add_rms_norm,
     one_shot_all_reduce,
     one_shot_all_reduce_reference,
 )
-from nanovllm.kernels.device import multiprocessors
-from nanovllm.kernels.rms_norm import add_rms_norm
+from nanovllm.kernels.norm.rms_norm import add_rms_norm
 from nanovllm.kernels.triton_shim import tl, triton
 from nanovllm.worker.peer_memory import connect_peers
 

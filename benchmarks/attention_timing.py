@@ -14,12 +14,12 @@ import torch
 
 from benchmarks.ceilings import run_seconds
 from benchmarks.workloads import Workload
-from nanovllm.kernels.cpu_attention import CpuDecodePlan, plan_gather
-from nanovllm.kernels.cpu_rope_store import plan_rope_store
-from nanovllm.kernels.decode_plan import DecodePlan, plan_decode
-from nanovllm.kernels.paged_decode import paged_decode
-from nanovllm.kernels.paged_decode_kernel import DecodeConfig, paged_decode_triton
-from nanovllm.kernels.paged_prefill import PrefillConfig, paged_prefill, paged_prefill_triton
+from nanovllm.kernels.attention.cpu_attention import CpuDecodePlan, plan_gather
+from nanovllm.kernels.attention.cpu_rope_store import plan_rope_store
+from nanovllm.kernels.attention.decode_plan import DecodePlan, plan_decode
+from nanovllm.kernels.attention.paged_decode import paged_decode
+from nanovllm.kernels.attention.paged_decode_kernel import DecodeConfig, paged_decode_triton
+from nanovllm.kernels.attention.paged_prefill import PrefillConfig, paged_prefill, paged_prefill_triton
 
 FRESH_BYTES = 400_000_000  # to be read by different launches before a block comes again: far more than an L2 cache
 MIN_LAUNCHES, MAX_LAUNCHES = 4, {"cuda": 128, "cpu": 4}

@@ -13,11 +13,14 @@ from dataclasses import replace
 import torch
 import torch.nn.functional as F
 
-from nanovllm.kernels import paged_decode, rms_norm, sample, silu_mul, skinny_linear
-from nanovllm.kernels import qk_norm_rope_store as rope_store
-from nanovllm.kernels.cpu_attention import CpuDecodePlan
-from nanovllm.kernels.decode_plan import DecodePlan
-from nanovllm.kernels.sample import SamplingTensors
+from nanovllm.kernels.attention import paged_decode
+from nanovllm.kernels.attention import qk_norm_rope_store as rope_store
+from nanovllm.kernels.attention.cpu_attention import CpuDecodePlan
+from nanovllm.kernels.attention.decode_plan import DecodePlan
+from nanovllm.kernels.linear import silu_mul, skinny_linear
+from nanovllm.kernels.norm import rms_norm
+from nanovllm.kernels.sampling import sample
+from nanovllm.kernels.sampling.sample import SamplingTensors
 from nanovllm.sampling_params import MIN_TEMPERATURE
 
 

@@ -20,7 +20,7 @@ from benchmarks.runs import run_alternating, warm_up
 from benchmarks.setting import Setting
 from benchmarks.targets import goal_lines, goals_for, judge
 from benchmarks.workloads import PRESETS, few_streams
-from nanovllm.kernels.all_reduce import one_shot_limit
+from nanovllm.kernels.norm.all_reduce import one_shot_limit
 
 STREAMS = (1, 8, 32)
 ROWS = (*STREAMS, PRESETS["headline"].num_seqs)  # of a decode step's messages

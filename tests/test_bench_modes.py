@@ -252,8 +252,8 @@ def test_pool_gives_every_launch_blocks_of_its_own():
 
 
 def test_plain_kernels_compute_what_the_fused_ones_do_and_write_nothing_for_padding():
-    from nanovllm.kernels.qk_norm_rope_store import qk_norm_rope_store_reference
-    from nanovllm.kernels.silu_mul import silu_mul_reference
+    from nanovllm.kernels.attention.qk_norm_rope_store import qk_norm_rope_store_reference
+    from nanovllm.kernels.linear.silu_mul import silu_mul_reference
     from nanovllm.layers.rotary_embedding import build_cos_sin
 
     torch.manual_seed(0)
@@ -326,7 +326,7 @@ def test_engine_of_plain_kernels_gives_the_same_greedy_tokens_and_is_not_left_be
 
 
 def test_replacing_what_nobody_uses_is_an_error():
-    from nanovllm.kernels import rms_norm
+    from nanovllm.kernels.norm import rms_norm
 
     with pytest.raises(RuntimeError, match="rms_norm_triton is used by no module"):
         with replaced({rms_norm.rms_norm_triton: rms_norm.rms_norm_reference}):

@@ -11,12 +11,12 @@ from dataclasses import dataclass
 import torch
 from torch import nn
 
-from nanovllm.kernels.cpu_attention import CpuDecodePlan
-from nanovllm.kernels.cpu_rope_store import RopeStorePlan
-from nanovllm.kernels.decode_plan import DecodePlan
-from nanovllm.kernels.paged_decode import paged_decode
-from nanovllm.kernels.paged_prefill import paged_prefill
-from nanovllm.kernels.qk_norm_rope_store import qk_norm_rope_store
+from nanovllm.kernels.attention.cpu_attention import CpuDecodePlan
+from nanovllm.kernels.attention.cpu_rope_store import RopeStorePlan
+from nanovllm.kernels.attention.decode_plan import DecodePlan
+from nanovllm.kernels.attention.paged_decode import paged_decode
+from nanovllm.kernels.attention.paged_prefill import paged_prefill
+from nanovllm.kernels.attention.qk_norm_rope_store import qk_norm_rope_store
 from nanovllm.layers.layernorm import RMSNorm
 
 

@@ -3,7 +3,7 @@
 import torch
 from torch import nn
 
-from nanovllm.kernels.rms_norm import add_rms_norm, rms_norm
+from nanovllm.kernels.norm.rms_norm import add_rms_norm, rms_norm
 from nanovllm.layers.linear import copy_exactly
 
 

@@ -15,10 +15,10 @@ from typing import Protocol
 import torch
 from torch import nn
 
-from nanovllm.kernels.all_reduce import PeerBuffers, one_shot_add_rms_norm, one_shot_all_reduce
-from nanovllm.kernels.packed_linear import PackedWeight, pack_weight, packed_linear
-from nanovllm.kernels.silu_mul import silu_mul
-from nanovllm.kernels.skinny_linear import skinny_linear
+from nanovllm.kernels.linear.packed_linear import PackedWeight, pack_weight, packed_linear
+from nanovllm.kernels.linear.silu_mul import silu_mul
+from nanovllm.kernels.linear.skinny_linear import skinny_linear
+from nanovllm.kernels.norm.all_reduce import PeerBuffers, one_shot_add_rms_norm, one_shot_all_reduce
 
 
 class PeerLostError(RuntimeError):

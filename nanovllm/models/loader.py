@@ -12,7 +12,7 @@ import torch
 from torch import nn
 
 from nanovllm.config import Config
-from nanovllm.kernels.packed_linear import pack_weight, unpack_weight
+from nanovllm.kernels.linear.packed_linear import pack_weight, unpack_weight
 from nanovllm.layers.linear import Linear, TensorParallel
 from nanovllm.models.sharded_state import load_shard
 from nanovllm.models.tied_head import EMBEDDING, HEAD, TiedHead

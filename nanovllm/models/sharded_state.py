@@ -10,7 +10,7 @@ from pathlib import Path
 import torch
 from torch import nn
 
-from nanovllm.kernels.packed_linear import unpack_weight
+from nanovllm.kernels.linear.packed_linear import unpack_weight
 from nanovllm.layers.linear import Linear
 
 DEFAULT_PATTERN = "model-rank-{rank}-part-{part}.safetensors"

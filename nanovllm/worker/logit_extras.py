@@ -11,9 +11,9 @@ from itertools import accumulate, groupby
 
 import torch
 
-from nanovllm.kernels.logit_edits import RowEdits, edit_logits, send
-from nanovllm.kernels.logprobs import token_logprobs, unpack
-from nanovllm.kernels.sample import sample
+from nanovllm.kernels.sampling.logit_edits import RowEdits, edit_logits, send
+from nanovllm.kernels.sampling.logprobs import token_logprobs, unpack
+from nanovllm.kernels.sampling.sample import sample
 from nanovllm.outputs import TokenLogprobs
 from nanovllm.sampling_params import NAN_LOGITS
 from nanovllm.step_plan import LogitEdits, NewRow, PromptSpan, StepPlan

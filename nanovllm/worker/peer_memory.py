@@ -14,7 +14,7 @@ from typing import Any
 
 import torch
 
-from nanovllm.kernels.all_reduce import PROGRAMS, PeerBuffers, make_inboxes
+from nanovllm.kernels.norm.all_reduce import PROGRAMS, PeerBuffers, make_inboxes
 from nanovllm.layers.linear import Group
 
 logger = logging.getLogger(__name__)

@@ -34,7 +34,7 @@ import torch
 
 from nanovllm.config import Config
 from nanovllm.errors import RankError
-from nanovllm.kernels import all_reduce
+from nanovllm.kernels.norm import all_reduce
 from nanovllm.layers.linear import PeerLostError, TensorParallel
 from nanovllm.worker.groups import Meeting, join_group
 from nanovllm.worker.resolve import require_cut, resolve_device, resolve_dtype

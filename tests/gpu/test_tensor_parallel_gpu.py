@@ -18,7 +18,7 @@ from leftovers import are_gone, kill_the_rank_of, rank_pids, rank_processes
 from safetensors.torch import load_file
 
 from nanovllm import LLM, RankError, SamplingParams
-from nanovllm.kernels import all_reduce
+from nanovllm.kernels.norm import all_reduce
 
 pytestmark = [
     pytest.mark.gpu,

@@ -11,19 +11,20 @@ from triton.backends.compiler import GPUTarget
 from triton.runtime import driver
 from triton.runtime.jit import JITFunction
 
-from nanovllm.kernels import early_launch, paged_decode_kernel
-from nanovllm.kernels.all_reduce import PeerBuffers, make_inboxes, one_shot_add_rms_norm, one_shot_all_reduce
-from nanovllm.kernels.decode_plan import DecodePlan, plan_decode_triton
-from nanovllm.kernels.logprobs import summarize_triton
-from nanovllm.kernels.paged_decode_kernel import paged_decode_triton
-from nanovllm.kernels.paged_prefill import paged_prefill_triton
+from nanovllm.kernels import early_launch
+from nanovllm.kernels.attention import paged_decode_kernel
+from nanovllm.kernels.attention.decode_plan import DecodePlan, plan_decode_triton
+from nanovllm.kernels.attention.paged_decode_kernel import paged_decode_triton
+from nanovllm.kernels.attention.paged_prefill import paged_prefill_triton
+from nanovllm.kernels.attention.qk_norm_rope_store import qk_norm_rope_store_triton
+from nanovllm.kernels.linear.silu_mul import silu_mul_triton
+from nanovllm.kernels.linear.skinny_linear import _tiling, skinny_linear_triton
+from nanovllm.kernels.norm.all_reduce import PeerBuffers, make_inboxes, one_shot_add_rms_norm, one_shot_all_reduce
+from nanovllm.kernels.norm.rms_norm import add_rms_norm_triton, rms_norm_triton
 from nanovllm.kernels.prepare_inputs import StepInputs, prepare_inputs_triton
-from nanovllm.kernels.qk_norm_rope_store import qk_norm_rope_store_triton
-from nanovllm.kernels.rms_norm import add_rms_norm_triton, rms_norm_triton
-from nanovllm.kernels.sample import SamplingTensors
-from nanovllm.kernels.sample_kernel import sample_triton
-from nanovllm.kernels.silu_mul import silu_mul_triton
-from nanovllm.kernels.skinny_linear import _tiling, skinny_linear_triton
+from nanovllm.kernels.sampling.logprobs import summarize_triton
+from nanovllm.kernels.sampling.sample import SamplingTensors
+from nanovllm.kernels.sampling.sample_kernel import sample_triton
 
 HOPPER = GPUTarget("cuda", 90, 32)
 SEQS, VOCAB = 3, 1000

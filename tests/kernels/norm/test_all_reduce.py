@@ -11,15 +11,15 @@ import pytest
 import torch
 import torch.multiprocessing as mp
 
-from nanovllm.kernels import all_reduce
-from nanovllm.kernels.all_reduce import (
+from nanovllm.kernels.norm import all_reduce
+from nanovllm.kernels.norm.all_reduce import (
     PeerBuffers,
     make_inboxes,
     one_shot_add_rms_norm,
     one_shot_all_reduce,
     one_shot_all_reduce_reference,
 )
-from nanovllm.kernels.rms_norm import add_rms_norm_reference
+from nanovllm.kernels.norm.rms_norm import add_rms_norm_reference
 from nanovllm.kernels.triton_shim import tl
 
 COLUMNS, MAX_ROWS, EPS = 40, 7, 1e-6

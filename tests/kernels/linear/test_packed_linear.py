@@ -6,7 +6,7 @@ import weakref
 import pytest
 import torch
 
-from nanovllm.kernels.packed_linear import PackedWeight, pack_weight, packed_linear, packed_rows, unpack_weight
+from nanovllm.kernels.linear.packed_linear import PackedWeight, pack_weight, packed_linear, packed_rows, unpack_weight
 
 DTYPES = [torch.bfloat16, torch.float32, torch.float16]
 SHAPES = [(4096, 1024), (1000, 72), (33, 17), (96, 48), (1, 64), (640, 3072)]

@@ -5,7 +5,7 @@ bisection ends, and ends exactly: after at most 16 or 32 passes over the tokens 
 as a rule take 6. For `sample_kernel.py`.
 """
 
-from nanovllm.kernels.sample_row import load_logits
+from nanovllm.kernels.sampling.sample_row import load_logits
 from nanovllm.kernels.triton_shim import tl, triton
 
 # A bisection for a mass is guided by the masses, then halves logits, and then integers, which ends it in any case.

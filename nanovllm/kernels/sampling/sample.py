@@ -14,7 +14,7 @@ from dataclasses import dataclass
 
 import torch
 
-from nanovllm.kernels.gumbel_noise import (
+from nanovllm.kernels.sampling.gumbel_noise import (
     MAX_GUMBEL,
     MAX_TEMPERATURE,
     gumbel,
@@ -23,7 +23,7 @@ from nanovllm.kernels.gumbel_noise import (
     spread_index,
     spread_indices,
 )
-from nanovllm.kernels.sample_kernel import sample_triton
+from nanovllm.kernels.sampling.sample_kernel import sample_triton
 from nanovllm.sampling_params import MIN_TEMPERATURE, NAN_LOGITS, NO_TOKEN_LEFT
 
 CHUNK = 128  # logits

@@ -9,12 +9,12 @@ Bytes moved: every cached token once, 2 * kv_heads * head_dim * itemsize. FLOPs:
 
 import torch
 
-from nanovllm.kernels.cpu_attention import CpuDecodePlan, paged_decode_cpu
-from nanovllm.kernels.cpu_rope_store import qk_norm_rope_store_cpu
-from nanovllm.kernels.decode_plan import DecodePlan
-from nanovllm.kernels.paged_decode_kernel import paged_decode_triton
-from nanovllm.kernels.paged_kv import gather_kv
-from nanovllm.kernels.qk_norm_rope_store import qk_norm_rope_store_reference
+from nanovllm.kernels.attention.cpu_attention import CpuDecodePlan, paged_decode_cpu
+from nanovllm.kernels.attention.cpu_rope_store import qk_norm_rope_store_cpu
+from nanovllm.kernels.attention.decode_plan import DecodePlan
+from nanovllm.kernels.attention.paged_decode_kernel import paged_decode_triton
+from nanovllm.kernels.attention.paged_kv import gather_kv
+from nanovllm.kernels.attention.qk_norm_rope_store import qk_norm_rope_store_reference
 
 
 def paged_decode(

@@ -7,7 +7,7 @@ import pytest
 import torch
 from paged_cache import PagedCase, assert_within_rounding, dense_attention, make_case
 
-from nanovllm.kernels import paged_prefill as kernels
+from nanovllm.kernels.attention import paged_prefill as kernels
 
 HEAD_DIMS = [24, 48, 64, 80, 96, 128, 256]
 GROUPS = [1, 2, 3, 5, 7, 8]

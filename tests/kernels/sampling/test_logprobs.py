@@ -5,7 +5,7 @@ import math
 import pytest
 import torch
 
-from nanovllm.kernels.logprobs import summarize_reference, summarize_triton, token_logprobs, unpack
+from nanovllm.kernels.sampling.logprobs import summarize_reference, summarize_triton, token_logprobs, unpack
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])

@@ -6,8 +6,8 @@ import pytest
 import torch
 from transformers.models.qwen3.modeling_qwen3 import Qwen3RMSNorm, apply_rotary_pos_emb
 
-from nanovllm.kernels import qk_norm_rope_store as kernels
-from nanovllm.kernels.cpu_rope_store import plan_rope_store
+from nanovllm.kernels.attention import qk_norm_rope_store as kernels
+from nanovllm.kernels.attention.cpu_rope_store import plan_rope_store
 
 DTYPES = [torch.bfloat16, torch.float16, torch.float32]
 

@@ -8,7 +8,7 @@ import torch
 from plain_sampling import edited_logits
 
 from nanovllm import SamplingParams
-from nanovllm.kernels.logit_edits import edit_logits
+from nanovllm.kernels.sampling.logit_edits import edit_logits
 from nanovllm.step_plan import LogitEdits
 from nanovllm.worker.logit_extras import row_edits
 

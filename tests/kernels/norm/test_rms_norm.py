@@ -4,7 +4,7 @@ import pytest
 import torch
 from transformers.models.qwen3.modeling_qwen3 import Qwen3RMSNorm
 
-from nanovllm.kernels import rms_norm as kernels
+from nanovllm.kernels.norm import rms_norm as kernels
 
 DTYPES = [torch.bfloat16, torch.float16, torch.float32]
 SHAPES = [(1, 1024), (5, 64), (3, 96), (2, 1), (7, 1000), (0, 32), (3, 4096)]

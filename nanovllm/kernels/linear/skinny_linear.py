@@ -21,7 +21,7 @@ import torch.nn.functional as F
 
 from nanovllm.kernels.device import multiprocessors, shared_memory_bytes
 from nanovllm.kernels.early_launch import LINE_BYTES, early_launch, fetch, wait_for_previous
-from nanovllm.kernels.silu_mul import silu, silu_mul
+from nanovllm.kernels.linear.silu_mul import silu, silu_mul
 from nanovllm.kernels.triton_shim import TensorDescriptor, tl, triton
 
 MAX_ROWS = 256  # of x: with more, a library's kernels are as fast

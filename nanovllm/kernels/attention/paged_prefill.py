@@ -20,9 +20,8 @@ from functools import lru_cache
 
 import torch
 
-from nanovllm.kernels.cpu_attention import paged_prefill_cpu
-from nanovllm.kernels.device import shared_memory_bytes
-from nanovllm.kernels.paged_kv import (
+from nanovllm.kernels.attention.cpu_attention import paged_prefill_cpu
+from nanovllm.kernels.attention.paged_kv import (
     LOG2_E,
     check_caches,
     gather_kv,
@@ -30,6 +29,7 @@ from nanovllm.kernels.paged_kv import (
     next_power_of_2,
     tile_blocks,
 )
+from nanovllm.kernels.device import shared_memory_bytes
 from nanovllm.kernels.triton_shim import tl, triton
 
 # Tuned on an H100; benchmarks/paged_attention.py measures alternatives.

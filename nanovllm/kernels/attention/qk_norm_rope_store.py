@@ -10,7 +10,7 @@ element: bound by memory. Math is in float32, rounded once at the end.
 
 import torch
 
-from nanovllm.kernels.cpu_rope_store import RopeStorePlan, qk_norm_rope_store_cpu
+from nanovllm.kernels.attention.cpu_rope_store import RopeStorePlan, qk_norm_rope_store_cpu
 from nanovllm.kernels.early_launch import early_launch, wait_for_previous
 from nanovllm.kernels.triton_shim import tl, triton
 

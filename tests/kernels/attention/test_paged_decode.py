@@ -9,18 +9,18 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from paged_cache import PagedCase, assert_within_rounding, dense_attention, make_case
 
-from nanovllm.kernels import paged_decode_kernel
-from nanovllm.kernels.cpu_attention import CpuDecodePlan, plan_gather
-from nanovllm.kernels.cpu_rope_store import plan_rope_store
-from nanovllm.kernels.decode_plan import (
+from nanovllm.kernels.attention import paged_decode_kernel
+from nanovllm.kernels.attention.cpu_attention import CpuDecodePlan, plan_gather
+from nanovllm.kernels.attention.cpu_rope_store import plan_rope_store
+from nanovllm.kernels.attention.decode_plan import (
     PIECE_MULTIPLE,
     DecodePlan,
     plan_decode,
     plan_decode_reference,
     plan_decode_triton,
 )
-from nanovllm.kernels.paged_decode import paged_decode, paged_decode_reference
-from nanovllm.kernels.paged_decode_kernel import paged_decode_triton
+from nanovllm.kernels.attention.paged_decode import paged_decode, paged_decode_reference
+from nanovllm.kernels.attention.paged_decode_kernel import paged_decode_triton
 
 HEAD_DIMS = [24, 48, 64, 80, 96, 128, 256]
 GROUPS = [1, 2, 3, 5, 7, 8]

@@ -5,7 +5,7 @@ import math
 import pytest
 import torch
 
-from nanovllm.kernels import gumbel_noise as noise
+from nanovllm.kernels.sampling import gumbel_noise as noise
 from nanovllm.kernels.triton_shim import tl, triton
 
 SEEDS = [(0, 0), (1, 0), (0, 1), (-1, -1), (123456789, -987654321), (-(2**31), 2**31 - 1)]

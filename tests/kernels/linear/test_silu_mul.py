@@ -4,7 +4,7 @@ import pytest
 import torch
 from transformers.activations import ACT2FN
 
-from nanovllm.kernels import silu_mul as kernels
+from nanovllm.kernels.linear import silu_mul as kernels
 
 DTYPES = [torch.bfloat16, torch.float16, torch.float32]
 SHAPES = [(1, 3072), (5, 48), (3, 1000), (0, 16), (2, 1), (70, 80)]

@@ -7,8 +7,8 @@ import torch
 import torch.nn.functional as F
 from paged_cache import PagedCase, dense_attention, make_case
 
-from nanovllm.kernels import cpu_attention
-from nanovllm.kernels.cpu_attention import paged_decode_cpu, paged_prefill_cpu, plan_gather
+from nanovllm.kernels.attention import cpu_attention
+from nanovllm.kernels.attention.cpu_attention import paged_decode_cpu, paged_prefill_cpu, plan_gather
 
 SHAPES = [  # kv heads, query heads per kv head, head_dim, block size
     (2, 1, 24, 16),

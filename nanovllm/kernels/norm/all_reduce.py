@@ -24,7 +24,7 @@ from dataclasses import dataclass
 import torch
 
 from nanovllm.kernels.early_launch import early_launch, wait_for_previous
-from nanovllm.kernels.rms_norm import add_to_residual, count_parts, load_sum, normed
+from nanovllm.kernels.norm.rms_norm import add_to_residual, count_parts, load_sum, normed
 from nanovllm.kernels.triton_shim import tl, triton
 
 # Messages of which a rank sends up to so many bytes, a copy to each other, are summed this way, on all devices of a

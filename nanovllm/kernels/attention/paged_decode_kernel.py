@@ -19,12 +19,10 @@ from functools import lru_cache
 
 import torch
 
-from nanovllm.kernels.decode_merge import MERGE_ELEMENTS, merge_pieces
-from nanovllm.kernels.decode_plan import PIECE_FIELDS, PIECE_MULTIPLE, DecodePlan
-from nanovllm.kernels.device import is_hopper, multiprocessors, shared_memory_bytes
-from nanovllm.kernels.early_launch import LINE_BYTES, early_launch, wait_for_previous
-from nanovllm.kernels.own_token import own_token
-from nanovllm.kernels.paged_kv import (
+from nanovllm.kernels.attention.decode_merge import MERGE_ELEMENTS, merge_pieces
+from nanovllm.kernels.attention.decode_plan import PIECE_FIELDS, PIECE_MULTIPLE, DecodePlan
+from nanovllm.kernels.attention.own_token import own_token
+from nanovllm.kernels.attention.paged_kv import (
     LOG2_E,
     check_caches,
     fetch_tile,
@@ -32,6 +30,8 @@ from nanovllm.kernels.paged_kv import (
     next_power_of_2,
     tile_blocks,
 )
+from nanovllm.kernels.device import is_hopper, multiprocessors, shared_memory_bytes
+from nanovllm.kernels.early_launch import LINE_BYTES, early_launch, wait_for_previous
 from nanovllm.kernels.triton_shim import TensorDescriptor, tl, triton
 
 # Measured on an H100 and an H200: docs/performance.md; benchmarks/paged_attention.py measures alternatives.

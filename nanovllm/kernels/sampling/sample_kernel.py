@@ -16,14 +16,14 @@ from typing import TYPE_CHECKING
 import torch
 
 from nanovllm.kernels.early_launch import early_launch, wait_for_previous
-from nanovllm.kernels.gumbel_noise import MAX_TEMPERATURE, gumbel_kernel, noise_bits_kernel
-from nanovllm.kernels.sample_row import asked, count_stop_ids, load_logits, load_raw_logits, mask_stop_ids
-from nanovllm.kernels.sample_threshold import bisect, kth_largest, least_logit, load_tokens, order, reaching
+from nanovllm.kernels.sampling.gumbel_noise import MAX_TEMPERATURE, gumbel_kernel, noise_bits_kernel
+from nanovllm.kernels.sampling.sample_row import asked, count_stop_ids, load_logits, load_raw_logits, mask_stop_ids
+from nanovllm.kernels.sampling.sample_threshold import bisect, kth_largest, least_logit, load_tokens, order, reaching
 from nanovllm.kernels.triton_shim import tl, triton
 from nanovllm.sampling_params import MIN_TEMPERATURE, NAN_LOGITS, NO_TOKEN_LEFT
 
 if TYPE_CHECKING:
-    from nanovllm.kernels.sample import SamplingTensors
+    from nanovllm.kernels.sampling.sample import SamplingTensors
 
 SCAN_TILE, CHOOSE_TILE = 2048, 4096  # logits at a time
 CHOOSE_OPTIONS = {"num_warps": 8, "maxnreg": 128}  # two programs on a multiprocessor: one waits where the other works

@@ -6,8 +6,8 @@ bf16, and stores none. The likeliest are PyTorch's `topk` of the logits. Nothing
 
 import torch
 
+from nanovllm.kernels.attention.paged_kv import LOG2_E
 from nanovllm.kernels.early_launch import early_launch, wait_for_previous
-from nanovllm.kernels.paged_kv import LOG2_E
 from nanovllm.kernels.triton_shim import tl, triton
 
 TILE = 8192  # logits at a time

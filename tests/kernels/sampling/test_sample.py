@@ -7,9 +7,9 @@ import pytest
 import torch
 from plain_sampling import assert_drawn_from, distribution
 
-from nanovllm.kernels import gumbel_noise as noise
-from nanovllm.kernels import sample as kernels
-from nanovllm.kernels import sample_kernel
+from nanovllm.kernels.sampling import gumbel_noise as noise
+from nanovllm.kernels.sampling import sample as kernels
+from nanovllm.kernels.sampling import sample_kernel
 from nanovllm.sampling_params import MAX_STOP_IDS, MIN_TEMPERATURE, NAN_LOGITS, NO_TOKEN_LEFT
 
 FUNCTIONS = [kernels.sample_triton, kernels.sample_reference, kernels.sample]

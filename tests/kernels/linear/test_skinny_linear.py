@@ -3,8 +3,8 @@
 import pytest
 import torch
 
-from nanovllm.kernels import skinny_linear as kernels
-from nanovllm.kernels.silu_mul import silu_mul
+from nanovllm.kernels.linear import skinny_linear as kernels
+from nanovllm.kernels.linear.silu_mul import silu_mul
 
 DTYPES = [torch.bfloat16, torch.float16]
 # rows of x, N, K: narrow and wide weights, N no multiple of a tile, every number of tiles along K

@@ -19,8 +19,8 @@ from dataclasses import dataclass
 import torch
 import torch.nn.functional as F
 
-from nanovllm.kernels.cpu_rope_store import RopeStorePlan
-from nanovllm.kernels.paged_kv import gather_kv
+from nanovllm.kernels.attention.cpu_rope_store import RopeStorePlan
+from nanovllm.kernels.attention.paged_kv import gather_kv
 
 GROUP_BYTES = 8 << 20  # of keys and values gathered at a time
 QUERY_TILE = 128

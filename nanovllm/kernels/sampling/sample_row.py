@@ -1,6 +1,6 @@
 """What one row asks of the sampler's kernels, and its logits as they are after that. For `sample_kernel.py`."""
 
-from nanovllm.kernels.gumbel_noise import noise_keys_kernel
+from nanovllm.kernels.sampling.gumbel_noise import noise_keys_kernel
 from nanovllm.kernels.triton_shim import tl, triton
 
 
