@@ -13,7 +13,7 @@ HERE, KERNELS = Path(__file__).parent, Path(nanovllm.kernels.__file__).parent
 
 def test_every_kernel_compiles_for_hopper(tmp_path: Path) -> None:
     pattern = re.compile(r"^@triton\.jit.*\ndef (_\w+_kernel)\(", re.MULTILINE)
-    kernels = {name for path in KERNELS.glob("*.py") for name in pattern.findall(path.read_text())}
+    kernels = {name for path in KERNELS.rglob("*.py") for name in pattern.findall(path.read_text())}
     assert len(kernels) > 8
     environment = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
     done = subprocess.run(

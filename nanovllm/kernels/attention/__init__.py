@@ -1,1 +1,1 @@
-"""Attention through the block table: QK-norm, RoPE and the store of keys and values, then decode or prefill attention."""
+"""Attention through the block table: QK-norm, RoPE, the store of keys and values, and decode or prefill attention."""

@@ -1,1 +1,1 @@
-"""Products with a weight, at the speed at which memory can be read: few rows on a GPU, packed weights on a CPU; SwiGLU."""
+"""Products with a weight at the speed of memory: few rows on a GPU, packed weights on a CPU; and SwiGLU."""
