@@ -16,7 +16,6 @@ from typing import Any
 from uuid import uuid4
 
 from nanovllm.async_stream import Reader, Stream, Turns
-from nanovllm.chat import chat_prompt
 from nanovllm.config import Config
 from nanovllm.engine import rollout
 from nanovllm.engine.engine_thread import EngineThread
@@ -26,6 +25,7 @@ from nanovllm.engine.request import Request, is_last
 from nanovllm.errors import EngineDeadError
 from nanovllm.outputs import RequestOutput
 from nanovllm.sampling_params import SamplingParams
+from nanovllm.text.chat import chat_prompt
 from nanovllm.vllm.methods import AsyncLLMMethods
 from nanovllm.vllm_defaults import check_arguments
 

@@ -10,7 +10,6 @@ from functools import partial
 from time import perf_counter
 from typing import Any
 
-from nanovllm.chat import chat_prompts
 from nanovllm.config import Config
 from nanovllm.engine import rollout
 from nanovllm.engine.llm_engine import LLMEngine, StepStats
@@ -21,6 +20,7 @@ from nanovllm.errors import EngineDeadError
 from nanovllm.output_stream import OutputStream
 from nanovllm.outputs import LogLikelihood, RequestOutput
 from nanovllm.sampling_params import SamplingParams
+from nanovllm.text.chat import chat_prompts
 from nanovllm.vllm.methods import LLMMethods
 from nanovllm.vllm_defaults import check_arguments
 

@@ -2,7 +2,7 @@
 
 from nanovllm.sampling_params import SamplingParams
 
-BadWords = tuple[tuple[int, ...], ...]  # as token sequences, see `nanovllm.bad_words`
+BadWords = tuple[tuple[int, ...], ...]  # as token sequences, see `nanovllm.text.bad_words`
 
 
 def check_prompt(token_ids: list[int], name: str, vocab_size: int, max_model_len: int) -> None:

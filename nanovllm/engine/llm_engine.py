@@ -166,7 +166,7 @@ class LLMEngine:
         """Check a request and give it its shape. The engine is not touched: whatever cannot run is refused here.
 
         `params` are the request's own, which nobody assigns to any more. `bad_words` are the token sequences of
-        `params.bad_words`, see `nanovllm.bad_words`.
+        `params.bad_words`, see `nanovllm.text.bad_words`.
 
         Raises:
             ValueError: naming the prompt as `name`, what is wrong with it, and what is allowed.

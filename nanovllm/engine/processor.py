@@ -11,15 +11,15 @@ from hashlib import blake2b
 from numbers import Integral
 from typing import Any
 
-from nanovllm.bad_words import bad_word_ids
 from nanovllm.config import Config
-from nanovllm.detokenizer import NO_CONTEXT, Detokenizer, TokenDecoder
 from nanovllm.engine.llm_engine import LLMEngine
 from nanovllm.engine.request import Completion, Request
 from nanovllm.engine.sequence import Sequence
 from nanovllm.outputs import RequestMetrics
 from nanovllm.sampling_params import RequestOutputKind, SamplingParams
-from nanovllm.surrogates import refuse_surrogates
+from nanovllm.text.bad_words import bad_word_ids
+from nanovllm.text.detokenizer import NO_CONTEXT, Detokenizer, TokenDecoder
+from nanovllm.text.surrogates import refuse_surrogates
 
 Prompt = str | list[int] | dict[str, Any]
 

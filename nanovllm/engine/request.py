@@ -11,10 +11,10 @@ from dataclasses import dataclass, field, replace
 from itertools import repeat
 from typing import NamedTuple
 
-from nanovllm.detokenizer import NUM_CONTEXT, Detokenizer, TokenDecoder
 from nanovllm.engine.sequence import Sequence
 from nanovllm.outputs import CompletionOutput, Logprob, RequestMetrics, RequestOutput, TokenLogprobs
 from nanovllm.sampling_params import RequestOutputKind, SamplingParams
+from nanovllm.text.detokenizer import NUM_CONTEXT, Detokenizer, TokenDecoder
 
 
 class Progress(NamedTuple):

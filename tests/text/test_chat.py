@@ -9,8 +9,8 @@ import pytest
 from transformers import AutoTokenizer
 
 from nanovllm import demo_model
-from nanovllm.chat import chat_prompt, chat_prompts
-from nanovllm.messages import content_format
+from nanovllm.text.chat import chat_prompt, chat_prompts
+from nanovllm.text.messages import content_format
 
 CHATML = (
     "{% for message in messages %}{{ '<|im_start|>' + message['role'] + '\\n' + message['content'] + '<|im_end|>\\n' }}"

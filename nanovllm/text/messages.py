@@ -11,7 +11,7 @@ from dataclasses import asdict, is_dataclass
 from functools import lru_cache
 from typing import TYPE_CHECKING, Any
 
-from nanovllm.surrogates import refuse_surrogates
+from nanovllm.text.surrogates import refuse_surrogates
 
 if TYPE_CHECKING:
     from jinja2 import nodes

@@ -7,7 +7,7 @@ import pytest
 from checkpoints import SHAPES, save_byte_tokenizer, save_checkpoint
 
 from nanovllm import LLM, SamplingParams
-from nanovllm.bad_words import bad_word_ids
+from nanovllm.text.bad_words import bad_word_ids
 
 
 class WordTokenizer:

@@ -3,8 +3,8 @@
 from collections.abc import Callable
 from typing import Any
 
-from nanovllm.messages import CONTENT_FORMATS, as_template_takes, content_format, is_object, plain
-from nanovllm.surrogates import refuse_surrogates
+from nanovllm.text.messages import CONTENT_FORMATS, as_template_takes, content_format, is_object, plain
+from nanovllm.text.surrogates import refuse_surrogates
 
 _OPTIONS = {
     "chat_template": (str | None, "a string or None"),
@@ -36,7 +36,7 @@ def chat_prompt(
     """The prompt, with its text and its ids, for one conversation.
 
     Args:
-        messages: `[{"role": "user", "content": "…"}, …]`; see `nanovllm.messages` for what else a message may have.
+        messages: `[{"role": "user", "content": "…"}, …]`; see `nanovllm.text.messages` for what else a message may have.
         name: what to call them in an error.
         chat_template_kwargs: what the template knows besides; they must not name one of the
         template_options: what `apply_chat_template` of a `transformers` tokenizer takes; see `LLM.chat`.

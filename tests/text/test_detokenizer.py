@@ -11,7 +11,7 @@ from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers
 from transformers import AutoTokenizer, PreTrainedTokenizer, PreTrainedTokenizerFast
 
 from nanovllm import SamplingParams, demo_model
-from nanovllm.detokenizer import NO_CONTEXT, NUM_CONTEXT, Detokenizer, StopSearch, TextStream, TokenDecoder
+from nanovllm.text.detokenizer import NO_CONTEXT, NUM_CONTEXT, Detokenizer, StopSearch, TextStream, TokenDecoder
 
 PLAIN = SamplingParams()
 WITH_SPECIAL = SamplingParams(skip_special_tokens=False)
