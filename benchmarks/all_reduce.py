@@ -37,6 +37,7 @@ import torch.distributed as dist
 
 from benchmarks.machine import describe_machine, describe_versions
 from benchmarks.report import table_lines
+from nanovllm.distributed.peer_memory import connect_peers
 from nanovllm.kernels.device import multiprocessors
 from nanovllm.kernels.norm.all_reduce import (
     PeerBuffers,
@@ -46,7 +47,6 @@ from nanovllm.kernels.norm.all_reduce import (
 )
 from nanovllm.kernels.norm.rms_norm import add_rms_norm
 from nanovllm.kernels.triton_shim import tl, triton
-from nanovllm.worker.peer_memory import connect_peers
 
 ROWS = (1, 8, 32, 128, 256)
 HIDDEN_SIZES = (1024, 4096, 5120)
@@ -269,7 +269,7 @@ def time_in_graph(run: Run, x: torch.Tensor) -> list[float]:
 
 
 def join_nccl(store: dist.Store, rank: int, size: int) -> Any:
-    from nanovllm.worker.nccl import NcclGroup, make_unique_id
+    from nanovllm.distributed.nccl import NcclGroup, make_unique_id
 
     if rank == 0:
         store.set("nccl-id", make_unique_id())

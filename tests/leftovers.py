@@ -54,7 +54,7 @@ def rank_processes() -> set[int]:
             command = (stat.parent / "cmdline").read_text()
         except (FileNotFoundError, ProcessLookupError):
             continue
-        if parent == os.getpid() and "nanovllm.worker.follower" in command:
+        if parent == os.getpid() and "nanovllm.distributed.follower" in command:
             found.add(int(stat.parent.name))
     return found
 

@@ -16,7 +16,7 @@ if TYPE_CHECKING:
 
 
 def load_weights(engine: LLMEngine, named_tensors: Iterable[tuple[str, "torch.Tensor"]]) -> None:
-    from nanovllm.layers.linear import PeerLostError
+    from nanovllm.distributed.tensor_parallel import PeerLostError
     from nanovllm.models.loader import build_outline, checked_tensors
     from nanovllm.worker.sleep import load_weights
 

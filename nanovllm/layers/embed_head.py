@@ -7,8 +7,9 @@ rank has them all and draws the same tokens. A vocabulary that does not come out
 import torch
 import torch.nn.functional as F
 
+from nanovllm.distributed.tensor_parallel import TensorParallel
 from nanovllm.kernels.linear.packed_linear import pack_weight, packed_rows
-from nanovllm.layers.linear import ColumnParallelLinear, TensorParallel
+from nanovllm.layers.linear import ColumnParallelLinear
 
 
 class VocabParallelEmbedding(ColumnParallelLinear):

@@ -12,8 +12,9 @@ import torch
 from torch import nn
 
 from nanovllm.config import Config
+from nanovllm.distributed.tensor_parallel import TensorParallel
 from nanovllm.kernels.linear.packed_linear import pack_weight, unpack_weight
-from nanovllm.layers.linear import Linear, TensorParallel
+from nanovllm.layers.linear import Linear
 from nanovllm.models.sharded_state import load_shard
 from nanovllm.models.tied_head import EMBEDDING, HEAD, TiedHead
 from nanovllm.models.weight_files import read_tensors

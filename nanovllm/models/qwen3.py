@@ -5,10 +5,11 @@ from typing import Any
 import torch
 from torch import nn
 
+from nanovllm.distributed.tensor_parallel import TensorParallel
 from nanovllm.layers.attention import Attention, AttentionMetadata
 from nanovllm.layers.embed_head import ParallelLMHead, VocabParallelEmbedding
 from nanovllm.layers.layernorm import RMSNorm
-from nanovllm.layers.linear import MergedColumnParallelLinear, QKVParallelLinear, RowParallelLinear, TensorParallel
+from nanovllm.layers.linear import MergedColumnParallelLinear, QKVParallelLinear, RowParallelLinear
 
 
 class Qwen3Attention(nn.Module):

@@ -36,7 +36,7 @@ def chat_prompt(
     """The prompt, with its text and its ids, for one conversation.
 
     Args:
-        messages: `[{"role": "user", "content": "…"}, …]`; see `nanovllm.text.messages` for what else a message may have.
+        messages: `[{"role": "user", "content": "…"}, …]`; `text/messages.py` says what else a message may have.
         name: what to call them in an error.
         chat_template_kwargs: what the template knows besides; they must not name one of the
         template_options: what `apply_chat_template` of a `transformers` tokenizer takes; see `LLM.chat`.

@@ -11,13 +11,13 @@ from typing import Any
 import torch
 
 from nanovllm.config import Config
+from nanovllm.distributed.tensor_parallel import TensorParallel
 from nanovllm.kernels.attention.cpu_attention import CpuDecodePlan, plan_gather
 from nanovllm.kernels.attention.cpu_rope_store import RopeStorePlan, plan_rope_store
 from nanovllm.kernels.attention.decode_plan import DecodePlan, plan_decode
 from nanovllm.kernels.prepare_inputs import StepInputs, prepare_inputs
 from nanovllm.kernels.sampling.sample import sample
 from nanovllm.layers.attention import Attention, AttentionMetadata
-from nanovllm.layers.linear import TensorParallel
 from nanovllm.layers.rotary_embedding import build_cos_sin, rope_parameters
 from nanovllm.models.loader import build_model
 from nanovllm.step_plan import NewRow, StepPlan

@@ -6,8 +6,8 @@ from typing import Any
 import torch
 
 from nanovllm.config import Config
+from nanovllm.distributed.tensor_parallel import TensorParallel
 from nanovllm.kernels.triton_shim import HAS_TRITON
-from nanovllm.layers.linear import TensorParallel
 from nanovllm.layers.rotary_embedding import rope_parameters
 from nanovllm.models.loader import DTYPES, build_outline
 from nanovllm.models.tied_head import untie_if_heads_differ

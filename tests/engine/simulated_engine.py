@@ -15,11 +15,11 @@ from itertools import count, pairwise
 from types import SimpleNamespace
 
 from nanovllm.config import Config
+from nanovllm.distributed.ranks import Followers
 from nanovllm.engine.llm_engine import LLMEngine, StepStats
 from nanovllm.engine.sequence import Sequence
 from nanovllm.sampling_params import NAN_LOGITS, SamplingParams
 from nanovllm.step_plan import StepPlan
-from nanovllm.worker.ranks import Followers
 
 EOS = 0
 VOCAB_SIZE = 5  # so few that requests stop often, and share prefixes by chance

@@ -5,6 +5,7 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
+from nanovllm.distributed.tensor_parallel import TensorParallel
 from nanovllm.kernels.norm.all_reduce import PeerBuffers, make_inboxes
 from nanovllm.layers.embed_head import ParallelLMHead, VocabParallelEmbedding
 from nanovllm.layers.layernorm import RMSNorm
@@ -13,7 +14,6 @@ from nanovllm.layers.linear import (
     MergedColumnParallelLinear,
     QKVParallelLinear,
     RowParallelLinear,
-    TensorParallel,
 )
 
 HIDDEN = 24

@@ -12,7 +12,7 @@ from safetensors.torch import load_file
 
 from nanovllm import LLM, SamplingParams
 from nanovllm.config import Config
-from nanovllm.layers.linear import TensorParallel
+from nanovllm.distributed.tensor_parallel import TensorParallel
 from nanovllm.models.checkpoint_config import load_hf_config
 from nanovllm.models.loader import build_outline, load_weights
 from nanovllm.models.sharded_state import load_shard

@@ -143,7 +143,7 @@ def test_a_second_interrupt_before_the_ranks_have_been_ended_ends_them_at_the_ne
 def test_a_size_that_does_not_fit_the_heads_is_refused_before_anything_starts(
     checkpoint: Callable[..., Path], make_tp: Callable[..., LLM], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("nanovllm.worker.ranks._start_rank", None)
+    monkeypatch.setattr("nanovllm.distributed.ranks._start_rank", None)
     with pytest.raises(ValueError, match="num_attention_heads=4 cannot be cut into tensor_parallel_size=3 equal parts"):
         make_tp(checkpoint("plain"), tensor_parallel_size=3)
 

@@ -33,10 +33,10 @@ from typing import Any
 import torch
 
 from nanovllm.config import Config
+from nanovllm.distributed.groups import Meeting, join_group
+from nanovllm.distributed.tensor_parallel import PeerLostError, TensorParallel
 from nanovllm.errors import RankError
 from nanovllm.kernels.norm import all_reduce
-from nanovllm.layers.linear import PeerLostError, TensorParallel
-from nanovllm.worker.groups import Meeting, join_group
 from nanovllm.worker.resolve import require_cut, resolve_device, resolve_dtype
 
 GRACE = 2.0  # seconds in which the reason of a lost connection, seen by another rank, arrives here
@@ -48,7 +48,7 @@ PROGRAM = """
 import signal, sys
 signal.signal(signal.SIGINT, signal.SIG_IGN)
 sys.path[:] = {path!r}
-from nanovllm.worker.follower import follow
+from nanovllm.distributed.follower import follow
 follow({rank}, {parent}, {fd})
 """
 
@@ -251,7 +251,7 @@ class Followers:
         nccl_id = b""
         try:
             if device == "cuda":
-                from nanovllm.worker.nccl import make_unique_id
+                from nanovllm.distributed.nccl import make_unique_id
 
                 nccl_id = make_unique_id()
             meeting = Meeting(folder, nccl_id, all_reduce.one_shot_limit(self.size), hidden_size, dtype)
@@ -387,7 +387,7 @@ def threads_of_a_rank(size: int) -> int:
 
 
 def _start_rank(rank: int, link: Connection) -> "subprocess.Popen[bytes]":
-    """Start `nanovllm.worker.follower.follow` in an interpreter like this one, with its end of the socket."""
+    """Start `nanovllm.distributed.follower.follow` in an interpreter like this one, with its end of the socket."""
     path = [*map(str, sys.path), PACKAGES]
     program = PROGRAM.format(rank=rank, parent=os.getpid(), fd=link.fileno(), path=path)
     command = [os.fsdecode(spawn.get_executable()), "-c", program]

@@ -14,8 +14,8 @@ from typing import Any
 
 import torch
 
+from nanovllm.distributed.tensor_parallel import Group
 from nanovllm.kernels.norm.all_reduce import PROGRAMS, PeerBuffers, make_inboxes
-from nanovllm.layers.linear import Group
 
 logger = logging.getLogger(__name__)
 

@@ -14,7 +14,7 @@ from typing import Any
 import torch
 import torch.distributed as dist
 
-from nanovllm.layers.linear import PeerLostError, TensorParallel
+from nanovllm.distributed.tensor_parallel import PeerLostError, TensorParallel
 
 START_TIMEOUT = timedelta(minutes=30)
 
@@ -38,8 +38,8 @@ def join_group(meeting: Meeting, rank: int, size: int, timeout: timedelta) -> Te
         tp = TensorParallel(rank, size, GlooGroup(store, rank, size, timeout))
         tp.minimum(0, "cpu")
         return tp
-    from nanovllm.worker.nccl import NcclGroup
-    from nanovllm.worker.peer_memory import connect_peers
+    from nanovllm.distributed.nccl import NcclGroup
+    from nanovllm.distributed.peer_memory import connect_peers
 
     tp = TensorParallel(rank, size, NcclGroup(meeting.nccl_id, rank, size))
     peers = connect_peers(tp.group, rank, size, meeting.peer_bytes, meeting.hidden_size, meeting.dtype)

@@ -19,9 +19,9 @@ from multiprocessing.connection import Connection
 import torch
 
 from nanovllm.config import Config
-from nanovllm.layers.linear import PeerLostError, TensorParallel
+from nanovllm.distributed.groups import join_group
+from nanovllm.distributed.tensor_parallel import PeerLostError, TensorParallel
 from nanovllm.models.sharded_state import save_shard
-from nanovllm.worker.groups import join_group
 from nanovllm.worker.model_runner import ModelRunner
 from nanovllm.worker.resolve import resolve_device
 from nanovllm.worker.sleep import load_weights, sleep, wake_up

@@ -13,7 +13,7 @@ from leftovers import rank_processes
 from safetensors.torch import load_file
 
 from nanovllm import LLM, SamplingParams
-from nanovllm.worker.ranks import threads_of_a_rank
+from nanovllm.distributed.ranks import threads_of_a_rank
 
 pytestmark = pytest.mark.skipif(sys.platform != "linux", reason="reads /proc")
 

@@ -4,8 +4,8 @@ torch.distributed's group for NCCL is not used, because its threads end the proc
 sees a collective fail first sleeps a minute and then throws in its thread, which is the end of rank 0, hence of the
 user's process, where a RankError is promised; a second thread asks the rendezvous file for signals long after it has
 been removed, and delays the group's end by the store's timeout. Neither watches what a CUDA graph replays. Here errors
-are rank 0's to notice (`worker/ranks.py`), and a collective is one kernel on the current stream, also in a graph, where
-that group forks to a stream of its own and back.
+are rank 0's to notice (`distributed/ranks.py`), and a collective is one kernel on the current stream, also in a
+graph, where that group forks to a stream of its own and back.
 
 PyTorch has loaded the library already. Names and numbers are those of nccl.h.
 """
@@ -19,7 +19,7 @@ from functools import lru_cache
 
 import torch
 
-from nanovllm.layers.linear import PeerLostError
+from nanovllm.distributed.tensor_parallel import PeerLostError
 
 DTYPES = {torch.uint8: 1, torch.int64: 4, torch.float16: 6, torch.float32: 7, torch.bfloat16: 9}
 SUM, MIN = 0, 3
