@@ -15,13 +15,13 @@ from functools import partial
 from typing import Any
 from uuid import uuid4
 
-from nanovllm.async_stream import Reader, Stream, Turns
+from nanovllm.async_stream import FairSemaphore, LoopWaker, Stream
 from nanovllm.config import Config
-from nanovllm.engine import rollout
+from nanovllm.engine import weights_and_sleep
 from nanovllm.engine.engine_thread import EngineThread
 from nanovllm.engine.llm_engine import StepStats
-from nanovllm.engine.processor import Processor, Prompt, as_request_ids, own_copy, own_params
 from nanovllm.engine.request import Request, is_last
+from nanovllm.engine.text_engine import Prompt, TextEngine, as_request_ids, own_copy, own_params
 from nanovllm.errors import EngineDeadError
 from nanovllm.outputs import RequestOutput
 from nanovllm.sampling_params import SamplingParams
@@ -51,12 +51,12 @@ class AsyncLLM(AsyncLLMMethods):
     def __init__(self, model: str | os.PathLike[str], *, max_waiting: int | None = None, **options: Any) -> None:
         if max_waiting is not None and (type(max_waiting) is not int or max_waiting < 1):
             raise ValueError(f"max_waiting={max_waiting!r} must be None or an integer >= 1")
-        self._turns = Turns(max_waiting)
+        self._semaphore = FairSemaphore(max_waiting)
         self._is_closing = False
         self._tokenizing = ThreadPoolExecutor(1, thread_name_prefix="nanovllm-tokenizer")
         self._streams: dict[str, Stream] = {}
-        self._reader: Reader | None = None
-        self._thread = EngineThread(Processor(Config.from_options(model, options)))
+        self._waker: LoopWaker | None = None
+        self._thread = EngineThread(TextEngine(Config.from_options(model, options)))
         # The threads know nothing of this object: dropping it, or leaving the interpreter, ends them.
         weakref.finalize(self, _shut_down, self._thread, self._tokenizing)
         try:
@@ -115,7 +115,7 @@ class AsyncLLM(AsyncLLMMethods):
 
         def make_prompt() -> Prompt:
             return chat_prompt(
-                self._processor.tokenizer,
+                self._text_engine.tokenizer,
                 messages,
                 chat_template=chat_template,
                 chat_template_content_format=chat_template_content_format,
@@ -139,15 +139,15 @@ class AsyncLLM(AsyncLLMMethods):
             raise EngineDeadError("the engine is closed")
         self._thread.check()
         params = self.get_default_sampling_params() if params is None else params
-        stream = Stream(self._reader_of_this_loop(), self._turns, params.output_kind)
+        stream = Stream(self._waker_of_this_loop(), self._semaphore, params.output_kind)
         self._register(request_id, stream)
         request = None
         is_finished = False
         try:
-            await self._turns.enter(stream)
+            await self._semaphore.enter(stream)
 
             def make_request() -> Request:
-                return self._processor.make_request(make_prompt(), params, request_id=request_id, is_streaming=True)
+                return self._text_engine.make_request(make_prompt(), params, request_id=request_id, is_streaming=True)
 
             request = await self._in_tokenizer_thread(make_request)
             stream.abandon = partial(self._thread.abort, request)
@@ -163,7 +163,7 @@ class AsyncLLM(AsyncLLMMethods):
                     break
                 yield output
         finally:
-            self._turns.leave(stream)
+            self._semaphore.leave(stream)
             stream.has_entered.cancel()
             if self._streams.get(request_id) is stream:
                 del self._streams[request_id]
@@ -178,7 +178,7 @@ class AsyncLLM(AsyncLLMMethods):
             return
         if not other.is_abandoned:
             raise ValueError(f"request_id={request_id!r} is that of a request which is still running")
-        self._turns.leave(other)
+        self._semaphore.leave(other)
         other.has_entered.cancel()
         if other.abandon is not None:
             other.abandon()  # before the engine hears of the new one
@@ -197,15 +197,15 @@ class AsyncLLM(AsyncLLMMethods):
 
     async def encode_prompt(self, prompt: Prompt) -> list[int]:
         """The token ids as which `generate` takes a prompt."""
-        return (await self._in_tokenizer_thread(partial(self._processor.encode, prompt)))[1]
+        return (await self._in_tokenizer_thread(partial(self._text_engine.encode, prompt)))[1]
 
     async def get_tokenizer(self) -> Any:
         """The `transformers` tokenizer. Raises ValueError if the engine was made without one."""
-        return self._processor.tokenizer
+        return self._text_engine.tokenizer
 
     def get_default_sampling_params(self) -> SamplingParams:
         """As `LLM.get_default_sampling_params`."""
-        return self._processor.default_sampling_params()
+        return self._text_engine.default_sampling_params()
 
     async def reset_prefix_cache(self, reset_running_requests: bool = False, reset_connector: bool = False) -> bool:
         """As `LLM.reset_prefix_cache`."""
@@ -214,22 +214,22 @@ class AsyncLLM(AsyncLLMMethods):
 
     async def load_weights(self, named_tensors: Iterable[tuple[str, "torch.Tensor"]]) -> None:  # noqa: F821
         """As `LLM.load_weights`: requests must have ended."""
-        await self._between_steps(rollout.load_weights, named_tensors)
+        await self._between_steps(weights_and_sleep.load_weights, named_tensors)
 
     async def sleep(self, level: int = 1) -> None:
         """As `LLM.sleep`: requests must have ended."""
-        await self._between_steps(rollout.sleep, level)
+        await self._between_steps(weights_and_sleep.sleep, level)
 
     async def wake_up(self, tags: list[str] | None = None) -> None:
         """As `LLM.wake_up`."""
-        await self._between_steps(rollout.wake_up, tags)
+        await self._between_steps(weights_and_sleep.wake_up, tags)
 
     async def is_sleeping(self) -> bool:
-        return self._processor.engine.runner.sleep_level > 0
+        return self._text_engine.engine.runner.sleep_level > 0
 
     def stats(self) -> StepStats:
         """Counters since the engine started, and the state of its cache and queue. May be called in any thread."""
-        return self._processor.engine.current_stats()
+        return self._text_engine.engine.current_stats()
 
     @property
     def is_running(self) -> bool:
@@ -297,18 +297,18 @@ class AsyncLLM(AsyncLLMMethods):
         await self.aclose(drain=error_type is None)
 
     @property
-    def _processor(self) -> Processor:
-        processor = self._thread.processor
-        if processor is None:
+    def _text_engine(self) -> TextEngine:
+        text_engine = self._thread.text_engine
+        if text_engine is None:
             raise EngineDeadError("this AsyncLLM is closed")
-        processor.engine.require_own_process()
-        return processor
+        text_engine.engine.require_own_process()
+        return text_engine
 
-    def _reader_of_this_loop(self) -> Reader:
+    def _waker_of_this_loop(self) -> LoopWaker:
         loop = asyncio.get_running_loop()
-        if self._reader is None or self._reader.loop is not loop:
-            self._reader = Reader(loop)
-        return self._reader
+        if self._waker is None or self._waker.loop is not loop:
+            self._waker = LoopWaker(loop)
+        return self._waker
 
     async def _in_tokenizer_thread(self, function: Callable[[], Any]) -> Any:
         try:
@@ -319,15 +319,15 @@ class AsyncLLM(AsyncLLMMethods):
 
     async def _between_steps(self, function: Callable[..., Any], *arguments: Any) -> Any:
         """Call `function(engine, *arguments)` in the engine's thread."""
-        return await asyncio.wrap_future(self._thread.call(partial(function, self._processor.engine, *arguments)))
+        return await asyncio.wrap_future(self._thread.call(partial(function, self._text_engine.engine, *arguments)))
 
     def _give_back(self) -> None:
-        processor, self._thread.processor = self._thread.processor, None
-        if processor is None:
+        text_engine, self._thread.text_engine = self._thread.text_engine, None
+        if text_engine is None:
             return
-        is_cuda = processor.engine.runner.is_cuda
-        processor.engine.close()
-        del processor
+        is_cuda = text_engine.engine.runner.is_cuda
+        text_engine.engine.close()
+        del text_engine
         gc.collect()
         if is_cuda:
             import torch

@@ -14,7 +14,7 @@ from nanovllm.engine.request import Progress, is_last
 from nanovllm.sampling_params import RequestOutputKind
 
 
-class Reader:
+class LoopWaker:
     """An event loop that reads streams, and how the engine's thread wakes it: once for all that a step has brought."""
 
     def __init__(self, loop: asyncio.AbstractEventLoop) -> None:
@@ -47,12 +47,12 @@ class Stream:
         abandon: ends the request, once the engine has been given it.
     """
 
-    def __init__(self, reader: Reader, turns: "Turns", output_kind: RequestOutputKind) -> None:
+    def __init__(self, waker: LoopWaker, semaphore: "FairSemaphore", output_kind: RequestOutputKind) -> None:
         self.must_abort = False
         self.has_entered: Future[None] = Future()
         self.abandon: Callable[[], None] | None = None
-        self.reader = reader
-        self._turns = turns
+        self.waker = waker
+        self._semaphore = semaphore
         self._is_final_only = output_kind is RequestOutputKind.FINAL_ONLY
         self._latest: deque[list[Progress] | BaseException] = deque(maxlen=1)  # append and popleft are atomic
         self._has_news = asyncio.Event()
@@ -62,7 +62,7 @@ class Stream:
     @property
     def is_abandoned(self) -> bool:
         """Whether its event loop was closed over the task that reads it, which therefore never comes to its end."""
-        return self.reader.loop.is_closed()
+        return self.waker.loop.is_closed()
 
     async def entered_or_gone(self) -> None:
         """Wait until the engine has been given the request, or never will be."""
@@ -73,7 +73,7 @@ class Stream:
         """Called in the engine's thread. What has not been taken yet is replaced."""
         if not self._has_begun:
             self._has_begun = True
-            self._turns.leave(self)
+            self._semaphore.leave(self)
         if self.is_abandoned and self.abandon is not None:
             self.abandon()
             self.abandon = None
@@ -82,7 +82,7 @@ class Stream:
         self._latest.append(item)
         if not self._is_announced:
             self._is_announced = True
-            self.reader.wake(self)
+            self.waker.wake(self)
 
     def wake(self) -> None:
         self._is_announced = False  # before the event: what is put after that is announced again
@@ -99,7 +99,7 @@ class Stream:
         return item
 
 
-class Turns:
+class FairSemaphore:
     """Lets so many streams in at once, and the others in the order in which they came, whatever loops they are of."""
 
     def __init__(self, most: int | None) -> None:

@@ -11,11 +11,11 @@ from time import perf_counter
 from typing import Any
 
 from nanovllm.config import Config
-from nanovllm.engine import rollout
+from nanovllm.engine import weights_and_sleep
 from nanovllm.engine.llm_engine import LLMEngine, StepStats
 from nanovllm.engine.one_caller import OneCaller
-from nanovllm.engine.processor import Processor, Prompt, as_list_of_prompts, as_request_ids, one_for_each, own_params
 from nanovllm.engine.request import Request
+from nanovllm.engine.text_engine import Prompt, TextEngine, as_list_of_prompts, as_request_ids, one_for_each, own_params
 from nanovllm.errors import EngineDeadError
 from nanovllm.output_stream import OutputStream
 from nanovllm.outputs import LogLikelihood, RequestOutput
@@ -41,13 +41,13 @@ class LLM(LLMMethods):
         OSError: the model is not to be found, or its files are damaged.
     """
 
-    _processor: Processor | None = None  # so that close() works on one whose construction failed
+    _text_engine: TextEngine | None = None  # so that close() works on one whose construction failed
 
     def __init__(self, model: str | os.PathLike[str], **options: Any) -> None:
         self._one_caller = OneCaller()
         self._started: dict[Request, Any] = {}  # those of the call under way, or of one whose cleanup was interrupted
         self._streams: dict[weakref.ref[OutputStream], list[Request]] = {}
-        self._processor = Processor(Config.from_options(model, options))
+        self._text_engine = TextEngine(Config.from_options(model, options))
 
     @property
     def engine(self) -> LLMEngine:
@@ -184,8 +184,8 @@ class LLM(LLMMethods):
         """End requests, between two outputs of a stream, before their time. Unknown and finished ids are passed by."""
         request_ids = as_request_ids(request_id)
         with self._one_caller:
-            processor = self._enter()
-            processor.abort(processor.find(request_ids))
+            text_engine = self._enter()
+            text_engine.abort(text_engine.find(request_ids))
 
     def reset_prefix_cache(self, reset_running_requests: bool = False, reset_connector: bool = False) -> bool:
         """Forget all cached prefixes. Requests that run keep their blocks, or are preempted, and so computed anew.
@@ -214,7 +214,7 @@ class LLM(LLMMethods):
                 generator what came before (see the error's notes). Either way the engine serves on.
         """
         with self._one_caller:
-            rollout.load_weights(self._enter().engine, named_tensors)
+            weights_and_sleep.load_weights(self._enter().engine, named_tensors)
 
     def sleep(self, level: int = 1) -> None:
         """Give the device's memory back: the cache is dropped, and the weights go to host memory (level 1) or nowhere
@@ -226,7 +226,7 @@ class LLM(LLMMethods):
             ValueError: level is not 1 or 2; RuntimeError: requests are unfinished, or the host has no room.
         """
         with self._one_caller:
-            rollout.sleep(self._enter().engine, level)
+            weights_and_sleep.sleep(self._enter().engine, level)
 
     def wake_up(self, tags: list[str] | None = None) -> None:
         """Take the device's memory again. After `sleep(2)` call `load_weights()` before anything else.
@@ -240,7 +240,7 @@ class LLM(LLMMethods):
             torch.OutOfMemoryError: others hold the memory; the engine sleeps on, and may be woken again.
         """
         with self._one_caller:
-            rollout.wake_up(self._enter().engine, tags)
+            weights_and_sleep.wake_up(self._enter().engine, tags)
 
     @property
     def is_sleeping(self) -> bool:
@@ -259,12 +259,12 @@ class LLM(LLMMethods):
 
         Raises: RuntimeError: another thread is in a call.
         """
-        if self._processor is None:
+        if self._text_engine is None:
             return
         self._one_caller.require_no_other_thread()
-        is_cuda = self._processor.engine.runner.is_cuda
-        self._processor.engine.close()
-        self._processor = None
+        is_cuda = self._text_engine.engine.runner.is_cuda
+        self._text_engine.engine.close()
+        self._text_engine = None
         gc.collect()
         if is_cuda:
             import torch
@@ -281,27 +281,27 @@ class LLM(LLMMethods):
         if not sys.is_finalizing():
             self.close()
 
-    def _open(self) -> Processor:
-        if self._processor is None:
+    def _open(self) -> TextEngine:
+        if self._text_engine is None:
             raise EngineDeadError("this LLM is closed")
-        return self._processor
+        return self._text_engine
 
-    def _enter(self) -> Processor:
-        """The processor, for who has come in alone: whole, and rid of requests for which nobody waits any more."""
-        processor = self._open()
-        processor.engine.require_own_process()
-        processor.abort(self._started)
+    def _enter(self) -> TextEngine:
+        """The text_engine, for who has come in alone: whole, and rid of requests for which nobody waits any more."""
+        text_engine = self._open()
+        text_engine.engine.require_own_process()
+        text_engine.abort(self._started)
         self._started = {}
         self._end_left_streams()
-        return processor
+        return text_engine
 
     def _end_left_streams(self) -> None:
         """End the requests of streams that are over, if need be. Called between two steps."""
         for ref, requests in list(self._streams.items()):
             stream = ref()
             if stream is None or stream.is_over:
-                if self._processor is not None:
-                    self._processor.abort(requests)
+                if self._text_engine is not None:
+                    self._text_engine.abort(requests)
                 del self._streams[ref]
 
     def _pair(self, prompts: Any, sampling_params: Any) -> list[tuple[Prompt, SamplingParams]]:
@@ -323,15 +323,15 @@ class LLM(LLMMethods):
             return self._run_alone(self._enter(), pairs, use_tqdm)
 
     def _run_alone(
-        self, processor: Processor, pairs: list[tuple[Prompt, SamplingParams]], use_tqdm: UseTqdm
+        self, text_engine: TextEngine, pairs: list[tuple[Prompt, SamplingParams]], use_tqdm: UseTqdm
     ) -> list[RequestOutput]:
         outputs: dict[Request, Any] = {}  # None while it is unfinished
         self._started = outputs
-        progress = _Progress(len(pairs), processor.engine.stats, use_tqdm)
+        progress = _Progress(len(pairs), text_engine.engine.stats, use_tqdm)
 
         def step() -> None:
             self._end_left_streams()
-            finished = [request for request in processor.step() if request.is_finished and request in outputs]
+            finished = [request for request in text_engine.step() if request.is_finished and request in outputs]
             outputs.update((r, r.output(r.progress())) for r in finished)  # while the device works on the next step
             progress.update(len(finished))
 
@@ -339,27 +339,30 @@ class LLM(LLMMethods):
             num_tokens = 0
             for request in self._make_requests(pairs):
                 outputs[request] = None
-                processor.add(request)
+                text_engine.add(request)
                 # The device need not wait until the last prompt is a request: it gets full steps as they come together.
                 num_tokens += len(request.prompt_token_ids)
-                if num_tokens >= processor.engine.config.max_num_batched_tokens and processor.engine.has_idle_device():
+                if (
+                    num_tokens >= text_engine.engine.config.max_num_batched_tokens
+                    and text_engine.engine.has_idle_device()
+                ):
                     step()
                     num_tokens = 0
             for request in list(outputs):
                 while not request.is_finished:
                     step()
         finally:
-            processor.abort(outputs)
+            text_engine.abort(outputs)
             self._started = {}
             progress.close()
         return list(outputs.values())
 
     def _stream(self, requests: list[Request]) -> Generator[RequestOutput, None, None]:
         """What `OutputStream` runs, one output a call. Whoever has waited for one may find the engine closed."""
-        processor = self._enter()
+        text_engine = self._enter()
         for request in requests:
-            processor.add(request)
-        del processor  # a stream that nobody reads keeps no closed engine's memory
+            text_engine.add(request)
+        del text_engine  # a stream that nobody reads keeps no closed engine's memory
         while requests:
             for request in requests:
                 if request.has_output:

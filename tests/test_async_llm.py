@@ -60,7 +60,7 @@ def shared(text_model: Path) -> Iterator[AsyncLLM]:
 @pytest.fixture(params=[0, 1], ids=["read_at_once", "read_one_behind"])
 def llm(request: pytest.FixtureRequest, shared: AsyncLLM) -> Iterator[AsyncLLM]:
     """One engine through all the tests, each of which must leave it idle and alive."""
-    shared._processor.engine.max_behind = request.param
+    shared._text_engine.engine.max_behind = request.param
     yield shared
     assert shared.is_running and not shared.errored and is_idle(shared)
 
@@ -68,11 +68,11 @@ def llm(request: pytest.FixtureRequest, shared: AsyncLLM) -> Iterator[AsyncLLM]:
 def is_idle(llm: AsyncLLM) -> bool:
     """Nothing runs, no block is held, and neither the engine nor its fronts remember any request."""
     deadline = time.monotonic() + TIMEOUT
-    processor = llm._processor
-    while processor.engine.has_unfinished_requests and time.monotonic() < deadline:
+    text_engine = llm._text_engine
+    while text_engine.engine.has_unfinished_requests and time.monotonic() < deadline:
         time.sleep(0.01)
     stats = llm.stats()
-    left = (processor._requests, processor._owner, llm._streams, llm._thread._listeners, llm._thread._commands)
+    left = (text_engine._requests, text_engine._owner, llm._streams, llm._thread._listeners, llm._thread._commands)
     return (stats.cache_usage, stats.num_running, stats.num_waiting) == (0.0, 0, 0) and not any(left)
 
 
@@ -393,7 +393,7 @@ class TestBackpressure:
                     task.cancel()
                 await asyncio.gather(*tasks, return_exceptions=True)
                 assert same(await read(PROMPTS[0]), expected(PROMPTS[0]))
-                assert not llm._turns._inside and not llm._turns._outside, "a turn was lost"
+                assert not llm._semaphore._inside and not llm._semaphore._outside, "a turn was lost"
 
         run(main())
         for value in (0, -1, 1.5, True):
@@ -409,7 +409,7 @@ class TestBackpressure:
         async def one_loop() -> None:
             async def read(prompt: list[int]) -> None:
                 async for output in llm.generate(prompt, GREEDY):
-                    with_turn.append(len(llm._turns._inside))
+                    with_turn.append(len(llm._semaphore._inside))
                     if output.finished:
                         results.append(output)
 
@@ -423,7 +423,7 @@ class TestBackpressure:
             thread.join(TIMEOUT)
         assert len(results) == 30 and 1 <= max(with_turn) <= 2
         assert all(same(output, expected(output.prompt_token_ids)) for output in results)
-        assert not llm._turns._inside and not llm._turns._outside
+        assert not llm._semaphore._inside and not llm._semaphore._outside
         llm.close()
 
     def test_loop_that_ends_over_those_that_wait_keeps_no_turn(
@@ -439,7 +439,7 @@ class TestBackpressure:
             return tasks
 
         tasks = loop.run_until_complete(begin())
-        assert llm._turns._outside
+        assert llm._semaphore._outside
         loop.close()  # without cancelling its tasks
         for _ in range(3):
             assert same(run(last(llm.generate(PROMPTS[1], GREEDY))), expected(PROMPTS[1]))
@@ -467,8 +467,8 @@ class TestFailure:
         self, llm: AsyncLLM, expected: Callable[..., RequestOutput]
     ) -> None:
         async def main() -> None:
-            engine = llm._processor.engine
-            for owner, name in ((engine.runner, "launch"), (engine, "_read_tokens"), (llm._processor, "_follow")):
+            engine = llm._text_engine.engine
+            for owner, name in ((engine.runner, "launch"), (engine, "_read_tokens"), (llm._text_engine, "_follow")):
                 cause = RuntimeError(f"{name} failed")
                 generators = [llm.generate(prompt, LONG) for prompt in PROMPTS * 3]  # some of them wait
                 tasks = [asyncio.create_task(last(generator)) for generator in generators]
@@ -493,7 +493,7 @@ class TestFailure:
 
     def test_of_one_requests_admission_is_its_own(self, llm: AsyncLLM, expected: Callable[..., RequestOutput]) -> None:
         async def main() -> None:
-            engine = llm._processor.engine
+            engine = llm._text_engine.engine
             add, bad = engine.add, []
 
             def fail_at_the_second(seq: Any) -> None:
@@ -581,8 +581,8 @@ class TestShutdown:
             task = asyncio.create_task(last(llm.generate(PROMPTS[0], LONG)))
             while not llm._thread._listeners:
                 await asyncio.sleep(0.001)
-            slow = llm._processor.step
-            llm._processor.step = lambda: time.sleep(0.05) or slow()  # 150 steps: 7.5 s
+            slow = llm._text_engine.step
+            llm._text_engine.step = lambda: time.sleep(0.05) or slow()  # 150 steps: 7.5 s
             others = asyncio.create_task(llm.aclose(drain=True))
             with pytest.raises(TimeoutError):
                 await asyncio.wait_for(llm.aclose(drain=True), 0.01)
@@ -701,8 +701,10 @@ class TestShutdown:
     def test_blocking_close_gives_the_memory_back(self, text_model: Path) -> None:
         llm = AsyncLLM(str(text_model), **OPTIONS)
         run(last(llm.generate(PROMPTS[0], GREEDY)))
-        runner = llm._processor.engine.runner
-        parts = [weakref.ref(part) for part in (llm._processor, llm._processor.engine, runner.model, runner.kv_cache)]
+        runner = llm._text_engine.engine.runner
+        parts = [
+            weakref.ref(part) for part in (llm._text_engine, llm._text_engine.engine, runner.model, runner.kv_cache)
+        ]
         del runner
         llm.close()
         llm.close(drain=True)
@@ -716,7 +718,7 @@ class TestShutdown:
         threads = threading.active_count()
         llm = AsyncLLM(str(text_model), **OPTIONS)
         run(last(llm.generate(PROMPTS[0], GREEDY)))
-        part = weakref.ref(llm._processor)
+        part = weakref.ref(llm._text_engine)
         assert threading.active_count() > threads
         del llm
         gc.collect()
@@ -758,7 +760,7 @@ def test_stress_of_500_requests_with_cancellations_in_a_tiny_cache(
     async def main() -> None:
         options = {**OPTIONS, "num_kvcache_blocks": 14, "max_num_batched_tokens": 48}
         async with AsyncLLM(str(text_model), max_waiting=50, **options) as llm:
-            llm._processor.engine.max_behind = 1
+            llm._text_engine.engine.max_behind = 1
 
             async def read(i: int) -> None:
                 prompt, params = jobs[i]

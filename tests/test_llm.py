@@ -72,9 +72,9 @@ class TestOutputs:
         llm.reset_prefix_cache()
         monkeypatch.setattr(llm.engine, "has_idle_device", lambda: True)
         made, steps = [], []
-        make, step = llm._processor.make_request, llm._processor.step
-        monkeypatch.setattr(llm._processor, "make_request", lambda *a, **k: made.append(1) or make(*a, **k))
-        monkeypatch.setattr(llm._processor, "step", lambda: steps.append(len(made)) or step())
+        make, step = llm._text_engine.make_request, llm._text_engine.step
+        monkeypatch.setattr(llm._text_engine, "make_request", lambda *a, **k: made.append(1) or make(*a, **k))
+        monkeypatch.setattr(llm._text_engine, "step", lambda: steps.append(len(made)) or step())
         stream = llm.stream([prompts[1]], params[1])
         next(stream)
         assert tokens(llm, prompts, params) == expected

@@ -54,7 +54,7 @@ def async_llm(text_model: Path) -> Iterator[AsyncLLM]:
 
 @pytest.fixture(params=[0, 1], ids=["read_at_once", "read_one_behind"])
 def max_behind(request: pytest.FixtureRequest, llm: LLM, async_llm: AsyncLLM) -> None:
-    for engine in (llm.engine, async_llm._processor.engine):
+    for engine in (llm.engine, async_llm._text_engine.engine):
         engine.max_behind = request.param
 
 
@@ -200,13 +200,13 @@ def test_output_has_what_there_was_however_far_the_engine_has_gone_on(
     llm: LLM, ask: str, kind: RequestOutputKind
 ) -> None:
     # What a reader in another thread builds while the engine works, without a lock; here nothing is left to chance.
-    processor, params = llm._processor, SamplingParams(max_tokens=24, output_kind=kind, **ASKS[ask])
-    at_once, later = (processor.make_request(PROMPTS[1], params, is_streaming=True) for _ in range(2))
+    text_engine, params = llm._text_engine, SamplingParams(max_tokens=24, output_kind=kind, **ASKS[ask])
+    at_once, later = (text_engine.make_request(PROMPTS[1], params, is_streaming=True) for _ in range(2))
     for request in (at_once, later):
-        processor.add(request)
+        text_engine.add(request)
     outputs, progress = [], []
     while not (at_once.is_finished and later.is_finished):
-        for request in processor.step():
+        for request in text_engine.step():
             if request is at_once:
                 outputs.append(request.output(request.progress()))
             else:

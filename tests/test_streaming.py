@@ -120,12 +120,12 @@ class TestStream:
 
     def test_closing_the_engine_under_a_stream_ends_it_and_gives_the_memory_back(self, text_model: Path) -> None:
         llm = make(text_model)
-        processor = weakref.ref(llm._processor)
+        text_engine = weakref.ref(llm._text_engine)
         streams = [llm.stream(PROMPTS[:2], GREEDY), llm.stream(PROMPTS[2], GREEDY), llm.stream(PROMPTS[3], GREEDY)]
         for stream in streams[:2]:
             next(stream)
         llm.close()
-        assert processor() is None
+        assert text_engine() is None
         for stream in (streams[0], streams[2]):
             with pytest.raises(RuntimeError, match="this LLM is closed"):
                 list(stream)

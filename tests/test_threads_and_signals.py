@@ -48,8 +48,8 @@ def answers(llm: LLM) -> list[list[int]]:
 
 
 def is_idle(llm: LLM) -> bool:
-    processor, stats = llm._processor, llm.stats()
-    left = (processor._requests, processor._owner, llm._started, llm._streams, llm._one_caller._inside)
+    text_engine, stats = llm._text_engine, llm.stats()
+    left = (text_engine._requests, text_engine._owner, llm._started, llm._streams, llm._one_caller._inside)
     return (stats.cache_usage, stats.num_running, stats.num_waiting) == (0.0, 0, 0) and not any(left)
 
 
@@ -384,7 +384,7 @@ class TestHealth:
             async with AsyncLLM(str(text_model), **OPTIONS) as llm:
                 await llm.check_health()
                 assert llm.is_running and not llm.is_stopped and not llm.errored and llm.dead_error is None
-                break_device(llm._processor.engine)
+                break_device(llm._text_engine.engine)
                 ends = await asyncio.gather(*[last(llm.generate(p, LONG)) for p in PROMPTS], return_exceptions=True)
                 for end in ends:
                     assert isinstance(end, EngineDeadError) and ILLEGAL in str(end)
@@ -405,7 +405,7 @@ class TestHealth:
     def test_rank_lost_while_nobody_calls_is_seen(self, text_model: Path, nothing_is_left: None) -> None:
         async def main() -> None:
             llm = AsyncLLM(str(text_model), tensor_parallel_size=2, **OPTIONS)
-            llm._processor.engine.followers._processes[0].kill()
+            llm._text_engine.engine.followers._processes[0].kill()
             deadline = time.monotonic() + 10
             while llm.is_running and time.monotonic() < deadline:
                 await asyncio.sleep(0.01)
@@ -464,7 +464,7 @@ class TestAsync:
         loop.run_until_complete(anext(reader))
         loop.close()
         deadline = time.monotonic() + TIMEOUT
-        while llm._processor.engine.has_unfinished_requests and time.monotonic() < deadline:
+        while llm._text_engine.engine.has_unfinished_requests and time.monotonic() < deadline:
             time.sleep(0.001)
         assert llm.stats().num_decode_tokens < 140 and llm.stats().cache_usage == 0.0
         llm.close()
@@ -477,7 +477,7 @@ class TestAsync:
 
         async def main() -> RequestOutput:
             for prompt in PROMPTS:
-                request = llm._processor.make_request(prompt, LONG, request_id=None, is_streaming=True)
+                request = llm._text_engine.make_request(prompt, LONG, request_id=None, is_streaming=True)
                 llm._thread.submit(request, bad)
             output = await last(llm.generate(PROMPTS[0], GREEDY))
             await llm.abort("nobody")
@@ -507,7 +507,7 @@ class TestAsync:
 
         for place in (
             "nanovllm.engine.engine_thread.EngineThread.start",
-            "nanovllm.engine.processor.TokenDecoder",
+            "nanovllm.engine.text_engine.TokenDecoder",
         ):
             with monkeypatch.context() as patch:
                 patch.setattr(place, interrupt)

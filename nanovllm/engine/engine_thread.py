@@ -13,8 +13,8 @@ from concurrent.futures import Future
 from typing import Any
 
 from nanovllm.engine.forks import FORKED
-from nanovllm.engine.processor import Processor
 from nanovllm.engine.request import Progress, Request
+from nanovllm.engine.text_engine import TextEngine
 from nanovllm.errors import EngineDeadError
 
 logger = logging.getLogger(__name__)
@@ -23,19 +23,19 @@ Listener = Callable[[list[Progress] | BaseException], None]
 
 
 class EngineThread:
-    """Runs a `Processor`, from `start` on. Its methods may be called from any thread.
+    """Runs a `TextEngine`, from `start` on. Its methods may be called from any thread.
 
     In a child that was forked off the thread's process there is no such thread: what would ask it for something raises
     EngineDeadError, and closing does nothing.
 
     Attributes:
-        processor: None when its memory has been given back.
+        text_engine: None when its memory has been given back.
         ended: done when the thread does nothing any more.
         is_paused: no steps are done; commands are.
     """
 
-    def __init__(self, processor: Processor) -> None:
-        self.processor: Processor | None = processor
+    def __init__(self, text_engine: TextEngine) -> None:
+        self.text_engine: TextEngine | None = text_engine
         self._death: BaseException | None = None  # what has ended the thread, although nobody closed it
         self._pid = os.getpid()
         self._commands: deque[Callable[[], None]] = deque()
@@ -64,8 +64,8 @@ class EngineThread:
             error = EngineDeadError(f"the engine is dead: {self._death!r}")
             error.__cause__ = self._death
             return error
-        processor = self.processor
-        return None if processor is None or self._is_closing else processor.engine.error
+        text_engine = self.text_engine
+        return None if text_engine is None or self._is_closing else text_engine.engine.error
 
     @property
     def is_running(self) -> bool:
@@ -90,7 +90,7 @@ class EngineThread:
 
         def add() -> None:
             try:
-                self.processor.add(request)
+                self.text_engine.add(request)
                 self._listeners[request] = listener
             except BaseException as error:
                 _say(listener, error)
@@ -108,7 +108,7 @@ class EngineThread:
 
     def abort_ids(self, request_ids: Any) -> Future[None]:
         """The same by id; the future is done when the requests' blocks are free."""
-        return self.call(lambda: self._abort(self.processor.find(request_ids)))
+        return self.call(lambda: self._abort(self.text_engine.find(request_ids)))
 
     def call(self, function: Callable[[], Any]) -> Future[Any]:
         """Run a function between two steps."""
@@ -193,18 +193,18 @@ class EngineThread:
         return True
 
     def _has_steps_to_do(self) -> bool:
-        return self.processor.engine.has_unfinished_requests and (not self.is_paused or self._ignores_pauses)
+        return self.text_engine.engine.has_unfinished_requests and (not self.is_paused or self._ignores_pauses)
 
     def _step(self) -> None:
         try:
-            for request in self.processor.step():
+            for request in self.text_engine.step():
                 self._tell(request)
         except BaseException as error:  # the engine has put itself in order, and serves the next if it can
-            self.processor.abort(list(self._listeners))
+            self.text_engine.abort(list(self._listeners))
             self._fail(error)
 
     def _abort(self, requests: list[Request]) -> None:
-        self.processor.abort(requests)
+        self.text_engine.abort(requests)
         for request in requests:
             if request in self._listeners:
                 self._tell(request)
@@ -215,7 +215,7 @@ class EngineThread:
             del self._listeners[request]
         if not _say(listener, request.progress()) and not request.is_finished:
             del self._listeners[request]
-            self.processor.abort([request])
+            self.text_engine.abort([request])
 
     def _fail(self, error: BaseException) -> None:
         listeners = list(self._listeners.values())

@@ -7,7 +7,7 @@ from typing import Any, Self
 
 import nanovllm.engine.llm_engine as ours
 from nanovllm.async_llm import AsyncLLM
-from nanovllm.engine.processor import Prompt, as_request_ids, own_params
+from nanovllm.engine.text_engine import Prompt, as_request_ids, own_params
 from nanovllm.llm import LLM
 from nanovllm.outputs import RequestOutput
 from nanovllm.sampling_params import SamplingParams
@@ -68,11 +68,11 @@ class LLMEngine:
         further |= {"trace_headers": trace_headers, "priority": priority}
         check("add_request", ARGUMENTS, further, [])
         with self.llm._one_caller:
-            processor = self.llm._enter()
-            request = processor.make_request(prompt, own, request_id=request_id, is_streaming=True)
+            text_engine = self.llm._enter()
+            request = text_engine.make_request(prompt, own, request_id=request_id, is_streaming=True)
             if arrival_time is not None:
                 request.metrics.arrival_time += arrival_time - time.time()
-            processor.add(request)
+            text_engine.add(request)
         return request_id
 
     def step(self) -> list[RequestOutput]:

@@ -107,7 +107,7 @@ class AsyncLLMMethods(AbsentMethods):
     def vllm_config(self) -> VllmConfig:
         from nanovllm.vllm.engines import vllm_config
 
-        return vllm_config(self._processor.engine)
+        return vllm_config(self._text_engine.engine)
 
     @property
     def model_config(self) -> ModelConfig:
@@ -172,7 +172,7 @@ class AsyncLLMMethods(AbsentMethods):
         left = [request_id for request_id, stream in streams.items() if self._streams.get(request_id) is stream]
         if not all(streams[request_id].has_entered.done() for request_id in left):
             return True
-        return await self._between_steps(lambda engine: bool(self._processor.find(left)))
+        return await self._between_steps(lambda engine: bool(self._text_engine.find(left)))
 
     async def resume_generation(self) -> None:
         """Go on after `pause_generation()`."""

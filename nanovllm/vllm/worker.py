@@ -5,7 +5,7 @@ from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
-from nanovllm.engine import rollout
+from nanovllm.engine import weights_and_sleep
 from nanovllm.engine.llm_engine import LLMEngine
 from nanovllm.models.sharded_state import save_shard
 from nanovllm.models.weight_files import read_tensors
@@ -31,7 +31,7 @@ class Worker:
     def reload_weights(self) -> None:
         """Read the weights of the model's folder again, over what is there, "dummy" weights included."""
 
-        rollout.load_weights(self._engine, read_tensors(self._engine.model_path))
+        weights_and_sleep.load_weights(self._engine, read_tensors(self._engine.model_path))
 
     def save_sharded_state(self, path: str | Path, pattern: str | None = None, max_size: int | None = None) -> None:
         """Have each rank write its weights into a folder, for `LLM(folder, load_format="sharded_state")`.
@@ -62,7 +62,7 @@ class _Model:
         self._engine = engine
 
     def load_weights(self, weights: Iterable[tuple[str, Any]]) -> None:
-        rollout.load_weights(self._engine, weights)
+        weights_and_sleep.load_weights(self._engine, weights)
 
     def __getattr__(self, name: str) -> Any:
         return getattr(self._engine.runner.model, name)

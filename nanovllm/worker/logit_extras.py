@@ -31,7 +31,7 @@ NO_EDITS = RowEdits(prompt_len=0)
 
 
 @dataclass(slots=True)
-class LogprobsOnTheWay:
+class PendingLogprobs:
     """A step's log-probabilities: copies to the host that have ended when the step has."""
 
     num_samples: int
@@ -97,7 +97,7 @@ class LogitExtras:
         logits: torch.Tensor | None,
         seq_lens: torch.Tensor,
         sampled: torch.Tensor,
-    ) -> LogprobsOnTheWay:
+    ) -> PendingLogprobs:
         """Queue it all: draw again where logits are edited, then work out and copy the log-probabilities.
 
         Args:
@@ -106,7 +106,7 @@ class LogitExtras:
             seq_lens: `[>= num_samples]` int32.
             sampled: `[num_samples]` int32, overwritten, as is the rows' last token, where a row is drawn again.
         """
-        out = LogprobsOnTheWay(plan.num_samples, len(plan.prompt_logprobs))
+        out = PendingLogprobs(plan.num_samples, len(plan.prompt_logprobs))
         if logits is not None:
             self._draw_again(plan, logits, seq_lens, sampled)
             self._sample_logprobs(plan, logits, sampled, out)
@@ -135,7 +135,7 @@ class LogitExtras:
                 self._lengths[row] += 1
 
     def _sample_logprobs(
-        self, plan: StepPlan, logits: torch.Tensor, sampled: torch.Tensor, out: LogprobsOnTheWay
+        self, plan: StepPlan, logits: torch.Tensor, sampled: torch.Tensor, out: PendingLogprobs
     ) -> None:
         for num_top, asking in _by_num_top(plan.logprobs, self._vocab_size):
             for piece in _pieces(asking, self._vocab_size + SORTED_COST * num_top):
@@ -143,7 +143,7 @@ class LogitExtras:
                 packed = token_logprobs(logits[entries], sampled[entries].clamp(min=0), num_top)
                 out.pieces.append((False, piece, _to_host(packed)))
 
-    def _prompt_logprobs(self, plan: StepPlan, hidden: torch.Tensor, out: LogprobsOnTheWay) -> None:
+    def _prompt_logprobs(self, plan: StepPlan, hidden: torch.Tensor, out: PendingLogprobs) -> None:
         """The logits of prompt tokens exist only here, a piece at a time."""
         first_token = [0, *accumulate(plan.query_lens)]
         wanted = [((i, span), span.num_top) for i, span in enumerate(plan.prompt_logprobs)]

@@ -23,7 +23,7 @@ from nanovllm.models.loader import build_model
 from nanovllm.step_plan import NewRow, StepPlan
 from nanovllm.worker.cuda_graph import StepGraphs, StepShape, StepShapes
 from nanovllm.worker.input_batch import InputBatch
-from nanovllm.worker.logit_extras import LogitExtras, LogprobsOnTheWay, ProcessLogits, ask_for_the_most
+from nanovllm.worker.logit_extras import LogitExtras, PendingLogprobs, ProcessLogits, ask_for_the_most
 from nanovllm.worker.memory import DeviceMemory, cache_bytes_left, cache_bytes_per_block, zeros_on_demand
 from nanovllm.worker.resolve import resolve_device, resolve_dtype, resolve_max_model_len
 from nanovllm.worker.step_handle import StepHandle
@@ -130,7 +130,7 @@ class ModelRunner:
         if self.is_cuda:
             torch.cuda.synchronize()
 
-    def _run_extras(self, plan: StepPlan, hidden: torch.Tensor, logits: torch.Tensor | None) -> LogprobsOnTheWay:
+    def _run_extras(self, plan: StepPlan, hidden: torch.Tensor, logits: torch.Tensor | None) -> PendingLogprobs:
         """What the step's rows ask beyond the plain part."""
         if logits is None and plan.num_samples:  # a graph does not keep its own, which would take GBs
             logits = self.model.compute_logits(hidden)  # of the same shape, hence the same numbers
@@ -203,7 +203,7 @@ class ModelRunner:
         for block in tails:
             self.kv_cache[:, :, block] = 0
 
-    def _fetch(self, plan: StepPlan, shape: StepShape, slot: int, extras: LogprobsOnTheWay | None) -> StepHandle:
+    def _fetch(self, plan: StepPlan, shape: StepShape, slot: int, extras: PendingLogprobs | None) -> StepHandle:
         """Queue the copy of the step's tokens to the host, those of padding left out."""
         num_samples, num_decodes = plan.num_samples, plan.num_decodes
         sampled = self.sampled[:num_samples]

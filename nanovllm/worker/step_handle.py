@@ -5,7 +5,7 @@ from dataclasses import dataclass
 import torch
 
 from nanovllm.outputs import TokenLogprobs
-from nanovllm.worker.logit_extras import LogprobsOnTheWay
+from nanovllm.worker.logit_extras import PendingLogprobs
 
 
 @dataclass(slots=True)
@@ -14,7 +14,7 @@ class StepHandle:
 
     sampled: torch.Tensor  # [num_samples] int32, on the host
     done: torch.cuda.Event | None
-    extras: LogprobsOnTheWay | None = None
+    extras: PendingLogprobs | None = None
 
     def is_done(self) -> bool:
         return self.done is None or self.done.query()

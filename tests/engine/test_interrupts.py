@@ -15,20 +15,20 @@ from interrupts import Interrupts
 import nanovllm.engine.block_manager
 import nanovllm.engine.llm_engine
 import nanovllm.engine.one_caller
-import nanovllm.engine.processor
 import nanovllm.engine.scheduler
 import nanovllm.engine.sequence
+import nanovllm.engine.text_engine
 import nanovllm.llm
 import nanovllm.output_stream
 from nanovllm import LLM, SamplingParams
 from nanovllm.engine.one_caller import OneCaller
-from nanovllm.engine.processor import Processor
+from nanovllm.engine.text_engine import TextEngine
 
 MODULES = [
     nanovllm.engine.block_manager,
     nanovllm.engine.llm_engine,
     nanovllm.engine.one_caller,
-    nanovllm.engine.processor,
+    nanovllm.engine.text_engine,
     nanovllm.engine.scheduler,
     nanovllm.engine.sequence,
     nanovllm.llm,
@@ -42,15 +42,15 @@ PROMPTS = [[1, 2, 3, 4, 1], [1, 2, 3, 4, 2, 2], [3], [4, 4, 4, 4, 4, 4, 4]]
 
 def make_llm(max_behind: int) -> LLM:
     """An `LLM` over a simulated device with so few blocks that sequences are preempted."""
-    processor = Processor.__new__(Processor)
-    processor.engine = make_engine(
+    text_engine = TextEngine.__new__(TextEngine)
+    text_engine.engine = make_engine(
         12, 4, max_num_seqs=4, max_num_batched_tokens=9, max_model_len=MAX_MODEL_LEN, max_behind=max_behind
     )
-    processor._tokenizer = processor._decoder = None
-    processor._requests, processor._owner = {}, {}
+    text_engine._tokenizer = text_engine._decoder = None
+    text_engine._requests, text_engine._owner = {}, {}
     llm = LLM.__new__(LLM)
     llm._one_caller, llm._started, llm._streams = OneCaller(), {}, {}
-    llm._processor = processor
+    llm._text_engine = text_engine
     llm.close = lambda: None  # it has no device
     return llm
 
@@ -91,7 +91,7 @@ def interrupted(interrupts: Interrupts, gaps: list[int], llm: LLM) -> None:
     llm.abort("nobody")
     readers = {ref(): requests for ref, requests in llm._streams.items()}
     assert not any(stream is None or stream.is_over for stream in readers)
-    assert set(llm._processor._requests.values()) <= set(chain(*readers.values())), "nobody waits for them"
+    assert set(llm._text_engine._requests.values()) <= set(chain(*readers.values())), "nobody waits for them"
     del readers
     for output in llm.generate(PROMPTS, PARAMS, use_tqdm=False):
         check(output)
@@ -100,10 +100,10 @@ def interrupted(interrupts: Interrupts, gaps: list[int], llm: LLM) -> None:
         check(output)
     del streams
     llm.reset_prefix_cache()
-    engine, processor = llm.engine, llm._processor
+    engine, text_engine = llm.engine, llm._text_engine
     Checker(engine).check_idle()
     assert not engine.has_unfinished_requests and not engine.is_changing and not engine.block_manager._block_with
-    assert not processor._requests and not processor._owner and not llm._started and not llm._streams
+    assert not text_engine._requests and not text_engine._owner and not llm._started and not llm._streams
     assert not llm._one_caller._inside
 
 

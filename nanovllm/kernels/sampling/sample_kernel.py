@@ -17,8 +17,21 @@ import torch
 
 from nanovllm.kernels.early_launch import early_launch, wait_for_previous
 from nanovllm.kernels.sampling.gumbel_noise import MAX_TEMPERATURE, gumbel_kernel, noise_bits_kernel
-from nanovllm.kernels.sampling.sample_row import asked, count_stop_ids, load_logits, load_raw_logits, mask_stop_ids
-from nanovllm.kernels.sampling.sample_threshold import bisect, kth_largest, least_logit, load_tokens, order, reaching
+from nanovllm.kernels.sampling.sample_row import (
+    count_stop_ids,
+    load_logits,
+    load_raw_logits,
+    load_row_params,
+    mask_stop_ids,
+)
+from nanovllm.kernels.sampling.sample_threshold import (
+    bisect,
+    count_and_mass_from,
+    kth_largest,
+    least_logit,
+    load_tokens,
+    order,
+)
 from nanovllm.kernels.triton_shim import tl, triton
 from nanovllm.sampling_params import MIN_TEMPERATURE, NAN_LOGITS, NO_TOKEN_LEFT
 
@@ -131,7 +144,7 @@ def _scan_kernel(
     row = tl.load(rows_ptr + entry).to(tl.int64)
     if row < 0:
         return
-    temperature, is_greedy, is_truncated, top_k, top_p, min_p, key_0, key_1 = asked(
+    temperature, is_greedy, is_truncated, top_k, top_p, min_p, key_0, key_1 = load_row_params(
         row, tl.load(seq_lens_ptr + entry), per_row, per_row_strides, vocab_size, MIN_TEMPERATURE, MAX_TEMPERATURE
     )
     inverse_temperature = tl.math.div_rn(1.0, tl.maximum(temperature, MIN_TEMPERATURE))
@@ -213,7 +226,7 @@ def _choose_kernel(
         tl.store(out_ptr + entry, 0)
         return
     position = tl.load(seq_lens_ptr + entry)
-    temperature, is_greedy, is_truncated, top_k, top_p, min_p, key_0, key_1 = asked(
+    temperature, is_greedy, is_truncated, top_k, top_p, min_p, key_0, key_1 = load_row_params(
         row, position, per_row, per_row_strides, vocab_size, MIN_TEMPERATURE, MAX_TEMPERATURE
     )
     inverse_temperature = tl.math.div_rn(1.0, tl.maximum(temperature, MIN_TEMPERATURE))
@@ -276,7 +289,7 @@ def _choose_kernel(
 
         masses = tl.load(scratch_ptr + 2 * num_programs + program, mask=inside, other=0.0)
         total = tl.sum(tl.where(masses > 0, masses * tl.exp2((scores - top) * to_exponent), 0.0), axis=0)
-        count, mass = reaching(floor, source, num_tokens, is_collected, LOW_BITS, MAX_CANDIDATES, TILE)
+        count, mass = count_and_mass_from(floor, source, num_tokens, is_collected, LOW_BITS, MAX_CANDIDATES, TILE)
         highest = (order(top) >> LOW_BITS) + 1
         none = 0.0  # what reaches it
         if has_top_k:
@@ -287,7 +300,9 @@ def _choose_kernel(
                 )  # fmt: skip
             else:
                 threshold = floor
-            count, total = reaching(threshold, source, num_tokens, is_collected, LOW_BITS, MAX_CANDIDATES, TILE)
+            count, total = count_and_mass_from(
+                threshold, source, num_tokens, is_collected, LOW_BITS, MAX_CANDIDATES, TILE
+            )
         elif has_min_p:
             total = mass
         if has_top_p:

@@ -5,7 +5,7 @@ from nanovllm.kernels.triton_shim import tl, triton
 
 
 @triton.jit
-def asked(
+def load_row_params(
     row, position, per_row, per_row_strides, vocab_size, MIN_TEMPERATURE: tl.constexpr, MAX_TEMPERATURE: tl.constexpr
 ):
     """A row's parameters, and the keys of its noise at this position."""

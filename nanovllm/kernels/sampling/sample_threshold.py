@@ -74,7 +74,7 @@ def kth_largest(orders, k, LOWEST: tl.constexpr):
 
 
 @triton.jit
-def reaching(
+def count_and_mass_from(
     threshold, source, num_tokens, is_collected,
     LOW_BITS: tl.constexpr, MAX_CANDIDATES: tl.constexpr, TILE: tl.constexpr,
 ):  # fmt: skip
@@ -118,7 +118,7 @@ def bisect(
             scale = tl.where(num_passes < PASSES_BY_MASS, widest, 0.0)
             middle = _middle_by_value(low, high, mass_low, mass_high, wanted_mass, scale, LOW_BITS)
         num_passes += 1
-        count, mass = reaching(middle, source, num_tokens, is_collected, LOW_BITS, MAX_CANDIDATES, TILE)
+        count, mass = count_and_mass_from(middle, source, num_tokens, is_collected, LOW_BITS, MAX_CANDIDATES, TILE)
         if BY_MASS:
             is_enough = mass >= wanted_mass
         else:

@@ -29,7 +29,7 @@ ABSENT_PROMPT_KEYS = frozenset(
 )
 
 
-class Processor:
+class TextEngine:
     """An engine with its tokenizer. Not thread-safe, except for `make_request`, beside which the others may run.
 
     Its books are marked while they are changed, as the engine's are, and put in order by whoever finds them so.
