@@ -16,7 +16,7 @@ from benchmarks.ceilings import run_seconds
 from benchmarks.workloads import Workload
 from nanovllm.kernels.attention.cpu_attention import CpuDecodePlan, plan_gather
 from nanovllm.kernels.attention.cpu_rope_store import plan_rope_store
-from nanovllm.kernels.attention.decode_plan import DecodePlan, plan_decode
+from nanovllm.kernels.attention.decode_splits import DecodeSplits, split_contexts
 from nanovllm.kernels.attention.paged_decode import paged_decode
 from nanovllm.kernels.attention.paged_decode_kernel import DecodeConfig, paged_decode_triton
 from nanovllm.kernels.attention.paged_prefill import PrefillConfig, paged_prefill, paged_prefill_triton
@@ -121,7 +121,7 @@ def time_decode(
     pool: Pool, lengths: list[int], block_size: int, config: DecodeConfig | None = None, **cut: int
 ) -> float:
     """Seconds that a layer's decode attention takes, with norms, RoPE and the newest tokens' store; on CUDA `config`
-    and `cut`, the latter of `DecodePlan.allocate`, stand in place of the engine's own.
+    and `cut`, the latter of `DecodeSplits.allocate`, stand in place of the engine's own.
     """
     shape, device = pool.shape, pool.device
     tables = pool.tables(lengths, block_size, pool.num_launches(shape, lengths, device))
@@ -144,7 +144,7 @@ def time_decode(
             launches.append(partial(paged_decode, *own, table, rows, seq_lens, plan, shape.scale, out))
     else:
         heads = (shape.num_heads, shape.num_kv_heads, shape.head_dim)
-        plan = plan_decode(seq_lens, shape.num_kv_heads, DecodePlan.allocate(len(lengths), *heads, device, **cut))
+        plan = split_contexts(seq_lens, shape.num_kv_heads, DecodeSplits.allocate(len(lengths), *heads, device, **cut))
         launches = [
             partial(paged_decode_triton, *own, table, rows, seq_lens, plan, shape.scale, out, config)
             for table in tables

@@ -29,7 +29,8 @@ from benchmarks.attention_timing import (
 )
 from benchmarks.ceilings import measure_ceilings
 from benchmarks.workloads import PRESETS, draw
-from nanovllm.kernels.attention import decode_plan, paged_decode_kernel, paged_prefill
+from nanovllm.kernels.attention import decode_splits
+from nanovllm.kernels.attention import paged_decode_kernel, paged_prefill
 from nanovllm.kernels.device import multiprocessors, shared_memory_bytes
 from nanovllm.kernels.triton_shim import triton
 
@@ -56,18 +57,18 @@ def bench_decode(pool: Pool, bandwidth: float, quick: bool) -> list[dict]:
     variants = [(block_size, None, None, None) for block_size in (256, 64, 16)]
     tiles, warps, stages = ((64,), (2, 4), (2, 3)) if quick else ((32, 64), (1, 2, 4), (2, 3, 4))
     variants += [(256, config(t, w, s), None, None) for t in tiles for w in warps for s in stages]
-    programs, pieces = ((2, 4), (128, 512)) if quick else ((2, 3, 4, 8), (64, 128, 256, 512))
-    variants += [(256, None, p, m) for p in programs for m in pieces]
+    programs, splits = ((2, 4), (128, 512)) if quick else ((2, 3, 4, 8), (64, 128, 256, 512))
+    variants += [(256, None, p, m) for p in programs for m in splits]
     variants = list(dict.fromkeys(variants))
 
     print(f"\npaged_decode, 16 heads on {SHAPE.num_kv_heads}, TB/s (read: {bandwidth / 1e12:.2f}); short streams in us")
-    print("block tile warps stages prog/SM piece " + " ".join(f"{name:>7}" for name in scenarios))
+    print("block tile warps stages prog/SM split " + " ".join(f"{name:>7}" for name in scenarios))
     results = []
-    for block_size, launch, programs_per_sm, min_piece in variants:
+    for block_size, launch, programs_per_sm, min_split in variants:
         row, cut = {"block_size": block_size, **(asdict(launch) if launch else {})}, {}
         if programs_per_sm:
-            row |= {"programs_per_sm": programs_per_sm, "min_piece": min_piece}
-            cut = {"target_pieces": -(-programs_per_sm * num_sms // SHAPE.num_kv_heads), "min_piece": min_piece}
+            row |= {"programs_per_sm": programs_per_sm, "min_split": min_split}
+            cut = {"target_splits": -(-programs_per_sm * num_sms // SHAPE.num_kv_heads), "min_split": min_split}
         cells = []
         try:
             for name, lengths in scenarios.items():
@@ -78,7 +79,7 @@ def bench_decode(pool: Pool, bandwidth: float, quick: bool) -> list[dict]:
         except triton.runtime.errors.OutOfResources as error:
             cells.append(f"does not fit: {error}"[:60])
         results.append(row)
-        shown = [row.get(name, "-") for name in ("tile", "num_warps", "num_stages", "programs_per_sm", "min_piece")]
+        shown = [row.get(name, "-") for name in ("tile", "num_warps", "num_stages", "programs_per_sm", "min_split")]
         print("{:5} {:>4} {:>5} {:>6} {:>7} {:>5} ".format(block_size, *shown) + " ".join(cells), flush=True)
     return results
 
@@ -88,8 +89,8 @@ def bench_plan() -> dict:
     result = {}
     for num_seqs in (1, 256, 1024):
         seq_lens = torch.randint(1, 2048, (num_seqs,), dtype=torch.int32, device="cuda")
-        plan = decode_plan.DecodePlan.allocate(num_seqs, 16, SHAPE.num_kv_heads, SHAPE.head_dim, "cuda")
-        launch = partial(decode_plan.plan_decode, seq_lens, SHAPE.num_kv_heads, plan)
+        plan = decode_splits.DecodeSplits.allocate(num_seqs, 16, SHAPE.num_kv_heads, SHAPE.head_dim, "cuda")
+        launch = partial(decode_splits.split_contexts, seq_lens, SHAPE.num_kv_heads, plan)
         result[num_seqs] = median_seconds(in_one_go([launch] * 50, "cuda"), "cuda") / 50 * 1e6
     print("\nplan_decode: " + ", ".join(f"{us:.1f} us for {n} sequences" for n, us in result.items()))
     return result

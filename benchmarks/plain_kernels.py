@@ -16,7 +16,7 @@ import torch.nn.functional as F
 from nanovllm.kernels.attention import paged_decode
 from nanovllm.kernels.attention import qk_norm_rope_store as rope_store
 from nanovllm.kernels.attention.cpu_attention import CpuDecodePlan
-from nanovllm.kernels.attention.decode_plan import DecodePlan
+from nanovllm.kernels.attention.decode_splits import DecodeSplits
 from nanovllm.kernels.linear import silu_mul, skinny_linear
 from nanovllm.kernels.norm import rms_norm
 from nanovllm.kernels.sampling import sample
@@ -72,9 +72,9 @@ def plain_skinny_linear(
     weight: torch.Tensor,
     bias: torch.Tensor | None = None,
     gated: bool = False,
-    in_parts: bool = False,
+    in_slices: bool = False,
 ) -> torch.Tensor:
-    """The product as it is, its gate apart and its parts summed."""
+    """The product as it is, its gate apart and its slices summed."""
     out = _skinny_linear(x, weight, bias)
     return plain_silu_mul(out) if gated else out
 
@@ -120,7 +120,7 @@ def plain_paged_decode(
     block_table: torch.Tensor,
     rows: torch.Tensor,
     seq_lens: torch.Tensor,
-    plan: DecodePlan | CpuDecodePlan,
+    plan: DecodeSplits | CpuDecodePlan,
     scale: float,
     out: torch.Tensor,
 ) -> None:

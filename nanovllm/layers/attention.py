@@ -13,7 +13,7 @@ from torch import nn
 
 from nanovllm.kernels.attention.cpu_attention import CpuDecodePlan
 from nanovllm.kernels.attention.cpu_rope_store import RopeStorePlan
-from nanovllm.kernels.attention.decode_plan import DecodePlan
+from nanovllm.kernels.attention.decode_splits import DecodeSplits
 from nanovllm.kernels.attention.paged_decode import paged_decode
 from nanovllm.kernels.attention.paged_prefill import paged_prefill
 from nanovllm.kernels.attention.qk_norm_rope_store import qk_norm_rope_store
@@ -34,7 +34,7 @@ class AttentionMetadata:
     seq_lens: torch.Tensor  # [seqs] int32: tokens in the cache, this step's included
     block_table: torch.Tensor  # [rows, max_blocks] int32
     num_decodes: int
-    decode_plan: DecodePlan | CpuDecodePlan | None  # how the decodes' contexts are cut up, made once for all layers
+    decode_plan: DecodeSplits | CpuDecodePlan | None  # how the decodes' contexts are cut up, made once for all layers
     rope_store_plan: RopeStorePlan | None  # on a CPU: rotation and place of each of the chunks' tokens, likewise
 
 

@@ -18,7 +18,7 @@ class RMSNorm(nn.Module):
     def forward(self, x: torch.Tensor, residual: torch.Tensor | None = None) -> tuple[torch.Tensor, torch.Tensor]:
         """`x`, `residual [tokens, size]` -> (normed, residual + x), the sum written over `residual`.
 
-        Without a residual, `x` itself becomes it. With one, x may be partial sums, `[parts, tokens, size]` in float32.
+        Without a residual, `x` itself becomes it. With one, x may be partial sums, `[slices, tokens, size]` in float32.
         """
         if residual is None:
             return rms_norm(x, self.weight, self.eps), x

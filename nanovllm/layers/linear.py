@@ -44,10 +44,10 @@ class Linear(nn.Module):
         return self.matmul(x, self.bias)
 
     def matmul(
-        self, x: torch.Tensor, bias: torch.Tensor | None, gated: bool = False, in_parts: bool = False
+        self, x: torch.Tensor, bias: torch.Tensor | None, gated: bool = False, in_slices: bool = False
     ) -> torch.Tensor:
         if self.packed is None:
-            return skinny_linear(x, self.weight, bias, gated, in_parts)
+            return skinny_linear(x, self.weight, bias, gated, in_slices)
         out = packed_linear(x, self.packed, bias)
         return silu_mul(out) if gated else out
 
@@ -152,7 +152,7 @@ class RowParallelLinear(Linear):
         is_one_shot = self.tp.peers is not None and self.tp.peers.fit(residual)
         # Only one rank adds the bias, or the sum would hold it once per rank.
         bias = self.bias if self.tp.rank == 0 else None
-        partial = self.matmul(x, bias, in_parts=is_one_shot or self.tp.size == 1)  # what comes next adds the parts up
+        partial = self.matmul(x, bias, in_slices=is_one_shot or self.tp.size == 1)  # what comes next adds the slices up
         if is_one_shot:
             return one_shot_add_rms_norm(partial, residual, norm.weight, norm.eps, self.tp.peers)
         return norm(self.tp.all_reduce(partial), residual)

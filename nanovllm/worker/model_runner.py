@@ -14,7 +14,7 @@ from nanovllm.config import Config
 from nanovllm.distributed.tensor_parallel import TensorParallel
 from nanovllm.kernels.attention.cpu_attention import CpuDecodePlan, plan_gather
 from nanovllm.kernels.attention.cpu_rope_store import RopeStorePlan, plan_rope_store
-from nanovllm.kernels.attention.decode_plan import DecodePlan, plan_decode
+from nanovllm.kernels.attention.decode_splits import DecodeSplits, split_contexts
 from nanovllm.kernels.prepare_inputs import StepInputs, prepare_inputs
 from nanovllm.kernels.sampling.sample import sample
 from nanovllm.layers.attention import Attention, AttentionMetadata
@@ -177,10 +177,10 @@ class ModelRunner:
         sample(logits, rows[:num_samples], seq_lens[:num_samples], batch.params, batch.token_ids, sampled)
         return hidden, logits
 
-    def _plan_decodes(self, num_decodes: int) -> DecodePlan | CpuDecodePlan:
+    def _plan_decodes(self, num_decodes: int) -> DecodeSplits | CpuDecodePlan:
         layer, seq_lens = self.attention_layers[0], self.inputs.seq_lens[:num_decodes]
-        if isinstance(self.decode_plan, DecodePlan):
-            return plan_decode(seq_lens, layer.num_kv_heads, self.decode_plan)
+        if isinstance(self.decode_plan, DecodeSplits):
+            return split_contexts(seq_lens, layer.num_kv_heads, self.decode_plan)
         where = (self.batch.live_rows[:num_decodes], self.batch.block_table, layer.k_cache)
         gather = plan_gather(seq_lens, *where, self.decode_plan and self.decode_plan.gather)
         return CpuDecodePlan(self._plan_stores(0, num_decodes), gather)
@@ -273,8 +273,8 @@ class ModelRunner:
             seq_lens=torch.zeros(self.batch.num_entries, dtype=torch.int32, device=self.device),
         )
         heads = (layer.num_heads, layer.num_kv_heads, layer.head_dim)
-        self.decode_plan: DecodePlan | CpuDecodePlan | None = (
-            DecodePlan.allocate(self.num_rows, *heads, self.device) if self.is_cuda else None
+        self.decode_plan: DecodeSplits | CpuDecodePlan | None = (
+            DecodeSplits.allocate(self.num_rows, *heads, self.device) if self.is_cuda else None
         )
         self.sampled = torch.zeros(self.batch.num_entries, dtype=torch.int32, device=self.device)
         vocab_size = self.hf_config.vocab_size

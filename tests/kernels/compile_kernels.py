@@ -13,7 +13,7 @@ from triton.runtime.jit import JITFunction
 
 from nanovllm.kernels import early_launch
 from nanovllm.kernels.attention import paged_decode_kernel
-from nanovllm.kernels.attention.decode_plan import DecodePlan, plan_decode_triton
+from nanovllm.kernels.attention.decode_splits import DecodeSplits, split_contexts_triton
 from nanovllm.kernels.attention.paged_decode_kernel import paged_decode_triton
 from nanovllm.kernels.attention.paged_prefill import paged_prefill_triton
 from nanovllm.kernels.attention.qk_norm_rope_store import qk_norm_rope_store_triton
@@ -71,10 +71,10 @@ def call_linear_kernels() -> None:
     silu_mul_triton(zeros(SEQS, 2048))
     for rows in (1, 3, 20, 40, 60, 90, 100, 180, 200):
         for n in (128, 6144, 8192):
-            for options in ({}, {"gated": True}, {"in_parts": True}):
-                if rows == 1 or _tiling(rows, n, 1024, options.get("gated"), options.get("in_parts")):
+            for options in ({}, {"gated": True}, {"in_slices": True}):
+                if rows == 1 or _tiling(rows, n, 1024, options.get("gated"), options.get("in_slices")):
                     out = skinny_linear_triton(zeros(rows, 1024), zeros(n, 1024), bias=zeros(n), **options)
-                    if "in_parts" in options:
+                    if "in_slices" in options:
                         add_rms_norm_triton(out, zeros(rows, n), zeros(n), 1e-6)
     addresses, stop = zeros(3, dtype=torch.int64), ints(1)
     peers = PeerBuffers(
@@ -96,8 +96,8 @@ def call_attention_kernels(head_dim: int, block_size: int, dtype: torch.dtype, h
     slots = zeros(SEQS, dtype=torch.int64)
     q = qk_norm_rope_store_triton(qkv, *norms, ints(SEQS), cos_sin, slots, *cache, heads)
     paged_prefill_triton(q, *cache, table, rows, starts, lens, 0.1, torch.empty_like(q))
-    plan = DecodePlan.allocate(SEQS, heads, kv_heads, head_dim, "cpu", target_pieces=8, min_piece=128)
-    plan_decode_triton(lens, kv_heads, plan)
+    plan = DecodeSplits.allocate(SEQS, heads, kv_heads, head_dim, "cpu", target_splits=8, min_split=128)
+    split_contexts_triton(lens, kv_heads, plan)
     paged_decode_triton(qkv, *norms, cos_sin, *cache, table, rows, lens, plan, 0.1, torch.empty_like(q))
     inputs = StepInputs(ints(SEQS), ints(SEQS), slots, lens)
     prepare_inputs_triton(rows, starts, ints(4, 9), ints(4), table, block_size, inputs)

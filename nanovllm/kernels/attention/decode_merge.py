@@ -1,7 +1,7 @@
-"""The attention of one query over the pieces of its sequence, from what `paged_decode_kernel.py` has over each of them.
+"""The attention of one query over the splits of its sequence, from what `paged_decode_kernel.py` has over each of them.
 
-Each piece's result is normalised by itself, and comes with the log-sum-exp of its scores, which is the weight it has in
-the whole ("flash decoding", Dao et al. 2023). The merge goes by the order of the pieces, not of their programs'
+Each split's result is normalised by itself, and comes with the log-sum-exp of its scores, which is the weight it has in
+the whole ("flash decoding", Dao et al. 2023). The merge goes by the order of the splits, not of their programs'
 arrival, so results do not depend on timing.
 """
 
@@ -11,32 +11,32 @@ MERGE_ELEMENTS = 4096  # float32 partial results held in registers at once
 
 
 @triton.jit
-def merge_pieces(
+def merge_splits(
     partial_out_ptr,
     partial_lse_ptr,
     first_partial,
-    num_pieces,
+    num_splits,
     kv_head,
     num_heads,
     GROUP: tl.constexpr,
     PADDED_GROUP: tl.constexpr,
     HEAD_DIM: tl.constexpr,
     PADDED_DIM: tl.constexpr,
-    MERGE_PIECES: tl.constexpr,
+    MERGE_SPLITS: tl.constexpr,
 ):
     """The heads of one kv head, `[PADDED_GROUP, PADDED_DIM]` float32; rows past the group repeat its last head.
 
     `partial_out [slots, num_heads, HEAD_DIM]` and `partial_lse [slots, num_heads]` float32, the latter to base 2; the
-    sequence's pieces are `first_partial` and those after it. MERGE_PIECES of them are read at a time.
+    sequence's splits are `first_partial` and those after it. MERGE_SPLITS of them are read at a time.
     """
     heads = kv_head * GROUP + tl.minimum(tl.arange(0, PADDED_GROUP), GROUP - 1)
     dims = tl.arange(0, PADDED_DIM)
     top = tl.full([PADDED_GROUP], float("-inf"), tl.float32)
     mass = tl.zeros([PADDED_GROUP], tl.float32)
     merged = tl.zeros([PADDED_GROUP, PADDED_DIM], tl.float32)
-    for base in range(0, num_pieces, MERGE_PIECES):
-        index = base + tl.arange(0, MERGE_PIECES)
-        present = (index < num_pieces)[:, None]
+    for base in range(0, num_splits, MERGE_SPLITS):
+        index = base + tl.arange(0, MERGE_SPLITS)
+        present = (index < num_splits)[:, None]
         partials = ((first_partial + index).to(tl.int64) * num_heads)[:, None] + heads[None, :]
         # .cg: from L2, where the others' stores are, never from a stale line of this multiprocessor's L1.
         lse = tl.load(partial_lse_ptr + partials, mask=present, other=float("-inf"), cache_modifier=".cg")

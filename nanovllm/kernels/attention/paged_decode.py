@@ -11,7 +11,7 @@ import torch
 
 from nanovllm.kernels.attention.cpu_attention import CpuDecodePlan, paged_decode_cpu
 from nanovllm.kernels.attention.cpu_rope_store import qk_norm_rope_store_cpu
-from nanovllm.kernels.attention.decode_plan import DecodePlan
+from nanovllm.kernels.attention.decode_splits import DecodeSplits
 from nanovllm.kernels.attention.paged_decode_kernel import paged_decode_triton
 from nanovllm.kernels.attention.paged_kv import gather_kv
 from nanovllm.kernels.attention.qk_norm_rope_store import qk_norm_rope_store_reference
@@ -28,7 +28,7 @@ def paged_decode(
     block_table: torch.Tensor,
     rows: torch.Tensor,
     seq_lens: torch.Tensor,
-    plan: DecodePlan | CpuDecodePlan,
+    plan: DecodeSplits | CpuDecodePlan,
     scale: float,
     out: torch.Tensor,
 ) -> None:
@@ -43,7 +43,7 @@ def paged_decode(
             On a GPU nothing past a sequence's length is read, on a CPU those slots must be finite.
         block_table: `[R, max_blocks]` int32. No two sequences share the block of their newest slot.
         rows, seq_lens: `[S]` int32; the newest token's position is seq_lens - 1. Length 0 (row -1) pads: it gets zeros.
-        plan: `plan_decode`'s of these seq_lens, or on a CPU that of both halves of the work.
+        plan: `split_contexts`'s of these seq_lens, or on a CPU that of both halves of the work.
         out: `[S, heads, head_dim]`, the last dimension contiguous.
     """
     if isinstance(plan, CpuDecodePlan):

@@ -1,8 +1,8 @@
 """`paged_decode` in one launch.
 
 A program per sequence would leave the device waiting for the longest one. Split-KV ("flash decoding", Dao et al. 2023)
-gives a program one (kv head, piece of a sequence), with an online softmax (Milakov & Gimelshein 2018) over its tokens;
-the pieces, cut by `plan_decode`, are then merged (`decode_merge.py`). That needs no second launch: of a sequence's
+gives a program one (kv head, split of a sequence), with an online softmax (Milakov & Gimelshein 2018) over its tokens;
+the splits, cut by `split_contexts`, are then merged (`decode_merge.py`). That needs no second launch: of a sequence's
 programs the last to arrive, by an atomic count, merges all.
 
 What `qk_norm_rope_store` does for prompts, each program does here for the few heads it needs: a launch of its own would
@@ -19,8 +19,8 @@ from functools import lru_cache
 
 import torch
 
-from nanovllm.kernels.attention.decode_merge import MERGE_ELEMENTS, merge_pieces
-from nanovllm.kernels.attention.decode_plan import PIECE_FIELDS, PIECE_MULTIPLE, DecodePlan
+from nanovllm.kernels.attention.decode_merge import MERGE_ELEMENTS, merge_splits
+from nanovllm.kernels.attention.decode_splits import SPLIT_FIELDS, SPLIT_MULTIPLE, DecodeSplits
 from nanovllm.kernels.attention.own_token import own_token
 from nanovllm.kernels.attention.paged_kv import (
     LOG2_E,
@@ -37,7 +37,7 @@ from nanovllm.kernels.triton_shim import TensorDescriptor, tl, triton
 # Measured on an H100 and an H200: docs/performance.md; benchmarks/paged_attention.py measures alternatives.
 TILE_BYTES = 16 * 1024  # of K a loop iteration: 64 tokens of 128 bf16
 MAX_STAGES = 3  # of the load pipeline
-# Programs a multiprocessor, were no sequence cut: how many pieces there are is known on the device only.
+# Programs a multiprocessor, were no sequence cut: how many splits there are is known on the device only.
 MANY = 4  # from which on it has enough to do meanwhile, and 2 stages suffice
 FEW = 2  # up to which they wait together: a later one would ask for lines twice in a row
 MIN_TILE = 16  # tokens: what a dot sums over
@@ -61,7 +61,7 @@ def decode_config(head_dim: int, itemsize: int, shared_memory: int, is_many: boo
     `is_many`: a multiprocessor has MANY programs or more.
     """
     token_bytes = next_power_of_2(head_dim) * itemsize
-    tile = max(MIN_TILE, min(PIECE_MULTIPLE, TILE_BYTES // token_bytes))
+    tile = max(MIN_TILE, min(SPLIT_MULTIPLE, TILE_BYTES // token_bytes))
     # n stages are n-1 buffers of K and V in flight; 12 KiB are left to the query and to layout conversions.
     fitting = 1 + (shared_memory - 12 * 1024) // (2 * tile * token_bytes)
     num_warps = NUM_WARPS if itemsize <= 2 else 2 * NUM_WARPS  # float32 dots run on ordinary registers: spread them
@@ -80,7 +80,7 @@ def paged_decode_triton(
     block_table: torch.Tensor,
     rows: torch.Tensor,
     seq_lens: torch.Tensor,
-    plan: DecodePlan,
+    plan: DecodeSplits,
     scale: float,
     out: torch.Tensor,
     config: DecodeConfig | None = None,
@@ -88,7 +88,7 @@ def paged_decode_triton(
     """`paged_decode` in one launch; `config` overrides the default launch parameters.
 
     Raises ValueError for caches whose layouts differ or are not contiguous within a block, for one norm of two, for a
-    plan of fewer sequences or other heads, and for a tile that does not divide all pieces.
+    plan of fewer sequences or other heads, and for a tile that does not divide all splits.
     """
     check_caches(out, k_cache, v_cache)
     if (q_weight is None) != (k_weight is None):
@@ -99,17 +99,17 @@ def paged_decode_triton(
     load = num_seqs * num_kv_heads / multiprocessors(qkv.device)
     if config is None:
         config = decode_config(head_dim, qkv.element_size(), shared_memory_bytes(qkv.device), is_many=load >= MANY)
-    if config.tile < MIN_TILE or PIECE_MULTIPLE % config.tile:
-        raise ValueError(f"tile={config.tile}: must divide {PIECE_MULTIPLE} and be at least {MIN_TILE}")
+    if config.tile < MIN_TILE or SPLIT_MULTIPLE % config.tile:
+        raise ValueError(f"tile={config.tile}: must divide {SPLIT_MULTIPLE} and be at least {MIN_TILE}")
     early = early_launch(qkv)
     group = num_heads // num_kv_heads
     padded_dim, padded_group = next_power_of_2(head_dim), next_power_of_2(group)
     k_tiles, v_tiles = (_tiles(cache, config.tile) for cache in (k_cache, v_cache))
     # The kv head varies fastest: programs that run together read neighbouring heads of the same blocks, and the idle
     # slots, which are the last, start when the device is draining anyway.
-    _decode_kernel[(num_kv_heads, num_seqs + plan.target_pieces)](
+    _decode_kernel[(num_kv_heads, num_seqs + plan.target_splits)](
         qkv, q_weight, k_weight, cos_sin, k_cache, v_cache, k_tiles, v_tiles, out, block_table, rows, seq_lens,
-        plan.pieces, plan.partial_out, plan.partial_lse, plan.arrivals, eps, scale * LOG2_E,
+        plan.splits, plan.partial_out, plan.partial_lse, plan.arrivals, eps, scale * LOG2_E,
         qkv.stride(0), cos_sin.stride(0), out.stride(0), out.stride(1), k_cache.stride(0), block_table.stride(0),
         GROUP=group,
         PADDED_GROUP=padded_group,
@@ -121,8 +121,8 @@ def paged_decode_triton(
         BLOCK_SIZE=block_size,
         TILE=config.tile,
         TILED=k_tiles is not None,
-        MERGE_PIECES=max(2, MERGE_ELEMENTS // (padded_group * padded_dim)),
-        PIECE_FIELDS=PIECE_FIELDS,
+        MERGE_SPLITS=max(2, MERGE_ELEMENTS // (padded_group * padded_dim)),
+        SPLIT_FIELDS=SPLIT_FIELDS,
         LINE=LINE_BYTES // qkv.element_size(),
         FETCH=early["EARLY"] and load <= FEW,
         num_warps=config.num_warps,
@@ -172,7 +172,7 @@ def _decode_kernel(
     table_ptr,
     rows_ptr,
     seq_lens_ptr,
-    pieces_ptr,
+    splits_ptr,
     partial_out_ptr,
     partial_lse_ptr,
     arrivals_ptr,
@@ -194,25 +194,25 @@ def _decode_kernel(
     BLOCK_SIZE: tl.constexpr,
     TILE: tl.constexpr,
     TILED: tl.constexpr,
-    MERGE_PIECES: tl.constexpr,
-    PIECE_FIELDS: tl.constexpr,
+    MERGE_SPLITS: tl.constexpr,
+    SPLIT_FIELDS: tl.constexpr,
     LINE: tl.constexpr,
     FETCH: tl.constexpr,
     EARLY: tl.constexpr,
 ):
-    piece = tl.program_id(1)
-    seq = tl.load(pieces_ptr + piece * PIECE_FIELDS)
+    split = tl.program_id(1)
+    seq = tl.load(splits_ptr + split * SPLIT_FIELDS)
     if seq < 0:
         wait_for_previous(EARLY)
         return
     kv_head = tl.program_id(0)
     num_kv_heads = tl.num_programs(0)
     num_heads = num_kv_heads * GROUP
-    begin = tl.load(pieces_ptr + piece * PIECE_FIELDS + 1)
-    end = tl.load(pieces_ptr + piece * PIECE_FIELDS + 2)
-    partial_index = tl.load(pieces_ptr + piece * PIECE_FIELDS + 3)
-    first_partial = tl.load(pieces_ptr + piece * PIECE_FIELDS + 4)
-    num_pieces = tl.load(pieces_ptr + piece * PIECE_FIELDS + 5)
+    begin = tl.load(splits_ptr + split * SPLIT_FIELDS + 1)
+    end = tl.load(splits_ptr + split * SPLIT_FIELDS + 2)
+    partial_index = tl.load(splits_ptr + split * SPLIT_FIELDS + 3)
+    first_partial = tl.load(splits_ptr + split * SPLIT_FIELDS + 4)
+    num_splits = tl.load(splits_ptr + split * SPLIT_FIELDS + 5)
     table_ptr += tl.load(rows_ptr + seq).to(tl.int64) * stride_row
     length = tl.load(seq_lens_ptr + seq)
     position = tl.maximum(length - 1, 0)
@@ -239,7 +239,7 @@ def _decode_kernel(
         k_ptr,
         v_ptr,
         own_slot,
-        (length > 0) & (end == length),  # the last piece's programs store
+        (length > 0) & (end == length),  # the last split's programs store
         kv_head,
         num_kv_heads,
         eps,
@@ -284,7 +284,7 @@ def _decode_kernel(
     out_head_ptr = out_ptr + seq.to(tl.int64) * stride_out_seq + kv_head * GROUP * stride_out_head
     heads = tl.arange(0, HEADS)
     query_mask = (heads < GROUP)[:, None] & (dims < HEAD_DIM)[None, :]
-    if num_pieces == 1:
+    if num_splits == 1:
         out_ptrs = out_head_ptr + heads[:, None] * stride_out_head + dims[None, :]
         tl.store(out_ptrs, acc.to(out_ptr.dtype.element_ty), mask=query_mask)
         return
@@ -297,11 +297,11 @@ def _decode_kernel(
     tl.debug_barrier()
     arrival_ptr = arrivals_ptr + seq * num_kv_heads + kv_head
     arrived = tl.atomic_add(arrival_ptr, 1, sem="acq_rel", scope="gpu")
-    if arrived == num_pieces - 1:
+    if arrived == num_splits - 1:
         tl.store(arrival_ptr, 0)
-        merged = merge_pieces(
-            partial_out_ptr, partial_lse_ptr, first_partial, num_pieces, kv_head, num_heads,
-            GROUP, PADDED_GROUP, HEAD_DIM, PADDED_DIM, MERGE_PIECES,
+        merged = merge_splits(
+            partial_out_ptr, partial_lse_ptr, first_partial, num_splits, kv_head, num_heads,
+            GROUP, PADDED_GROUP, HEAD_DIM, PADDED_DIM, MERGE_SPLITS,
         )  # fmt: skip
         group_heads = tl.arange(0, PADDED_GROUP)
         merged_ptrs = out_head_ptr + group_heads[:, None] * stride_out_head + dims[None, :]

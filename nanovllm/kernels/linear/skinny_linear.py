@@ -26,12 +26,12 @@ from nanovllm.kernels.triton_shim import TensorDescriptor, tl, triton
 
 MAX_ROWS = 256  # of x: with more, a library's kernels are as fast
 LARGE, HUGE = 1 << 23, 1 << 27  # elements of a weight that has tiles of its own, and of one too large for any
-NARROW = 4096  # a large weight of no more rows has too few tiles, unless in parts
+NARROW = 4096  # a large weight of no more rows has too few tiles, unless in slices
 LARGE_AHEAD = 256  # columns of a large weight that are fetched before the wait: all of them would flood the L2 cache
 K_MULTIPLE = 256
-MIN_PART = 256  # columns of a part, at least; they are a multiple of PART_MULTIPLE
-PART_MULTIPLE = 128
-FULL = 0.7  # a device of which so many of the multiprocessors have a program gains nothing from more parts
+MIN_SLICE = 256  # columns of a slice, at least; they are a multiple of SLICE_MULTIPLE
+SLICE_MULTIPLE = 128
+FULL = 0.7  # a device of which so many of the multiprocessors have a program gains nothing from more slices
 
 
 class Tiling(NamedTuple):
@@ -41,10 +41,10 @@ class Tiling(NamedTuple):
     weight_rows: int
     columns: int
     depth: int  # of the load pipeline
-    longest: int = 1 << 30  # columns of a part, at most
+    longest: int = 1 << 30  # columns of a slice, at most
 
 
-# Rows of x (at most) -> for a product, for one in parts, for a gated one; None where a library's kernel is as fast.
+# Rows of x (at most) -> for a product, for one in slices, for a gated one; None where a library's kernel is as fast.
 # What a program leaves of a multiprocessor's shared memory counts too: there the next kernel can start early. So these
 # were chosen in whole steps, one product at a time, of Qwen3-0.6B's shape on an H100 and an H200 and, for large
 # weights, of Qwen3-8B's on an H200: docs/performance.md.
@@ -72,42 +72,42 @@ def skinny_linear(
     weight: torch.Tensor,
     bias: torch.Tensor | None = None,
     gated: bool = False,
-    in_parts: bool = False,
+    in_slices: bool = False,
 ) -> torch.Tensor:
     """`x [tokens, K]` times `weight [N, K]` transposed, plus `bias [N]`: `[tokens, N]`, in the dtype of both.
 
-    With `gated`, silu(first half) · second half of that: `[tokens, N / 2]`. With `in_parts` it may be partial sums
-    instead, `[parts, tokens, N]` in float32. Sums are in float32. What the kernels are not for (many rows, float32, a
+    With `gated`, silu(first half) · second half of that: `[tokens, N / 2]`. With `in_slices` it may be partial sums
+    instead, `[slices, tokens, N]` in float32. Sums are in float32. What the kernels are not for (many rows, float32, a
     CPU, an odd K) goes to `F.linear`.
     """
-    if x.is_cuda and _can_take(x, weight, bias, gated, in_parts):
-        return _launch(x, weight, bias, gated, in_parts)
+    if x.is_cuda and _can_take(x, weight, bias, gated, in_slices):
+        return _launch(x, weight, bias, gated, in_slices)
     out = F.linear(x, weight, bias)
     return silu_mul(out) if gated else out
 
 
-def _tiling(num_tokens: int, n: int, k: int, gated: bool, in_parts: bool) -> Tiling | None:
+def _tiling(num_tokens: int, n: int, k: int, gated: bool, in_slices: bool) -> Tiling | None:
     """For `num_tokens` rows of x and a weight `[n, k]`; None where a library's kernel is as fast."""
     is_large = n * k >= LARGE
-    if n * k >= HUGE or is_large and n <= NARROW and not in_parts:
+    if n * k >= HUGE or is_large and n <= NARROW and not in_slices:
         return None
     table = LARGE_TILINGS if is_large else TILINGS
-    plain, of_parts, of_gated = next((table[rows] for rows in table if num_tokens <= rows), (None, None, None))
-    return of_gated if gated else of_parts if in_parts else plain
+    plain, of_slices, of_gated = next((table[rows] for rows in table if num_tokens <= rows), (None, None, None))
+    return of_gated if gated else of_slices if in_slices else plain
 
 
-def _can_take(x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None, gated: bool, in_parts: bool) -> bool:
+def _can_take(x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None, gated: bool, in_slices: bool) -> bool:
     """Whether the kernels are for this: few rows, of K_MULTIPLE columns side by side, that begin where a tile may be
     copied from."""
     num_tokens, (n, k) = len(x), weight.shape
     is_small = 0 < num_tokens <= MAX_ROWS and x.element_size() == 2
     is_product = x.shape[1] == k and x.dtype == weight.dtype and (bias is None or bias.shape == (n,))
-    is_whole = not (gated and (in_parts or n % 2))  # the gate needs the sums and its half
+    is_whole = not (gated and (in_slices or n % 2))  # the gate needs the sums and its half
     is_regular = k % K_MULTIPLE == 0 and x.stride(1) == 1 and x.stride(0) % 8 == 0 and weight.is_contiguous()
     is_aligned = (x.data_ptr() | weight.data_ptr()) % 16 == 0
     if not (is_small and is_product and is_whole and is_regular and is_aligned):
         return False
-    return num_tokens == 1 or _tiling(num_tokens, n, k, gated, in_parts) is not None
+    return num_tokens == 1 or _tiling(num_tokens, n, k, gated, in_slices) is not None
 
 
 def skinny_linear_triton(
@@ -115,25 +115,25 @@ def skinny_linear_triton(
     weight: torch.Tensor,
     bias: torch.Tensor | None = None,
     gated: bool = False,
-    in_parts: bool = False,
+    in_slices: bool = False,
 ) -> torch.Tensor:
     """`skinny_linear` as one launch. Raises ValueError for what that leaves to the library."""
-    if not _can_take(x, weight, bias, gated, in_parts):
+    if not _can_take(x, weight, bias, gated, in_slices):
         raise ValueError(
             f"x {list(x.shape)} {x.dtype}, weight {list(weight.shape)} {weight.dtype}, bias "
-            f"{None if bias is None else list(bias.shape)}, {gated=}, {in_parts=}: must be a product of 1 to "
+            f"{None if bias is None else list(bias.shape)}, {gated=}, {in_slices=}: must be a product of 1 to "
             f"{MAX_ROWS} rows that has tiles, of 16-bit elements, with a multiple of {K_MULTIPLE} columns side by "
             "side, in rows that begin at multiples of 16 bytes"
         )
-    return _launch(x, weight, bias, gated, in_parts)
+    return _launch(x, weight, bias, gated, in_slices)
 
 
 def _launch(
-    x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None, gated: bool, in_parts: bool
+    x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None, gated: bool, in_slices: bool
 ) -> torch.Tensor:
     """What the kernels can take, in one launch."""
     num_tokens, (n, k) = len(x), weight.shape
-    tiling = _tiling(num_tokens, n, k, gated, in_parts)
+    tiling = _tiling(num_tokens, n, k, gated, in_slices)
     halves = 2 if gated else 1
     n_out = n // halves
     if num_tokens == 1:
@@ -145,16 +145,16 @@ def _launch(
         )  # fmt: skip
         return out
     num_tiles = triton.cdiv(n, tiling.weight_rows), triton.cdiv(num_tokens, tiling.rows)
-    parts = _parts(num_tiles[0] * num_tiles[1], k, tiling.longest, x.device) if in_parts else 1
-    columns = k // parts
+    slices = _num_slices(num_tiles[0] * num_tiles[1], k, tiling.longest, x.device) if in_slices else 1
+    columns = k // slices
     tile_m, tile_n = tiling.rows, tiling.weight_rows
     tile_k, depth = _fit(tiling, columns, x.element_size(), shared_memory_bytes(x.device))
     x_tiles = TensorDescriptor(x, [num_tokens, k], [x.stride(0), 1], [tile_m, tile_k])
     weight_tiles = TensorDescriptor(weight, [halves, n_out, k], [n_out * k, k, 1], [halves, tile_n // halves, tile_k])
-    shape, dtype = ((parts, num_tokens, n), torch.float32) if parts > 1 else ((num_tokens, n_out), x.dtype)
+    shape, dtype = ((slices, num_tokens, n), torch.float32) if slices > 1 else ((num_tokens, n_out), x.dtype)
     out = torch.empty(shape, dtype=dtype, device=x.device)
-    _tile_kernel[(*num_tiles, parts)](
-        x, weight, x_tiles, weight_tiles, bias, out, num_tokens, x.stride(0), n_out, K=k, HALVES=halves, PARTS=parts,
+    _tile_kernel[(*num_tiles, slices)](
+        x, weight, x_tiles, weight_tiles, bias, out, num_tokens, x.stride(0), n_out, K=k, HALVES=halves, SLICES=slices,
         TILE_M=tile_m, TILE_N=tile_n, TILE_K=tile_k, AHEAD=min(LARGE_AHEAD, columns) if n * k >= LARGE else columns,
         LINE=LINE_BYTES // 2, num_warps=4, num_stages=depth, **early_launch(x),
     )  # fmt: skip
@@ -162,15 +162,15 @@ def _launch(
 
 
 @lru_cache
-def _parts(programs: int, k: int, longest: int, device: torch.device) -> int:
-    """Into how many equal parts to split K: the fewest that nearly fill the device, or as many as there can be."""
-    possible = [p for p in range(1, max(k // MIN_PART, 1) + 1) if k % (p * PART_MULTIPLE) == 0]
+def _num_slices(programs: int, k: int, longest: int, device: torch.device) -> int:
+    """Into how many equal slices to split K: the fewest that nearly fill the device, or as many as there can be."""
+    possible = [p for p in range(1, max(k // MIN_SLICE, 1) + 1) if k % (p * SLICE_MULTIPLE) == 0]
     enough = (p for p in possible if programs * p >= FULL * multiprocessors(device) and k // p <= longest)
     return next(enough, possible[-1])
 
 
 def _fit(tiling: Tiling, columns: int, itemsize: int, shared_memory: int) -> tuple[int, int]:
-    """Columns of a tile, which divide those of a part, and depth, as far as they fit a program's `shared_memory`."""
+    """Columns of a tile, which divide those of a slice, and depth, as far as they fit a program's `shared_memory`."""
     bytes_per_column = (tiling.rows + tiling.weight_rows) * itemsize
     tile_k = _dividing(columns, tiling.columns)
     while 2 * tile_k * bytes_per_column > shared_memory:
@@ -211,7 +211,7 @@ def _tile_kernel(
     n_out,
     K: tl.constexpr,
     HALVES: tl.constexpr,
-    PARTS: tl.constexpr,
+    SLICES: tl.constexpr,
     TILE_M: tl.constexpr,
     TILE_N: tl.constexpr,
     TILE_K: tl.constexpr,
@@ -221,15 +221,15 @@ def _tile_kernel(
 ):
     # Matrix units take 64 rows of the first factor at once: of x, or, where it has fewer, of the weight.
     TURNED: tl.constexpr = TILE_M < 64
-    COLUMNS: tl.constexpr = K // PARTS
+    COLUMNS: tl.constexpr = K // SLICES
     TILE_OUT: tl.constexpr = TILE_N // HALVES
     row = _weight_rows(TILE_N, HALVES, n_out)
     # The last tile of x ends with its last row, for rows past that take the copy engine long to fill. Where two tiles
     # overlap, both programs store the same bits.
     first_m = tl.maximum(tl.minimum(tl.program_id(1) * TILE_M, num_tokens - TILE_M), 0)
     first_n = tl.program_id(0) * TILE_OUT
-    part = tl.program_id(2)
-    first = part * COLUMNS
+    slice_ = tl.program_id(2)
+    first = slice_ * COLUMNS
     m = first_m + tl.arange(0, TILE_M)
     m_inside = (m < num_tokens)[:, None]
     column = tl.arange(0, TILE_K)[None, :]
@@ -260,11 +260,11 @@ def _tile_kernel(
         out = tl.trans(acc)
     if bias_ptr is not None:
         bias = tl.load(bias_ptr + row).to(tl.float32)
-        out += tl.where(part == 0, bias, 0.0)[None, :]
+        out += tl.where(slice_ == 0, bias, 0.0)[None, :]
     if HALVES == 2:
         out = _gated(out, TILE_M, TILE_OUT)
     n = first_n + tl.arange(0, TILE_OUT)
-    place = out_ptr + (part * num_tokens + m).to(tl.int64)[:, None] * n_out + n[None, :]
+    place = out_ptr + (slice_ * num_tokens + m).to(tl.int64)[:, None] * n_out + n[None, :]
     tl.store(place, out.to(out_ptr.dtype.element_ty), mask=m_inside & (n < n_out)[None, :])
 
 

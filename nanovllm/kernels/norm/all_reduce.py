@@ -24,7 +24,7 @@ from dataclasses import dataclass
 import torch
 
 from nanovllm.kernels.early_launch import early_launch, wait_for_previous
-from nanovllm.kernels.norm.rms_norm import add_to_residual, count_parts, load_sum, normed
+from nanovllm.kernels.norm.rms_norm import add_to_residual, count_slices, load_sum, normed
 from nanovllm.kernels.triton_shim import tl, triton
 
 # Messages of which a rank sends up to so many bytes, a copy to each other, are summed this way, on all devices of a
@@ -92,7 +92,7 @@ def one_shot_add_rms_norm(
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """`add_rms_norm` of the sum of every rank's `x`, with the same rounding as one after the other; one launch.
 
-    A rank's x may be partial sums `[parts, tokens, columns]` in float32, whose sum is rounded before it is sent.
+    A rank's x may be partial sums `[slices, tokens, columns]` in float32, whose sum is rounded before it is sent.
     """
     out = torch.empty_like(residual, memory_format=torch.contiguous_format)
     _launch(x, residual, weight, out, eps, peers, has_norm=True)
@@ -139,7 +139,7 @@ def _launch(
         RANKS=triton.next_power_of_2(peers.size),
         COLUMNS=peers.columns,
         TILE=tile,
-        NUM_PARTS=count_parts(x),
+        NUM_SLICES=count_slices(x),
         EMPTY=torch.iinfo(peers.inboxes.dtype).min,
         HAS_NORM=has_norm,
         num_warps=min(max(tile // 256, 1), 16),  # 8 elements, 16 bytes of bf16, a thread and rank
@@ -159,7 +159,7 @@ def _one_shot_kernel(
     num_rows,
     max_rows,
     x_stride,
-    part_stride,
+    slice_stride,
     residual_stride,
     out_stride,
     eps,
@@ -168,7 +168,7 @@ def _one_shot_kernel(
     RANKS: tl.constexpr,
     COLUMNS: tl.constexpr,
     TILE: tl.constexpr,
-    NUM_PARTS: tl.constexpr,
+    NUM_SLICES: tl.constexpr,
     EMPTY: tl.constexpr,
     HAS_NORM: tl.constexpr,
     EARLY: tl.constexpr,
@@ -183,7 +183,7 @@ def _one_shot_kernel(
     turn = tl.load(turns_ptr + program)
 
     for row in range(program, num_rows, tl.num_programs(0)):  # send all before waiting for any
-        x = load_sum(x_ptr + row * x_stride + column, part_stride, inside, NUM_PARTS, dtype)
+        x = load_sum(x_ptr + row * x_stride + column, slice_stride, inside, NUM_SLICES, dtype)
         words = x.to(word, bitcast=True)
         words = tl.where(words == EMPTY, 0, words)
         inbox = ((turn * SIZE + RANK) * max_rows + row) * COLUMNS

@@ -21,15 +21,15 @@ def add_rms_norm(
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """Add `x [tokens, size]` to `residual [tokens, size]` in place; return (its RMSNorm, `residual`).
 
-    x may also be partial sums `[parts, tokens, size]` in float32, whose sum is rounded to the residual's dtype first.
+    x may also be partial sums `[slices, tokens, size]` in float32, whose sum is rounded to the residual's dtype first.
     What is normalized is the sum as stored, rounded to the dtype. Rows of both may be strided.
     """
     run = add_rms_norm_triton if x.is_cuda else add_rms_norm_reference
     return run(x, residual, weight, eps)
 
 
-def count_parts(x: torch.Tensor) -> int:
-    """Of partial sums `[parts, tokens, size]`; a sum `[tokens, size]` is its only part."""
+def count_slices(x: torch.Tensor) -> int:
+    """Of partial sums `[slices, tokens, size]`; a sum `[tokens, size]` is its only part."""
     return len(x) if x.dim() == 3 else 1
 
 
@@ -66,10 +66,10 @@ def _launch(
     x: torch.Tensor, residual: torch.Tensor, weight: torch.Tensor, eps: float, has_residual: bool
 ) -> torch.Tensor:
     num_tokens, size = residual.shape
-    num_parts = count_parts(x)
+    num_slices = count_slices(x)
     out = torch.empty((num_tokens, size), dtype=residual.dtype, device=x.device)
     tile = triton.next_power_of_2(size)
-    elements = 8 if num_parts == 1 else 4  # a thread's: 16 bytes of bf16 or of float32
+    elements = 8 if num_slices == 1 else 4  # a thread's: 16 bytes of bf16 or of float32
     _rms_norm_kernel[(num_tokens,)](
         x,
         residual,
@@ -81,7 +81,7 @@ def _launch(
         eps,
         SIZE=size,
         TILE=tile,
-        NUM_PARTS=num_parts,
+        NUM_SLICES=num_slices,
         HAS_RESIDUAL=has_residual,
         num_warps=min(max(tile // (32 * elements), 1), 16),
         **early_launch(x),
@@ -90,11 +90,11 @@ def _launch(
 
 
 @triton.jit
-def load_sum(row_ptr, part_stride, inside, NUM_PARTS: tl.constexpr, dtype: tl.constexpr):
-    """A row of partial sums `part_stride` apart, added up in their dtype and rounded to `dtype`."""
+def load_sum(row_ptr, slice_stride, inside, NUM_SLICES: tl.constexpr, dtype: tl.constexpr):
+    """A row of partial sums `slice_stride` apart, added up in their dtype and rounded to `dtype`."""
     x = tl.load(row_ptr, mask=inside, other=0.0)
-    for part in tl.static_range(1, NUM_PARTS):
-        x += tl.load(row_ptr + part * part_stride, mask=inside, other=0.0)
+    for slice_ in tl.static_range(1, NUM_SLICES):
+        x += tl.load(row_ptr + slice_ * slice_stride, mask=inside, other=0.0)
     return x.to(dtype)
 
 
@@ -120,12 +120,12 @@ def _rms_norm_kernel(
     weight_ptr,
     out_ptr,
     x_stride,
-    part_stride,
+    slice_stride,
     residual_stride,
     eps,
     SIZE: tl.constexpr,
     TILE: tl.constexpr,
-    NUM_PARTS: tl.constexpr,
+    NUM_SLICES: tl.constexpr,
     HAS_RESIDUAL: tl.constexpr,
     EARLY: tl.constexpr,
 ):
@@ -134,7 +134,7 @@ def _rms_norm_kernel(
     inside = column < SIZE
     weight = tl.load(weight_ptr + column, mask=inside, other=0.0).to(tl.float32)
     wait_for_previous(EARLY)
-    x = load_sum(x_ptr + token * x_stride + column, part_stride, inside, NUM_PARTS, residual_ptr.dtype.element_ty)
+    x = load_sum(x_ptr + token * x_stride + column, slice_stride, inside, NUM_SLICES, residual_ptr.dtype.element_ty)
     if HAS_RESIDUAL:
         x = add_to_residual(x, residual_ptr + token * residual_stride + column, inside)
     tl.store(out_ptr + token * SIZE + column, normed(x, weight, eps, SIZE).to(out_ptr.dtype.element_ty), mask=inside)

@@ -12,12 +12,12 @@ from paged_cache import PagedCase, assert_within_rounding, dense_attention, make
 from nanovllm.kernels.attention import paged_decode_kernel
 from nanovllm.kernels.attention.cpu_attention import CpuDecodePlan, plan_gather
 from nanovllm.kernels.attention.cpu_rope_store import plan_rope_store
-from nanovllm.kernels.attention.decode_plan import (
-    PIECE_MULTIPLE,
-    DecodePlan,
-    plan_decode,
-    plan_decode_reference,
-    plan_decode_triton,
+from nanovllm.kernels.attention.decode_splits import (
+    SPLIT_MULTIPLE,
+    DecodeSplits,
+    split_contexts,
+    split_contexts_reference,
+    split_contexts_triton,
 )
 from nanovllm.kernels.attention.paged_decode import paged_decode, paged_decode_reference
 from nanovllm.kernels.attention.paged_decode_kernel import paged_decode_triton
@@ -26,14 +26,14 @@ HEAD_DIMS = [24, 48, 64, 80, 96, 128, 256]
 GROUPS = [1, 2, 3, 5, 7, 8]
 BLOCK_SIZES = [16, 48, 64, 256]
 DTYPES = [torch.bfloat16, torch.float16, torch.float32]
-PIECE = PIECE_MULTIPLE
+SPLIT = SPLIT_MULTIPLE
 
 
 def draw_lengths(rng: random.Random, block_size: int, most: int) -> list[int]:
-    """A few lengths with the borders of blocks, tiles and pieces well represented, and a padding entry now and then."""
-    border = [0, 1, block_size, block_size + 1, PIECE, PIECE + 1, 2 * PIECE, 3 * PIECE - 1]
-    lengths = [rng.choice([*border, rng.randint(1, 3 * PIECE)]) for _ in range(rng.randint(1, most))]
-    return [*lengths, rng.randint(PIECE + 1, 3 * PIECE)]
+    """A few lengths with the borders of blocks, tiles and splits well represented, and a padding entry now and then."""
+    border = [0, 1, block_size, block_size + 1, SPLIT, SPLIT + 1, 2 * SPLIT, 3 * SPLIT - 1]
+    lengths = [rng.choice([*border, rng.randint(1, 3 * SPLIT)]) for _ in range(rng.randint(1, most))]
+    return [*lengths, rng.randint(SPLIT + 1, 3 * SPLIT)]
 
 
 def decode_inputs(case: PagedCase, group: int, seed: int) -> tuple[torch.Tensor, torch.Tensor]:
@@ -55,16 +55,16 @@ def decode_inputs(case: PagedCase, group: int, seed: int) -> tuple[torch.Tensor,
     return wide.to(out.device).flatten(1)[:, : (num_heads + 2 * num_kv_heads) * head_dim], out
 
 
-def make_plan(case: PagedCase, group: int, target_pieces: int, min_piece: int = PIECE) -> DecodePlan:
+def make_plan(case: PagedCase, group: int, target_splits: int, min_split: int = SPLIT) -> DecodeSplits:
     num_kv_heads, head_dim = case.k_cache.shape[1], case.k_cache.shape[3]
-    plan = DecodePlan.allocate(
+    plan = DecodeSplits.allocate(
         len(case.keys) + 3,
         num_kv_heads * group,
         num_kv_heads,
         head_dim,
         case.k_cache.device,
-        target_pieces=target_pieces,
-        min_piece=min_piece,
+        target_splits=target_splits,
+        min_split=min_split,
     )
     plan.partial_out.fill_(float("nan"))
     plan.partial_lse.fill_(float("nan"))
@@ -82,9 +82,9 @@ def assert_decode_is_dense_attention(case: PagedCase, qkv: torch.Tensor, out: to
             assert_within_rounding(out[i : i + 1], expected, bound)
 
 
-def run(case: PagedCase, qkv: torch.Tensor, plan: DecodePlan, scale: float, out: torch.Tensor) -> None:
+def run(case: PagedCase, qkv: torch.Tensor, plan: DecodeSplits, scale: float, out: torch.Tensor) -> None:
     """Without norms, and no dimension is rotated."""
-    torch.zeros(1, device=qkv.device)  # a launch between this one and the plan's, which `plan_decode` asks for
+    torch.zeros(1, device=qkv.device)  # a launch between this one and the plan's, which `split_contexts` asks for
     cache = (case.k_cache, case.v_cache, case.block_table, case.rows, case.seq_lens)
     paged_decode_triton(qkv, None, None, 0.0, torch.empty(1, 0, device=qkv.device), *cache, plan, scale, out)
 
@@ -97,9 +97,9 @@ def test_kernel_equals_dense_attention(seed: int, device: str) -> None:
     lengths = draw_lengths(rng, block_size, most=2 if device == "cpu" else 12)
     case = make_case(seed, lengths, rng.randint(1, 2), HEAD_DIMS[seed % 7], block_size, DTYPES[seed % 3], device)
     qkv, out = decode_inputs(case, group, seed)
-    smallest_pieces = sum(-(-length // PIECE) for length in lengths)
-    plan = make_plan(case, group, target_pieces=smallest_pieces)
-    plan = plan_decode_triton(case.seq_lens, case.k_cache.shape[1], plan)
+    smallest_splits = sum(-(-length // SPLIT) for length in lengths)
+    plan = make_plan(case, group, target_splits=smallest_splits)
+    plan = split_contexts_triton(case.seq_lens, case.k_cache.shape[1], plan)
     scale = HEAD_DIMS[seed % 7] ** -0.5
     run(case, qkv, plan, scale, out)
     assert_decode_is_dense_attention(case, qkv, out, scale)
@@ -137,13 +137,13 @@ def test_newest_token_is_normalized_rotated_stored_and_attended_to(
     head_dim, rotary_dim, group, has_norm = heads
     device = "cpu" if on_cpu_path else device
     block_size = 48 if group == 3 else 64
-    lengths = [1, 2 * PIECE + 5, block_size, block_size + 1] + ([] if on_cpu_path else [0])  # padding is for graphs
+    lengths = [1, 2 * SPLIT + 5, block_size, block_size + 1] + ([] if on_cpu_path else [0])  # padding is for graphs
     case = make_case(7, lengths, 2, head_dim, block_size, dtype, device)
     generator = torch.Generator().manual_seed(head_dim)
     qkv = torch.randn(len(lengths), (2 * group + 4) * head_dim, generator=generator).to(dtype).to(device)
     weights = (torch.rand(2, head_dim, generator=generator) + 0.5).to(dtype).to(device)
     norms = (weights[0], weights[1], 1e-6) if has_norm else (None, None, 0.0)
-    cos_sin = torch.randn(2 * PIECE + 5, rotary_dim, generator=generator).to(device)
+    cos_sin = torch.randn(2 * SPLIT + 5, rotary_dim, generator=generator).to(device)
     where = (case.block_table, case.rows, case.seq_lens)
     caches, expected_caches = ([case.k_cache.clone(), case.v_cache.clone()] for _ in range(2))
     if on_cpu_path:  # there slots past the end must be finite
@@ -159,7 +159,7 @@ def test_newest_token_is_normalized_rotated_stored_and_attended_to(
         plan = CpuDecodePlan(stores, plan_gather(case.seq_lens, case.rows, case.block_table, caches[0]))
         paged_decode(qkv, *norms, cos_sin, *caches, *where, plan, 0.1, out)
     else:
-        plan = plan_decode_triton(case.seq_lens, 2, make_plan(case, group, target_pieces=4))
+        plan = split_contexts_triton(case.seq_lens, 2, make_plan(case, group, target_splits=4))
         torch.zeros(1, device=device)
         paged_decode_triton(qkv, *norms, cos_sin, *caches, *where, plan, 0.1, out)
     tolerance = {"rtol": 2 * torch.finfo(dtype).eps + 5e-6, "atol": 4 * torch.finfo(dtype).eps + 5e-6}
@@ -176,11 +176,11 @@ def test_one_norm_of_two_is_refused() -> None:
 
 
 def test_layers_share_a_workspace_however_sequences_are_cut(device: str) -> None:
-    case = make_case(3, [3 * PIECE, 0, PIECE + 1, 7], 2, 64, 64, torch.float32, device)
+    case = make_case(3, [3 * SPLIT, 0, SPLIT + 1, 7], 2, 64, 64, torch.float32, device)
     qkv, out = decode_inputs(case, 3, 3)
-    for target_pieces, min_piece in ((1, PIECE), (6, 2 * PIECE), (6, PIECE)):
-        plan = make_plan(case, 3, target_pieces, min_piece)
-        plan = plan_decode_triton(case.seq_lens, 2, plan)
+    for target_splits, min_split in ((1, SPLIT), (6, 2 * SPLIT), (6, SPLIT)):
+        plan = make_plan(case, 3, target_splits, min_split)
+        plan = split_contexts_triton(case.seq_lens, 2, plan)
         for layer in range(2):
             out.fill_(float("nan"))
             queries = qkv.clone()
@@ -189,11 +189,11 @@ def test_layers_share_a_workspace_however_sequences_are_cut(device: str) -> None
             assert_decode_is_dense_attention(case, queries, out, 0.125)
 
 
-def test_more_pieces_than_one_step_of_the_merge(device: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(paged_decode_kernel, "MERGE_ELEMENTS", 1)  # two pieces at a time
-    case = make_case(4, [7 * PIECE - 3], 1, 24, 64, torch.float32, device)
+def test_more_splits_than_one_step_of_the_merge(device: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(paged_decode_kernel, "MERGE_ELEMENTS", 1)  # two splits at a time
+    case = make_case(4, [7 * SPLIT - 3], 1, 24, 64, torch.float32, device)
     qkv, out = decode_inputs(case, 5, 4)
-    plan = plan_decode_triton(case.seq_lens, 1, make_plan(case, 5, target_pieces=7))
+    plan = split_contexts_triton(case.seq_lens, 1, make_plan(case, 5, target_splits=7))
     run(case, qkv, plan, 0.2, out)
     assert_decode_is_dense_attention(case, qkv, out, 0.2)
 
@@ -210,7 +210,7 @@ def test_offsets_past_two_to_the_31_elements(block_size: int, device: str) -> No
     k_cache[2], v_cache[2] = small.k_cache[source], small.v_cache[source]
     table = torch.full_like(small.block_table, 2)
     qkv, out = decode_inputs(small, 2, 0)
-    plan = plan_decode_triton(small.seq_lens, num_kv_heads, make_plan(small, 2, target_pieces=1))
+    plan = split_contexts_triton(small.seq_lens, num_kv_heads, make_plan(small, 2, target_splits=1))
     where = (table, small.rows, small.seq_lens)
     paged_decode_triton(
         qkv, None, None, 0.0, torch.empty(1, 0, device=device), k_cache, v_cache, *where, plan, 0.2, out
@@ -230,7 +230,9 @@ def test_tiles_past_two_to_the_31_elements(device: str) -> None:
     k_cache[last], v_cache[last] = small.k_cache[source], small.v_cache[source]
     table = torch.full_like(small.block_table, last)
     qkv, out = decode_inputs(small, 2, 0)
-    plan = plan_decode_triton(small.seq_lens, num_kv_heads, make_plan(small, 2, target_pieces=1, min_piece=2 * PIECE))
+    plan = split_contexts_triton(
+        small.seq_lens, num_kv_heads, make_plan(small, 2, target_splits=1, min_split=2 * SPLIT)
+    )
     where = (table, small.rows, small.seq_lens)
     paged_decode_triton(
         qkv, None, None, 0.0, torch.empty(1, 0, device=device), k_cache, v_cache, *where, plan, 0.2, out
@@ -241,13 +243,13 @@ def test_tiles_past_two_to_the_31_elements(device: str) -> None:
 def test_one_captured_graph_serves_every_length_mix(device: str) -> None:
     if device == "cpu":
         pytest.skip("CUDA graphs need CUDA")
-    case = make_case(5, [9 * PIECE, 3 * PIECE, 5, 0], 2, 128, 64, torch.bfloat16, device)
+    case = make_case(5, [9 * SPLIT, 3 * SPLIT, 5, 0], 2, 128, 64, torch.bfloat16, device)
     qkv, out = decode_inputs(case, 2, 5)
-    plan = make_plan(case, 2, target_pieces=8)
+    plan = make_plan(case, 2, target_splits=8)
     full = case.seq_lens.clone()
 
     def step() -> None:
-        run(case, qkv, plan_decode(case.seq_lens, 2, plan), 0.1, out)
+        run(case, qkv, split_contexts(case.seq_lens, 2, plan), 0.1, out)
 
     step()  # compiles outside the capture
     graph = torch.cuda.CUDAGraph()
@@ -255,7 +257,7 @@ def test_one_captured_graph_serves_every_length_mix(device: str) -> None:
         step()
     newest_keys, newest_values = qkv.unflatten(1, (-1, 128))[:, -4:].cpu().split(2, dim=1)
     keys, values = case.keys, case.values
-    for lengths in ([9 * PIECE, 3 * PIECE, 5, 0], [1, 2 * PIECE, 1, 0], [6 * PIECE + 1, 1, 4, 0]):
+    for lengths in ([9 * SPLIT, 3 * SPLIT, 5, 0], [1, 2 * SPLIT, 1, 0], [6 * SPLIT + 1, 1, 4, 0]):
         case.seq_lens.copy_(torch.tensor(lengths, dtype=torch.int32))
         for i, length in enumerate(lengths):
             if length > 0:  # a shorter sequence's newest token takes an older one's place
@@ -268,31 +270,31 @@ def test_one_captured_graph_serves_every_length_mix(device: str) -> None:
     assert bool((case.seq_lens <= full).all())
 
 
-def check_plan(plan: DecodePlan, lengths: list[int]) -> None:
-    slots = plan.pieces[: len(lengths) + plan.target_pieces].tolist()
+def check_plan(plan: DecodeSplits, lengths: list[int]) -> None:
+    slots = plan.splits[: len(lengths) + plan.target_splits].tolist()
     used = [slot for slot in slots if slot[0] >= 0]
     assert slots[: len(used)] == used, "idle slots must be the last"
     is_end = [end == lengths[seq] for seq, _, end, *_ in used]
-    assert is_end == sorted(is_end), "whole pieces must come first"
+    assert is_end == sorted(is_end), "whole splits must come first"
     ends = [end - begin for seq, begin, end, *_ in used if end == lengths[seq]]
-    assert ends == sorted(ends, reverse=True), "short pieces must come last"
+    assert ends == sorted(ends, reverse=True), "short splits must come last"
     assert sorted(slot[3] for slot in used) == list(range(len(used))), "each needs a place for its partial result"
     whole_sizes = set()
     for seq, length in enumerate(lengths):
         own = sorted(slot for slot in used if slot[0] == seq)
-        assert [slot[1] for slot in own] == [0] + [slot[2] for slot in own][:-1], "pieces must follow each other"
-        assert own[-1][2] == length, "pieces must reach the end"
+        assert [slot[1] for slot in own] == [0] + [slot[2] for slot in own][:-1], "splits must follow each other"
+        assert own[-1][2] == length, "splits must reach the end"
         assert [slot[3] for slot in own] == [own[0][4] + i for i in range(len(own))]
         assert all(slot[4] == own[0][4] and slot[5] == len(own) for slot in own)
-        assert length == 0 or own[-1][2] > own[-1][1], "no piece of a sequence is empty"
+        assert length == 0 or own[-1][2] > own[-1][1], "no split of a sequence is empty"
         whole_sizes |= {slot[2] - slot[1] for slot in own[:-1]}
-    assert len(whole_sizes) <= 1, "all pieces but the last of a sequence have the same size"
-    assert all(size % PIECE == 0 and size >= plan.min_piece for size in whole_sizes)
+    assert len(whole_sizes) <= 1, "all splits but the last of a sequence have the same size"
+    assert all(size % SPLIT == 0 and size >= plan.min_split for size in whole_sizes)
 
 
-def empty_plan(max_seqs: int, target_pieces: int, min_piece: int, device: str = "cpu") -> DecodePlan:
-    plan = DecodePlan.allocate(max_seqs, 2, 1, 8, device, target_pieces=target_pieces, min_piece=min_piece)
-    plan.pieces.fill_(777)
+def empty_plan(max_seqs: int, target_splits: int, min_split: int, device: str = "cpu") -> DecodeSplits:
+    plan = DecodeSplits.allocate(max_seqs, 2, 1, 8, device, target_splits=target_splits, min_split=min_split)
+    plan.splits.fill_(777)
     plan.arrivals.fill_(777)
     return plan
 
@@ -300,12 +302,12 @@ def empty_plan(max_seqs: int, target_pieces: int, min_piece: int, device: str = 
 @settings(max_examples=300, deadline=None)
 @given(
     lengths=st.lists(st.one_of(st.integers(0, 3), st.integers(0, 5000), st.integers(0, 200_000)), min_size=1),
-    target_pieces=st.integers(1, 600),
-    min_piece=st.integers(1, 8).map(lambda n: n * PIECE),
+    target_splits=st.integers(1, 600),
+    min_split=st.integers(1, 8).map(lambda n: n * SPLIT),
 )
-def test_pieces_cover_every_sequence_and_always_fit(lengths: list[int], target_pieces: int, min_piece: int) -> None:
-    plan = empty_plan(len(lengths), target_pieces, min_piece)
-    plan = plan_decode(torch.tensor(lengths, dtype=torch.int32), 1, plan)
+def test_splits_cover_every_sequence_and_always_fit(lengths: list[int], target_splits: int, min_split: int) -> None:
+    plan = empty_plan(len(lengths), target_splits, min_split)
+    plan = split_contexts(torch.tensor(lengths, dtype=torch.int32), 1, plan)
     check_plan(plan, lengths)
     assert not plan.arrivals[: len(lengths)].any()
 
@@ -316,32 +318,32 @@ def test_plan_kernel_equals_its_reference(seed: int, device: str) -> None:
     most = rng.choice([10, 1000, 100_000])
     num_seqs = rng.randint(1, 20) if device == "cpu" or seed % 3 else 1024 + seed  # past one chunk of the kernel's sums
     seq_lens = torch.tensor([rng.randint(0, most) for _ in range(num_seqs)], dtype=torch.int32, device=device)
-    target_pieces, min_piece = rng.randint(1, 300), rng.randint(1, 4) * PIECE
-    expected = empty_plan(num_seqs + 2, target_pieces, min_piece, device)
-    actual = empty_plan(num_seqs + 2, target_pieces, min_piece, device)
-    plan_decode_reference(seq_lens, 1, expected)
-    plan_decode_triton(seq_lens, 1, actual)
-    assert torch.equal(actual.pieces, expected.pieces)
+    target_splits, min_split = rng.randint(1, 300), rng.randint(1, 4) * SPLIT
+    expected = empty_plan(num_seqs + 2, target_splits, min_split, device)
+    actual = empty_plan(num_seqs + 2, target_splits, min_split, device)
+    split_contexts_reference(seq_lens, 1, expected)
+    split_contexts_triton(seq_lens, 1, actual)
+    assert torch.equal(actual.splits, expected.splits)
     assert torch.equal(actual.arrivals, expected.arrivals)
 
 
-@pytest.mark.parametrize(("num_seqs", "piece"), [(1, 64), (4, 64), (5, 128), (8, 128), (16, 256), (17, 512), (64, 512)])
-def test_few_sequences_are_cut_finer_so_that_every_multiprocessor_has_a_piece(num_seqs: int, piece: int) -> None:
-    plan = DecodePlan.allocate(num_seqs, 16, 8, 8, "cpu", target_pieces=1000)
-    plan_decode(torch.full((num_seqs,), 4096, dtype=torch.int32), 8, plan)
-    assert plan.pieces[0, 1:3].tolist() == [0, piece]
+@pytest.mark.parametrize(("num_seqs", "split"), [(1, 64), (4, 64), (5, 128), (8, 128), (16, 256), (17, 512), (64, 512)])
+def test_few_sequences_are_cut_finer_so_that_every_multiprocessor_has_a_split(num_seqs: int, split: int) -> None:
+    plan = DecodeSplits.allocate(num_seqs, 16, 8, 8, "cpu", target_splits=1000)
+    split_contexts(torch.full((num_seqs,), 4096, dtype=torch.int32), 8, plan)
+    assert plan.splits[0, 1:3].tolist() == [0, split]
 
 
 def test_what_does_not_fit_is_refused() -> None:
-    plan = empty_plan(2, 4, PIECE)
+    plan = empty_plan(2, 4, SPLIT)
     with pytest.raises(ValueError, match="up to 2 sequences"):
-        plan_decode(torch.ones(3, dtype=torch.int32), 1, plan)
+        split_contexts(torch.ones(3, dtype=torch.int32), 1, plan)
     with pytest.raises(ValueError, match="kv heads"):
-        plan_decode(torch.ones(2, dtype=torch.int32), 2, plan)
-    with pytest.raises(ValueError, match="min_piece=100"):
+        split_contexts(torch.ones(2, dtype=torch.int32), 2, plan)
+    with pytest.raises(ValueError, match="min_split=100"):
         empty_plan(2, 4, 100)
-    with pytest.raises(ValueError, match="target_pieces=0"):
-        empty_plan(2, 0, PIECE)
+    with pytest.raises(ValueError, match="target_splits=0"):
+        empty_plan(2, 0, SPLIT)
     qkv, out = torch.zeros(1, 64), torch.empty(1, 4, 8)
     cache = torch.zeros(3, 2, 16, 8)
     lens = torch.ones(1, dtype=torch.int32)
@@ -358,11 +360,11 @@ def test_what_does_not_fit_is_refused() -> None:
     with pytest.raises(ValueError, match="of 1 kv heads, the step has 1 of 2"):
         launch(plan, 1.0, out)
     with pytest.raises(ValueError, match="up to 0 sequences"):
-        launch(DecodePlan.allocate(0, 4, 2, 8, "cpu"), 1.0, out)
-    for tile in (0, 8, 48, 2 * PIECE):
+        launch(DecodeSplits.allocate(0, 4, 2, 8, "cpu"), 1.0, out)
+    for tile in (0, 8, 48, 2 * SPLIT):
         config = paged_decode_kernel.DecodeConfig(tile=tile, num_warps=2, num_stages=2)
-        with pytest.raises(ValueError, match=f"tile={tile}: must divide {PIECE} and be at least 16"):
-            launch(DecodePlan.allocate(1, 4, 2, 8, "cpu"), 1.0, out, config)
+        with pytest.raises(ValueError, match=f"tile={tile}: must divide {SPLIT} and be at least 16"):
+            launch(DecodeSplits.allocate(1, 4, 2, 8, "cpu"), 1.0, out, config)
 
 
 def test_only_caches_that_the_copy_engine_can_take_are_its_tiles() -> None:

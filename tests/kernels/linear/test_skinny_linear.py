@@ -69,7 +69,7 @@ def least_elements_of_large_weights(request: pytest.FixtureRequest, monkeypatch:
 
 def multiply(x: torch.Tensor, weight: torch.Tensor, *args: object, **options: bool) -> torch.Tensor:
     """The kernel's product. Ends the test where there are no tiles for it, and it says so."""
-    asked = [options.get(name, False) for name in ("gated", "in_parts")]
+    asked = [options.get(name, False) for name in ("gated", "in_slices")]
     if len(x) == 1 or kernels._tiling(len(x), *weight.shape, *asked):
         return kernels.skinny_linear_triton(x, weight, *args, **options)
     with pytest.raises(ValueError, match="that has tiles"):
@@ -94,7 +94,7 @@ def test_the_product_is_rounded_once(shape: tuple[int, int, int], dtype: torch.d
 
 
 def assert_parts_sum_to_the_product(out: torch.Tensor, x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor):
-    """As exact as one sum in float32, before the sum of the parts is rounded."""
+    """As exact as one sum in float32, before the sum of the slices is rounded."""
     if out.dim() == 3:
         assert out.dtype == torch.float32 and out.shape[0] > 1
         out = out.sum(dim=0).to(x.dtype)
@@ -105,17 +105,17 @@ def assert_parts_sum_to_the_product(out: torch.Tensor, x: torch.Tensor, weight: 
 @pytest.mark.parametrize("shape", SHAPES)
 def test_parts_sum_to_the_product_and_only_one_has_the_bias(shape, dtype: torch.dtype, device: str):
     x, weight, bias = draw(shape, dtype, device)
-    out = multiply(x, weight, bias, in_parts=True)
+    out = multiply(x, weight, bias, in_slices=True)
     assert_parts_sum_to_the_product(out, x, weight, bias)
-    assert (out.dim() == 3) == (shape[0] > 1 and shape[2] >= 2 * kernels.MIN_PART)  # so small a weight is always split
+    assert (out.dim() == 3) == (shape[0] > 1 and shape[2] >= 2 * kernels.MIN_SLICE)  # so small a weight is always split
 
 
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="too large for the interpreter")
 @pytest.mark.parametrize("num_tokens", [1, 3, 16, 31, 48, 64, 65, 128, 129, 256])
-@pytest.mark.parametrize("kind", ["plain", "in_parts", "gated"])
+@pytest.mark.parametrize("kind", ["plain", "in_slices", "gated"])
 def test_the_product_is_rounded_once_at_a_models_sizes(num_tokens: int, kind: str, device: str):
     options = {} if kind == "plain" else {kind: True}
-    exact = {"plain": assert_is_rounded_product, "in_parts": assert_parts_sum_to_the_product}
+    exact = {"plain": assert_is_rounded_product, "in_slices": assert_parts_sum_to_the_product}
     for n, k in [(4096, 1024), (1024, 2048), (6144, 1024), (1024, 3072)]:
         x, weight, bias = draw((num_tokens, n, k), torch.bfloat16, device)
         exact.get(kind, assert_is_rounded_swiglu)(multiply(x, weight, bias, **options), x, weight, bias)
@@ -126,7 +126,7 @@ def test_products_have_the_tiles_that_were_chosen_for_them(monkeypatch: pytest.M
     for (n, k), table in [
         ((4096, 1024), kernels.TILINGS),
         ((8192, 4096), kernels.LARGE_TILINGS),
-        ((4096, 4096), {most: (None, in_parts, None) for most, (_, in_parts, _) in kernels.LARGE_TILINGS.items()}),
+        ((4096, 4096), {most: (None, in_slices, None) for most, (_, in_slices, _) in kernels.LARGE_TILINGS.items()}),
         ((32768, 4096), {}),
     ]:
         for num_tokens in (2, 16, 17, 32, 33, 48, 49, 64, 65, 96, 97, 128, 129, 192, 193, 256, 257):
@@ -145,9 +145,9 @@ def test_what_the_kernel_is_not_for_is_left_to_the_library(device: str, monkeypa
         (x.bfloat16().repeat(90, 1), weight.bfloat16()),  # many rows
         (x.bfloat16().repeat(1, 2)[:, 3 : 3 + 256], weight.bfloat16()),  # rows that begin at odd places
     ]:
-        assert not any(kernels._can_take(a, w, None, gated, parts) for gated, parts in ((0, 0), (0, 1), (1, 0)))
+        assert not any(kernels._can_take(a, w, None, gated, slices) for gated, slices in ((0, 0), (0, 1), (1, 0)))
         assert torch.equal(kernels.skinny_linear(a, w), torch.nn.functional.linear(a, w))
-        assert torch.equal(kernels.skinny_linear(a, w, in_parts=True), torch.nn.functional.linear(a, w))
+        assert torch.equal(kernels.skinny_linear(a, w, in_slices=True), torch.nn.functional.linear(a, w))
         expected = silu_mul(torch.nn.functional.linear(a, w))
         assert torch.equal(kernels.skinny_linear(a, w, gated=True), expected)
 

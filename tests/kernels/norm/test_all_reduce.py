@@ -54,7 +54,7 @@ def residual_and_weight(rows: int, dtype: torch.dtype) -> tuple[torch.Tensor, to
 
 
 def call(index: int, x: torch.Tensor, peers: PeerBuffers) -> list[torch.Tensor]:
-    """Every other call goes on with the norm, and every fourth is given parts of what it sums."""
+    """Every other call goes on with the norm, and every fourth is given slices of what it sums."""
     if index % 2 == 0:
         return [one_shot_all_reduce(x, peers)]
     residual, weight = (t.to(x.device) for t in residual_and_weight(len(x), x.dtype))

@@ -70,19 +70,19 @@ def test_add_rms_norm_stores_the_rounded_sum_and_normalizes_it(norm, shape, dtyp
 
 @pytest.mark.parametrize("norm", ADD_NORMS)
 @pytest.mark.parametrize("dtype", DTYPES)
-@pytest.mark.parametrize("num_parts", [2, 3, 8])
-def test_partial_sums_are_summed_and_rounded_before_they_are_added(norm, num_parts, dtype: torch.dtype, device: str):
+@pytest.mark.parametrize("num_slices", [2, 3, 8])
+def test_partial_sums_are_summed_and_rounded_before_they_are_added(norm, num_slices, dtype: torch.dtype, device: str):
     shape = (5, 96)
     residual, weight = draw(shape, dtype, device)
-    parts = torch.stack([draw(shape, torch.float32, device)[0].roll(i, 1) for i in range(num_parts)])
+    slices = torch.stack([draw(shape, torch.float32, device)[0].roll(i, 1) for i in range(num_slices)])
     expected = residual.clone()
-    x = parts[0].clone()
-    for part in parts[1:]:
-        x += part
-    out, returned = norm(parts, residual, weight, EPS)
+    x = slices[0].clone()
+    for slice_ in slices[1:]:
+        x += slice_
+    out, returned = norm(slices, residual, weight, EPS)
     assert returned is residual and out.dtype == dtype
     unit = torch.finfo(dtype).eps + 8 * torch.finfo(torch.float32).eps
-    torch.testing.assert_close(residual, expected + x.to(dtype), rtol=unit, atol=float(parts.abs().max()) * unit)
+    torch.testing.assert_close(residual, expected + x.to(dtype), rtol=unit, atol=float(slices.abs().max()) * unit)
     assert_rounded_once(out, exact_norm(residual, weight))
 
 
