@@ -23,8 +23,8 @@ from nanovllm.kernels.norm.all_reduce import PeerBuffers, make_inboxes, one_shot
 from nanovllm.kernels.norm.rms_norm import add_rms_norm_triton, rms_norm_triton
 from nanovllm.kernels.prepare_inputs import StepInputs, prepare_inputs_triton
 from nanovllm.kernels.sampling.logprobs import summarize_triton
-from nanovllm.kernels.sampling.sample import SamplingTensors
 from nanovllm.kernels.sampling.sample_kernel import sample_triton
+from nanovllm.kernels.sampling.tensors import SamplingTensors
 
 HOPPER = GPUTarget("cuda", 90, 32)
 SEQS, VOCAB = 3, 1000
