@@ -9,14 +9,16 @@ import statistics
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
+from types import SimpleNamespace
 
 import torch
 
 from benchmarks.ceilings import run_seconds
 from benchmarks.workloads import Workload
-from nanovllm.kernels.attention.cpu_attention import CpuDecodePlan, plan_gather
-from nanovllm.kernels.attention.cpu_rope_store import plan_rope_store
+from nanovllm.kernels.attention.contract import AttentionSpec, ChunkBatch, DecodeBatch, KVCache
+from nanovllm.kernels.attention.cpu_rope_store import TokenPlaces
 from nanovllm.kernels.attention.decode_splits import DecodeSplits, split_contexts
+from nanovllm.kernels.attention.kv_gather import gather_blocks
 from nanovllm.kernels.attention.paged_decode import paged_decode
 from nanovllm.kernels.attention.paged_decode_kernel import DecodeConfig, paged_decode_triton
 from nanovllm.kernels.attention.paged_prefill import PrefillConfig, paged_prefill, paged_prefill_triton
@@ -133,16 +135,20 @@ def time_decode(
     weight = torch.ones(shape.head_dim, dtype=shape.dtype, device=device)
     cos_sin = torch.rand(max(lengths), shape.head_dim, device=device)
     out = torch.empty(len(lengths), shape.num_heads, shape.head_dim, dtype=shape.dtype, device=device)
-    own = (qkv, weight, weight, 1e-6, cos_sin, k_cache, v_cache)
     if device == "cpu":
+        norm, rope = SimpleNamespace(weight=weight, eps=1e-6), SimpleNamespace(cos_sin=cos_sin)
+        spec = AttentionSpec(shape.num_heads, shape.num_kv_heads, shape.head_dim, shape.scale, rope, norm, norm)
         positions, newest = seq_lens - 1, (seq_lens - 1) // block_size
         launches = []
         for table in tables:
             slots = table[rows, newest].long() * block_size + positions % block_size
-            stores = plan_rope_store(positions, slots, cos_sin, block_size)
-            plan = CpuDecodePlan(stores, plan_gather(seq_lens, rows, table, k_cache))
-            launches.append(partial(paged_decode, *own, table, rows, seq_lens, plan, shape.scale, out))
+            gather = gather_blocks(seq_lens, rows, table, k_cache)
+            places = TokenPlaces.of(positions, slots, block_size)
+            places.rotation(spec.rope)  # layers share it
+            decodes = DecodeBatch(rows, seq_lens, table, gather=gather, places=places)
+            launches.append(partial(paged_decode, qkv, spec, KVCache(k_cache, v_cache), decodes, out))
     else:
+        own = (qkv, weight, weight, 1e-6, cos_sin, k_cache, v_cache)
         heads = (shape.num_heads, shape.num_kv_heads, shape.head_dim)
         plan = split_contexts(seq_lens, shape.num_kv_heads, DecodeSplits.allocate(len(lengths), *heads, device, **cut))
         launches = [
@@ -169,12 +175,14 @@ def time_prefill(
     rows = torch.arange(num_seqs, dtype=torch.int32, device=device)
     query_start = torch.arange(num_seqs + 1, dtype=torch.int32, device=device) * length
     seq_lens = torch.full((num_seqs,), length, dtype=torch.int32, device=device)
-    arguments = (
-        q, *pool.caches(block_size), table, rows, query_start, seq_lens, shape.scale, torch.empty_like(q)
-    )  # fmt: skip
+    spec = AttentionSpec(q.shape[1], shape.num_kv_heads, shape.head_dim, shape.scale)
+    cache, out = KVCache(*pool.caches(block_size)), torch.empty_like(q)
     if config is None:
-        return median_seconds(partial(paged_prefill, *arguments), device)
-    return median_seconds(partial(paged_prefill_triton, *arguments, config=config), device)
+        none = torch.empty(0)  # paged_prefill reads no positions and slots
+        chunks = ChunkBatch(none, none, rows, query_start, seq_lens, table)
+        return median_seconds(partial(paged_prefill, q, spec, cache, chunks, out), device)
+    where = (table, rows, query_start, seq_lens, shape.scale, out)
+    return median_seconds(partial(paged_prefill_triton, q, *cache, *where, config=config), device)
 
 
 def prefill_flops(num_heads: int, head_dim: int, num_seqs: int, length: int) -> float:

@@ -15,8 +15,7 @@ import torch.nn.functional as F
 
 from nanovllm.kernels.attention import paged_decode
 from nanovllm.kernels.attention import qk_norm_rope_store as rope_store
-from nanovllm.kernels.attention.cpu_attention import CpuDecodePlan
-from nanovllm.kernels.attention.decode_splits import DecodeSplits
+from nanovllm.kernels.attention.contract import AttentionSpec, ChunkBatch, DecodeBatch, KVCache
 from nanovllm.kernels.linear import silu_mul, skinny_linear
 from nanovllm.kernels.norm import rms_norm
 from nanovllm.kernels.sampling import sample
@@ -86,67 +85,34 @@ def plain_silu_mul(gate_up: torch.Tensor) -> torch.Tensor:
 
 
 def plain_qk_norm_rope_store(
-    qkv: torch.Tensor,
-    q_weight: torch.Tensor | None,
-    k_weight: torch.Tensor | None,
-    eps: float,
-    positions: torch.Tensor,
-    cos_sin: torch.Tensor,
-    slot_mapping: torch.Tensor,
-    k_cache: torch.Tensor,
-    v_cache: torch.Tensor,
-    num_heads: int,
-    *_: object,
+    qkv: torch.Tensor, spec: AttentionSpec, cache: KVCache, chunks: ChunkBatch
 ) -> torch.Tensor:
     """`qk_norm_rope_store`; where a token of a batch pads it (slot -1), the first must not."""
-    block_size = k_cache.shape[2]
-    q, k, v = _plain_heads(qkv, q_weight, k_weight, eps, positions, cos_sin, k_cache.shape, num_heads)
-    source = _padding_repeats_first(slot_mapping)
-    slot = slot_mapping[source].clamp(min=0)
+    block_size = cache.k.shape[2]
+    q, k, v = _plain_heads(qkv, spec, chunks.positions)
+    source = _padding_repeats_first(chunks.slot_mapping)
+    slot = chunks.slot_mapping[source].clamp(min=0)
     block, offset = slot // block_size, slot % block_size
-    k_cache[block, :, offset] = k[source]
-    v_cache[block, :, offset] = v[source]
+    cache.k[block, :, offset] = k[source]
+    cache.v[block, :, offset] = v[source]
     return q
 
 
 def plain_paged_decode(
-    qkv: torch.Tensor,
-    q_weight: torch.Tensor | None,
-    k_weight: torch.Tensor | None,
-    eps: float,
-    cos_sin: torch.Tensor,
-    k_cache: torch.Tensor,
-    v_cache: torch.Tensor,
-    block_table: torch.Tensor,
-    rows: torch.Tensor,
-    seq_lens: torch.Tensor,
-    plan: DecodeSplits | CpuDecodePlan,
-    scale: float,
-    out: torch.Tensor,
+    qkv: torch.Tensor, spec: AttentionSpec, cache: KVCache, decodes: DecodeBatch, out: torch.Tensor
 ) -> None:
     """`paged_decode` with norms and RoPE apart; the store stays with the attention."""
-    positions = (seq_lens - 1).clamp(min=0)
-    heads = _plain_heads(qkv, q_weight, k_weight, eps, positions, cos_sin, k_cache.shape, out.shape[1])
+    heads = _plain_heads(qkv, spec, (decodes.seq_lens - 1).clamp(min=0))
     done = torch.cat(heads, dim=1).flatten(1)
-    if isinstance(plan, CpuDecodePlan):
-        stores = plan.rope_store
-        plan = replace(plan, rope_store=replace(stores, cos=stores.cos[..., :0], sin=stores.sin[..., :0]))
-    cache = (k_cache, v_cache, block_table, rows, seq_lens)
-    _paged_decode(done, None, None, 0.0, cos_sin[:, :0], *cache, plan, scale, out)
+    _paged_decode(done, replace(spec, rope=None, q_norm=None, k_norm=None), cache, decodes, out)
 
 
 def _plain_heads(
-    qkv: torch.Tensor,
-    q_weight: torch.Tensor | None,
-    k_weight: torch.Tensor | None,
-    eps: float,
-    positions: torch.Tensor,
-    cos_sin: torch.Tensor,
-    cache_shape: torch.Size,
-    num_heads: int,
+    qkv: torch.Tensor, spec: AttentionSpec, positions: torch.Tensor
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
     """q and k, normalized and rotated, and v: each `[tokens, heads, head_dim]`."""
-    _, num_kv_heads, _, head_dim = cache_shape
+    head_dim, cos_sin = spec.head_dim, spec.cos_sin(qkv.device)
+    q_weight, k_weight, eps = spec.norms
     half = cos_sin.shape[1] // 2
     cos, sin = cos_sin[positions.long(), None].split(half, dim=-1)  # [tokens, 1, half]
 
@@ -157,7 +123,8 @@ def _plain_heads(
         a, b, rest = x.split([half, half, head_dim - 2 * half], dim=-1)
         return torch.cat([a * cos - b * sin, b * cos + a * sin, rest], dim=-1).to(qkv.dtype)
 
-    q, k, v = qkv.unflatten(1, (-1, head_dim)).split([num_heads, num_kv_heads, num_kv_heads], dim=1)
+    sizes = [spec.num_heads, spec.num_kv_heads, spec.num_kv_heads]
+    q, k, v = qkv.unflatten(1, (-1, head_dim)).split(sizes, dim=1)
     return normalize_and_rotate(q, q_weight), normalize_and_rotate(k, k_weight), v
 
 

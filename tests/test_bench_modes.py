@@ -252,6 +252,7 @@ def test_pool_gives_every_launch_blocks_of_its_own():
 
 
 def test_plain_kernels_compute_what_the_fused_ones_do_and_write_nothing_for_padding():
+    from nanovllm.kernels.attention.contract import AttentionSpec, ChunkBatch, KVCache
     from nanovllm.kernels.attention.qk_norm_rope_store import qk_norm_rope_store_reference
     from nanovllm.kernels.linear.silu_mul import silu_mul_reference
     from nanovllm.layers.rotary_embedding import build_cos_sin
@@ -266,10 +267,14 @@ def test_plain_kernels_compute_what_the_fused_ones_do_and_write_nothing_for_padd
     positions = torch.tensor([9, 4, 0, 0, 0], dtype=torch.int32)
     slots = torch.tensor([41, 20, -1, -1, -1])
     cos_sin = build_cos_sin(dim, 32, {"rope_type": "default", "rope_theta": 1e4})
+    unused = torch.empty(0)
+    chunks = ChunkBatch(positions, slots, unused, unused, unused, unused)
     for q_weight, k_weight in ((weights[0], weights[1]), (None, None)):
         caches = [torch.full((3, kv_heads, block_size, dim), float("nan")) for _ in range(4)]
+        norms = [None if w is None else SimpleNamespace(weight=w, eps=1e-6) for w in (q_weight, k_weight)]
+        spec = AttentionSpec(heads, kv_heads, dim, 1.0, SimpleNamespace(cos_sin=cos_sin), *norms)
+        plain = plain_qk_norm_rope_store(qkv, spec, KVCache(*caches[:2]), chunks)
         arguments = (qkv, q_weight, k_weight, 1e-6, positions, cos_sin, slots)
-        plain = plain_qk_norm_rope_store(*arguments, *caches[:2], heads, None)
         expected = qk_norm_rope_store_reference(*arguments, *caches[2:], heads)
         torch.testing.assert_close(plain[:2], expected[:2], rtol=1e-5, atol=1e-6)
         torch.testing.assert_close(caches[:2], caches[2:], rtol=1e-5, atol=1e-6, equal_nan=True)
@@ -296,7 +301,7 @@ def test_plain_sampler_is_greedy_at_zero_follows_the_distribution_else_and_leave
 
 
 def test_engine_of_plain_kernels_gives_the_same_greedy_tokens_and_is_not_left_behind():
-    from nanovllm.layers import attention, layernorm, linear
+    from nanovllm.layers import attention, layernorm, linear, packed_format, weight_format
     from nanovllm.worker import model_runner
 
     options = EngineOptions(
@@ -305,8 +310,8 @@ def test_engine_of_plain_kernels_gives_the_same_greedy_tokens_and_is_not_left_be
     )  # fmt: skip
     workload = Workload("greedy", [[1, 2, 3], list(range(5, 45)), [9] * 7], [20, 12, 30], temperature=0.0)
     places = [
-        (layernorm, "rms_norm"), (layernorm, "add_rms_norm"), (linear, "silu_mul"),
-        (linear, "skinny_linear"), (attention, "qk_norm_rope_store"), (attention, "paged_decode"),
+        (layernorm, "rms_norm"), (linear, "add_rms_norm"), (packed_format, "silu_mul"),
+        (weight_format, "skinny_linear"), (attention, "qk_norm_rope_store"), (attention, "paged_decode"),
         (model_runner, "sample"),
     ]  # fmt: skip
 

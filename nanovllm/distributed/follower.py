@@ -78,8 +78,8 @@ def _tensors(inbox: Inbox, runner: ModelRunner) -> Iterator[tuple[str, torch.Ten
         command, args, _ = inbox.get()
         if command == "no_more_tensors":
             return
-        name, shape = args
-        yield name, runner.tp.broadcast(torch.empty(shape, dtype=runner.dtype, device=runner.device))
+        name, shape, dtype = args
+        yield name, runner.tp.broadcast(torch.empty(shape, dtype=dtype, device=runner.device))
 
 
 def end_with_parent(parent: int) -> None:

@@ -170,7 +170,7 @@ class Followers:
         if self.size == 1:
             return tensor
         tensor = tensor.detach().to(device, dtype).contiguous()
-        self.tell("tensor", name, tuple(tensor.shape))
+        self.tell("tensor", name, tuple(tensor.shape), tensor.dtype)
         with self.awaited():
             self.tp.broadcast(tensor)
             if tensor.is_cuda:

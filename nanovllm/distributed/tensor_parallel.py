@@ -43,12 +43,16 @@ class TensorParallel:
         """A rank's share of `total`, rounded up: the last ranks have padding."""
         return -(-total // self.size)
 
+    def is_one_shot(self, num_tokens: int, size: int, dtype: torch.dtype) -> bool:
+        """Whether a sum of `[num_tokens, size]` is small enough to go over each other's memory."""
+        return self.peers is not None and self.peers.fit(num_tokens, size, dtype)
+
     def all_reduce(self, partial: torch.Tensor) -> torch.Tensor:
         """The sum of every rank's `partial [tokens, n]`; the same bits on every rank. `partial` may be written over.
 
         Raises PeerLostError, as do the others here.
         """
-        if self.peers is not None and self.peers.fit(partial):
+        if self.is_one_shot(*partial.shape, partial.dtype):
             return one_shot_all_reduce(partial, self.peers)
         if self.group is not None:
             self.group.all_reduce(partial)

@@ -17,14 +17,15 @@ if TYPE_CHECKING:
 
 def load_weights(engine: LLMEngine, named_tensors: Iterable[tuple[str, "torch.Tensor"]]) -> None:
     from nanovllm.distributed.tensor_parallel import PeerLostError
-    from nanovllm.models.loader import build_outline, checked_tensors
+    from nanovllm.models.loader import build_outline, checked_tensors, tensor_dtypes
     from nanovllm.worker.sleep import load_weights
 
     runner, followers = engine.runner, engine.followers
     if not runner.has_weights:
         raise RuntimeError("load_weights() while the engine sleeps: call wake_up() first")
     _require_idle(engine, "load_weights()")
-    outline = build_outline(runner.hf_config, type(runner.model))
+    outline = build_outline(runner.hf_config, type(runner.model), dtype=runner.dtype, device=runner.device)
+    dtypes = tensor_dtypes(outline)
     tied_head = engine.tied_head
     if isinstance(named_tensors, Collection):
         watching = copy(tied_head)
@@ -35,7 +36,7 @@ def load_weights(engine: LLMEngine, named_tensors: Iterable[tuple[str, "torch.Te
     def shared() -> Iterator[tuple[str, "torch.Tensor"]]:
         """Each tensor, once the other ranks have it too. None of them hears of one that is refused."""
         for name, tensor in checked_tensors(outline, named_tensors, tied_head):
-            yield name, followers.share(name, tensor, runner.device, runner.dtype)
+            yield name, followers.share(name, tensor, runner.device, dtypes[name])
 
     refusal: Exception | None = None
     engine.begin_change()  # however this ends, what is cached is of other weights

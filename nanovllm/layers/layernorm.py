@@ -4,7 +4,7 @@ import torch
 from torch import nn
 
 from nanovllm.kernels.norm.rms_norm import add_rms_norm, rms_norm
-from nanovllm.layers.linear import copy_exactly
+from nanovllm.layers.linear import PartialSum, copy_exactly
 
 
 class RMSNorm(nn.Module):
@@ -15,13 +15,18 @@ class RMSNorm(nn.Module):
         self.eps = eps
         self.weight = nn.Parameter(torch.empty(size), requires_grad=False)
 
-    def forward(self, x: torch.Tensor, residual: torch.Tensor | None = None) -> tuple[torch.Tensor, torch.Tensor]:
-        """`x`, `residual [tokens, size]` -> (normed, residual + x), the sum written over `residual`.
+    def forward(
+        self, x: torch.Tensor | PartialSum, residual: torch.Tensor | None = None
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """`x`, `residual [tokens, size]` -> (normed, residual + x). The sum is written over `residual`.
 
-        Without a residual, `x` itself becomes it. With one, x may be partial sums, `[slices, tokens, size]` in float32.
+        Without a residual, x itself becomes it. A partial sum is reduced over the ranks on the way.
         """
         if residual is None:
+            x = x.total() if isinstance(x, PartialSum) else x
             return rms_norm(x, self.weight, self.eps), x
+        if isinstance(x, PartialSum):
+            return x.add_to(residual, self.weight, self.eps)
         return add_rms_norm(x, residual, self.weight, self.eps)
 
     def load_shard(self, param: nn.Parameter, loaded: torch.Tensor, shard: str | int | None) -> None:

@@ -1,64 +1,82 @@
 """The linear layers, cut over the ranks as in Megatron-LM (Shoeybi et al., 2019, arXiv:1909.08053).
 
-A column-parallel layer cuts the weight by output features: each rank computes its part of the output and nobody
-talks. A row-parallel layer cuts it by input features, takes such a part as its input, and has a *partial sum* of the
-whole output: **the all-reduce is in `RowParallelLinear.forward`, and nowhere else in a transformer layer.** A block
-pairs the two (QKV then output projection, gate/up then down), so it costs one all-reduce, not one per matrix.
+A column-parallel layer cuts the weight by output features: each rank computes a slice of the output, and no rank talks.
+A row-parallel layer cuts it by input features: each rank takes such a slice as its input and has a *partial sum* of the
+whole output. **The all-reduce is in `PartialSum`, and nowhere else in a layer.** A block pairs the two (QKV then output
+projection, gate/up then down), so it costs one all-reduce, not one per matrix.
 
 Heads must come out even. Other features are padded with zeros on the last ranks, which adds nothing: silu(0) * 0 = 0.
 """
 
+from dataclasses import dataclass
 from math import gcd
-from typing import Protocol
 
 import torch
 from torch import nn
 
 from nanovllm.distributed.tensor_parallel import TensorParallel
-from nanovllm.kernels.linear.packed_linear import PackedWeight, pack_weight, packed_linear
-from nanovllm.kernels.linear.silu_mul import silu_mul
-from nanovllm.kernels.linear.skinny_linear import skinny_linear
 from nanovllm.kernels.norm.all_reduce import one_shot_add_rms_norm
+from nanovllm.kernels.norm.rms_norm import add_rms_norm
+from nanovllm.layers.weight_format import PlainFormat, WeightFormat
 
 
-class AddNorm(Protocol):
-    """`layers/layernorm.py`'s: adds to the residual in place, and norms the sum."""
+@dataclass(slots=True, frozen=True)
+class PartialSum:
+    """This rank's part of a sum over all ranks, not reduced yet: whoever consumes it reduces it, in its own kernel.
 
-    weight: torch.Tensor
-    eps: float
+    Attributes:
+        partial: `[tokens, n]`, or `[slices, tokens, n]` in float32, which are to be added up too.
+        dtype: of the sum.
+    """
 
-    def __call__(self, x: torch.Tensor, residual: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]: ...
+    partial: torch.Tensor
+    dtype: torch.dtype
+    tp: TensorParallel
+
+    def total(self) -> torch.Tensor:
+        """The sum `[tokens, n]`, on all ranks the same bits."""
+        partial = self.partial.sum(dim=0).to(self.dtype) if self.partial.dim() == 3 else self.partial
+        return self.tp.all_reduce(partial)
+
+    def add_to(self, residual: torch.Tensor, weight: torch.Tensor, eps: float) -> tuple[torch.Tensor, torch.Tensor]:
+        """Adds the sum to `residual [tokens, n]` in place; returns (the RMSNorm of that, `residual`).
+
+        A small sum over ranks is one kernel with the addition and the norm.
+        """
+        if self.tp.is_one_shot(*residual.shape, self.dtype):
+            return one_shot_add_rms_norm(self.partial, residual, weight, eps, self.tp.peers)
+        return add_rms_norm(self.tp.all_reduce(self.partial), residual, weight, eps)
 
 
 class Linear(nn.Module):
-    """y = x Wᵀ + b with `weight [out_features, in_features]`, loaded whole."""
+    """y = x Wᵀ + b, loaded whole. `format` has the weight, which in the plain one is `[out_features, in_features]`."""
 
     def __init__(self, in_features: int, out_features: int, bias: bool = False) -> None:
         super().__init__()
-        self.weight = nn.Parameter(torch.empty(out_features, in_features), requires_grad=False)
+        self.in_features, self.out_features = in_features, out_features
         self.bias = nn.Parameter(torch.empty(out_features), requires_grad=False) if bias else None
-        self.packed: PackedWeight | None = None
+        self.use_format(PlainFormat(), torch.get_default_dtype())
+
+    @property
+    def has_product(self) -> bool:
+        """Whether the weight is multiplied by."""
+        return True
+
+    def use_format(self, format: WeightFormat, dtype: torch.dtype) -> None:
+        """Keep the weight in another format. Its parameters are new, and have to be loaded."""
+        for name, _ in list(self.named_parameters(recurse=False)):
+            if name != "bias":
+                delattr(self, name)
+        self.format = format
+        for name, param in format.parameters(self.out_features, self.in_features, dtype).items():
+            setattr(self, name, param)
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         """`x [tokens, in_features]` -> `[tokens, out_features]`."""
-        return self.matmul(x, self.bias)
-
-    def matmul(
-        self, x: torch.Tensor, bias: torch.Tensor | None, gated: bool = False, in_slices: bool = False
-    ) -> torch.Tensor:
-        if self.packed is None:
-            return skinny_linear(x, self.weight, bias, gated, in_slices)
-        out = packed_linear(x, self.packed, bias)
-        return silu_mul(out) if gated else out
-
-    def pack(self) -> None:
-        """Lay the weight out anew for the CPU's matrix units, in place of the plain one, where that is faster."""
-        self.packed = pack_weight(self.weight)
-        if self.packed is not None:
-            self.weight = None
+        return self.format.matmul(self, x, self.bias)
 
     def load_shard(self, param: nn.Parameter, loaded: torch.Tensor, shard: str | int | None) -> None:
-        """Copy this rank's part of the checkpoint's tensor into `param`. Raises ValueError on a wrong shape."""
+        """Copy this rank's share of the checkpoint's tensor into `param`. Raises ValueError on a wrong shape."""
         copy_exactly(param, loaded)
 
 
@@ -83,7 +101,7 @@ class MergedColumnParallelLinear(ColumnParallelLinear):
 
     def silu_mul(self, x: torch.Tensor) -> torch.Tensor:
         """SwiGLU of a gate and an up of equal sizes (Shazeer, 2020, arXiv:2002.05202): silu(gate) · up."""
-        return self.matmul(x, self.bias, gated=True)
+        return self.format.matmul(self, x, self.bias, gated=True)
 
     def load_shard(self, param: nn.Parameter, loaded: torch.Tensor, shard: str | int | None) -> None:
         own = param.narrow(0, sum(self.shard_sizes[:shard]), self.shard_sizes[shard])
@@ -137,28 +155,23 @@ class QKVParallelLinear(ColumnParallelLinear):
 
 
 class RowParallelLinear(Linear):
-    """Each rank keeps a slice of the input features, has a partial sum of the output, and **all-reduces** it."""
+    """Each rank keeps a slice of the input features, and has a partial sum of the output."""
 
     def __init__(self, in_features: int, out_features: int, tp: TensorParallel, bias: bool = False) -> None:
         super().__init__(tp.padded_share(in_features), out_features, bias)
         self.tp = tp
         self.total = in_features
 
-    def forward(self, x: torch.Tensor, residual: torch.Tensor, norm: AddNorm) -> tuple[torch.Tensor, torch.Tensor]:
-        """`x [tokens, this rank's in_features]` -> (normed, residual + output), `[tokens, out_features]`, on all ranks.
-
-        `norm` is the one that follows in the model: a small sum is added to `residual` and normed in the same kernel.
-        """
-        is_one_shot = self.tp.peers is not None and self.tp.peers.fit(residual)
-        # Only one rank adds the bias, or the sum would hold it once per rank.
+    def forward(self, x: torch.Tensor) -> PartialSum:
+        """`x [tokens, this rank's in_features]` -> a partial sum of `[tokens, out_features]`."""
+        # One rank adds the bias, or the sum would hold it once per rank.
         bias = self.bias if self.tp.rank == 0 else None
-        partial = self.matmul(x, bias, in_slices=is_one_shot or self.tp.size == 1)  # what comes next adds the slices up
-        if is_one_shot:
-            return one_shot_add_rms_norm(partial, residual, norm.weight, norm.eps, self.tp.peers)
-        return norm(self.tp.all_reduce(partial), residual)
+        # Slices need a kernel that adds them up: NCCL and gloo have none.
+        in_slices = self.tp.size == 1 or self.tp.is_one_shot(len(x), self.out_features, x.dtype)
+        return PartialSum(self.format.matmul(self, x, bias, in_slices=in_slices), x.dtype, self.tp)
 
     def load_shard(self, param: nn.Parameter, loaded: torch.Tensor, shard: str | int | None) -> None:
-        if param is self.bias:
+        if param.dim() == 1:  # one number an output, as a bias: whole on every rank
             copy_exactly(param, loaded)
         else:
             copy_share(param, loaded, 1, self.total, self.tp.rank)

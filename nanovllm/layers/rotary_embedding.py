@@ -5,12 +5,38 @@ a model can choose is in `inv_freq` and one factor on cos and sin, so each type 
 """
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from typing import Any
 
 import torch
 
 RopeParameters = dict[str, Any]
+
+
+class Rope:
+    """How an attention layer rotates its queries and keys: the parameters, and the table made of them.
+
+    Attributes:
+        rotary_dim: how many of a head's dimensions, the first ones, are rotated.
+        params: those of `rope_parameters`.
+        cos_sin: `[max_position, rotary_dim]` float32, cosines then sines; None until `build_rope_tables`.
+    """
+
+    def __init__(self, rotary_dim: int, params: RopeParameters) -> None:
+        self.rotary_dim = rotary_dim
+        self.params = params
+        self.cos_sin: torch.Tensor | None = None
+
+
+def build_rope_tables(ropes: Iterable[Rope | None], max_position: int, device: str) -> None:
+    """Make each rope's table, for positions below `max_position`. Equal parameters share one; None has none."""
+    tables: dict[str, torch.Tensor] = {}
+    for rope in ropes:
+        if rope is not None:
+            key = repr((rope.rotary_dim, sorted(rope.params.items())))
+            if key not in tables:
+                tables[key] = build_cos_sin(rope.rotary_dim, max_position, rope.params).to(device)
+            rope.cos_sin = tables[key]
 
 
 def rope_parameters(hf_config: Any) -> RopeParameters:

@@ -4,7 +4,7 @@ New weights for a model that runs come the same way, by the checkpoint's names, 
 parameters keep their addresses on a GPU, on which captured graphs rely.
 """
 
-from collections.abc import Collection, Iterable
+from collections.abc import Collection, Iterable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -13,8 +13,9 @@ from torch import nn
 
 from nanovllm.config import Config
 from nanovllm.distributed.tensor_parallel import TensorParallel
-from nanovllm.kernels.linear.packed_linear import pack_weight, unpack_weight
+from nanovllm.layers.embed_head import VocabParallelEmbedding
 from nanovllm.layers.linear import Linear
+from nanovllm.layers.packed_format import PackedFormat
 from nanovllm.models.sharded_state import load_shard
 from nanovllm.models.tied_head import EMBEDDING, HEAD, TiedHead
 from nanovllm.models.weight_files import read_tensors
@@ -98,16 +99,15 @@ def update_weights(model: nn.Module, outline: nn.Module, named_tensors: NamedTen
 
     Raises what `named_tensors` raises, and ValueError for a tensor that is not checked and of the wrong shape.
     """
-    packed = [module for module in model.modules() if isinstance(module, Linear) and module.packed is not None]
+    laid_out = [layer for layer in _linears(model) if layer.format.is_laid_out]
     try:
         _fill(model, tensor_places(outline), named_tensors, loaded)
     except Exception as error:
         error.add_note(f"{len(loaded)} tensors had been loaded before: {list_names(loaded)}")
         raise
     finally:
-        for layer in packed:
-            if layer.packed is None:
-                layer.packed, layer.weight = pack_weight(layer.weight), None
+        for layer in laid_out:
+            layer.format.lay_out(layer)
 
 
 def fill_with_random_weights(model: nn.Module, seed: int = 0) -> None:
@@ -135,7 +135,7 @@ def build_model(
     tp: TensorParallel = TensorParallel(),  # noqa: B008 -- frozen
 ) -> nn.Module:
     """This rank's part of the model on its device, with its weights. Raises what `load_weights` raises."""
-    model = build_outline(hf_config, cls, tp).to(dtype)
+    model = build_outline(hf_config, cls, tp, dtype, device)
     # As `to_empty` does, whose `empty_like` imports sympy: 2 s in every process that makes an engine.
     model._apply(lambda param: torch.empty(param.shape, dtype=param.dtype, device=device))
     if config.load_format == "dummy":
@@ -144,21 +144,44 @@ def build_model(
         load_shard(model, tp.rank, path)
     else:
         load_weights(model, path)
-    pack_linears(model)
+    lay_out_weights(model)
     return model.eval()
 
 
-def build_outline(hf_config: Any, cls: type, tp: TensorParallel = TensorParallel()) -> nn.Module:  # noqa: B008
-    """A rank's model without memory: names and shapes. Raises ValueError if it cannot be cut so."""
+def build_outline(
+    hf_config: Any,
+    cls: type,
+    tp: TensorParallel = TensorParallel(),  # noqa: B008 -- frozen
+    dtype: torch.dtype = torch.float32,
+    device: str = "cpu",
+) -> nn.Module:
+    """A rank's model without memory: names, shapes, dtypes and weight formats. `device` is where it is to run.
+
+    Raises ValueError if it cannot be cut so.
+    """
     with torch.device("meta"):
-        return cls(hf_config, tp)
+        model = cls(hf_config, tp).to(dtype)
+        for layer in _linears(model):
+            if device == "cpu" and layer.has_product:
+                layer.use_format(PackedFormat(has_lookups=isinstance(layer, VocabParallelEmbedding)), dtype)
+    return model
 
 
-def pack_linears(model: nn.Module) -> None:
-    """Lay out weights that are all plain for the CPU. Elsewhere nothing is done."""
-    for module in model.modules():
-        if isinstance(module, Linear):
-            module.pack()
+def lay_out_weights(model: nn.Module) -> None:
+    """Turn loaded weights into what the products want, as each format has it."""
+    for layer in _linears(model):
+        layer.format.lay_out(layer)
+
+
+def drop_weights(model: nn.Module) -> None:
+    """Leave the model without memory, and its parameters as before loading."""
+    for layer in _linears(model):
+        layer.format.drop(layer)
+    model.to_empty(device="meta")
+
+
+def _linears(model: nn.Module) -> Iterator[Linear]:
+    return (module for module in model.modules() if isinstance(module, Linear))
 
 
 def tensor_places(model: nn.Module) -> dict[str, Place]:
@@ -170,6 +193,12 @@ def tensor_places(model: nn.Module) -> dict[str, Place]:
         for source, shard in model.packed_modules.get(module_leaf, [(module_leaf, None)]):
             places[".".join(filter(None, (prefix, source, leaf)))] = (module_name, leaf, shard)
     return places
+
+
+def tensor_dtypes(model: nn.Module) -> dict[str, torch.dtype]:
+    """The dtype in which the model keeps each of the checkpoint's tensors."""
+    places = tensor_places(model)
+    return {name: model.get_parameter(f"{module}.{leaf}").dtype for name, (module, leaf, _) in places.items()}
 
 
 def list_names(names: Collection[str]) -> str:
@@ -190,16 +219,17 @@ def _fill(
                 continue
             raise ValueError(f"tensor {name!r}{source} is not a part of {type(model).__name__}")
         module_name, leaf, shard = places[name]
-        if tensor.dtype not in DTYPES:
-            allowed = ", ".join(str(dtype).removeprefix("torch.") for dtype in DTYPES)
-            raise ValueError(f"tensor {name!r}{source} is {tensor.dtype}: weights must be {allowed}")
         owner = model.get_submodule(module_name)
-        if leaf == "weight" and getattr(owner, "packed", None) is not None:
-            owner.weight = nn.Parameter(unpack_weight(owner.packed), requires_grad=False)
-            owner.packed = None
+        if isinstance(owner, Linear):
+            owner.format.undo_layout(owner)
+        param = getattr(owner, leaf)
+        allowed = DTYPES if param.dtype in DTYPES else (param.dtype,)  # numbers, or a format's codes
+        if tensor.dtype not in allowed:
+            names = ", ".join(str(dtype).removeprefix("torch.") for dtype in allowed)
+            raise ValueError(f"tensor {name!r}{source} is {tensor.dtype}: weights must be {names}")
         try:
-            with torch.inference_mode():  # here and not around the loop, for `tensors` may be somebody's generator
-                owner.load_shard(getattr(owner, leaf), tensor, shard)
+            with torch.inference_mode():  # here and not around the loop, for `tensors` may be the caller's generator
+                owner.load_shard(param, tensor, shard)
         except ValueError as error:
             raise ValueError(f"tensor {name!r}{source}: {error}") from error
         loaded.add(name)

@@ -6,10 +6,11 @@ import torch
 from torch import nn
 
 from nanovllm.distributed.tensor_parallel import TensorParallel
-from nanovllm.layers.attention import Attention, AttentionMetadata
+from nanovllm.layers.attention import Attention, AttentionMetadata, AttentionSpec
 from nanovllm.layers.embed_head import ParallelLMHead, VocabParallelEmbedding
 from nanovllm.layers.layernorm import RMSNorm
-from nanovllm.layers.linear import MergedColumnParallelLinear, QKVParallelLinear, RowParallelLinear
+from nanovllm.layers.linear import MergedColumnParallelLinear, PartialSum, QKVParallelLinear, RowParallelLinear
+from nanovllm.layers.rotary_embedding import Rope, rope_parameters
 
 
 class Qwen3Attention(nn.Module):
@@ -21,13 +22,19 @@ class Qwen3Attention(nn.Module):
         self.o_proj = RowParallelLinear(num_heads * head_dim, hidden_size, tp, bias)
         self.q_norm = RMSNorm(head_dim, config.rms_norm_eps)
         self.k_norm = RMSNorm(head_dim, config.rms_norm_eps)
-        self.attn = Attention(self.qkv_proj.num_heads, self.qkv_proj.num_kv_heads, head_dim)
+        spec = AttentionSpec(
+            num_heads=self.qkv_proj.num_heads,
+            num_kv_heads=self.qkv_proj.num_kv_heads,
+            head_dim=head_dim,
+            scale=head_dim**-0.5,
+            rope=Rope(head_dim, rope_parameters(config)),
+            q_norm=self.q_norm,
+            k_norm=self.k_norm,
+        )
+        self.attn = Attention(spec)
 
-    def forward(
-        self, x: torch.Tensor, residual: torch.Tensor, cos_sin: torch.Tensor, meta: AttentionMetadata, norm: RMSNorm
-    ) -> tuple[torch.Tensor, torch.Tensor]:
-        heads = self.attn(self.qkv_proj(x), cos_sin, meta, self.q_norm, self.k_norm)
-        return self.o_proj(heads, residual, norm)
+    def forward(self, hidden: torch.Tensor, meta: AttentionMetadata) -> PartialSum:
+        return self.o_proj(self.attn(self.qkv_proj(hidden), meta))
 
 
 class Qwen3MLP(nn.Module):
@@ -36,8 +43,8 @@ class Qwen3MLP(nn.Module):
         self.gate_up_proj = MergedColumnParallelLinear(config.hidden_size, [config.intermediate_size] * 2, tp)
         self.down_proj = RowParallelLinear(config.intermediate_size, config.hidden_size, tp)
 
-    def forward(self, x: torch.Tensor, residual: torch.Tensor, norm: RMSNorm) -> tuple[torch.Tensor, torch.Tensor]:
-        return self.down_proj(self.gate_up_proj.silu_mul(x), residual, norm)
+    def forward(self, hidden: torch.Tensor) -> PartialSum:
+        return self.down_proj(self.gate_up_proj.silu_mul(hidden))
 
 
 class Qwen3DecoderLayer(nn.Module):
@@ -49,11 +56,13 @@ class Qwen3DecoderLayer(nn.Module):
         self.mlp = Qwen3MLP(config, tp)
 
     def forward(
-        self, x: torch.Tensor, residual: torch.Tensor, cos_sin: torch.Tensor, meta: AttentionMetadata, norm: RMSNorm
-    ) -> tuple[torch.Tensor, torch.Tensor]:
-        """`x`, normed, and `residual` -> the same of the next layer: `norm` is its first, or the model's last."""
-        x, residual = self.self_attn(x, residual, cos_sin, meta, self.post_attention_layernorm)
-        return self.mlp(x, residual, norm)
+        self, hidden: torch.Tensor | PartialSum, residual: torch.Tensor | None, meta: AttentionMetadata
+    ) -> tuple[PartialSum, torch.Tensor]:
+        """`hidden` is the embedding, or what the layer before has to add to `residual [tokens, hidden_size]`."""
+        hidden, residual = self.input_layernorm(hidden, residual)
+        hidden = self.self_attn(hidden, meta)
+        hidden, residual = self.post_attention_layernorm(hidden, residual)
+        return self.mlp(hidden), residual
 
 
 class Qwen3Model(nn.Module):
@@ -63,12 +72,11 @@ class Qwen3Model(nn.Module):
         self.layers = nn.ModuleList(Qwen3DecoderLayer(config, tp) for _ in range(config.num_hidden_layers))
         self.norm = RMSNorm(config.hidden_size, config.rms_norm_eps)
 
-    def forward(self, input_ids: torch.Tensor, cos_sin: torch.Tensor, meta: AttentionMetadata) -> torch.Tensor:
-        x, residual = self.layers[0].input_layernorm(self.embed_tokens(input_ids))
-        norms_after = [*(layer.input_layernorm for layer in self.layers[1:]), self.norm]
-        for layer, norm in zip(self.layers, norms_after, strict=True):
-            x, residual = layer(x, residual, cos_sin, meta, norm)
-        return x
+    def forward(self, input_ids: torch.Tensor, meta: AttentionMetadata) -> torch.Tensor:
+        hidden, residual = self.embed_tokens(input_ids), None
+        for layer in self.layers:
+            hidden, residual = layer(hidden, residual, meta)
+        return self.norm(hidden, residual)[0]
 
 
 class Qwen3ForCausalLM(nn.Module):
@@ -108,8 +116,8 @@ class Qwen3ForCausalLM(nn.Module):
         if config.tie_word_embeddings:
             self.lm_head.tie(self.model.embed_tokens)
 
-    def forward(self, input_ids: torch.Tensor, cos_sin: torch.Tensor, meta: AttentionMetadata) -> torch.Tensor:
-        return self.model(input_ids, cos_sin, meta)
+    def forward(self, input_ids: torch.Tensor, meta: AttentionMetadata) -> torch.Tensor:
+        return self.model(input_ids, meta)
 
     def compute_logits(self, hidden: torch.Tensor) -> torch.Tensor:
         return self.lm_head(hidden)

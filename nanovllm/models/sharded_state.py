@@ -10,7 +10,6 @@ from pathlib import Path
 import torch
 from torch import nn
 
-from nanovllm.kernels.linear.packed_linear import unpack_weight
 from nanovllm.layers.linear import Linear
 
 DEFAULT_PATTERN = "model-rank-{rank}-part-{part}.safetensors"
@@ -77,8 +76,9 @@ def load_shard(model: nn.Module, rank: int, folder: Path) -> None:
 
 
 def _weights(model: nn.Module) -> Iterator[tuple[str, torch.Tensor]]:
-    """Every parameter, plain."""
+    """Every parameter as a checkpoint has it."""
     yield from model.named_parameters()
     for name, layer in model.named_modules():
-        if isinstance(layer, Linear) and layer.packed is not None:
-            yield f"{name}.weight", unpack_weight(layer.packed)
+        if isinstance(layer, Linear):
+            for leaf, tensor in layer.format.hidden_tensors(layer).items():
+                yield f"{name}.{leaf}", tensor

@@ -1,17 +1,28 @@
-"""How many bytes the device has left for the KV cache: measured by running, not estimated.
+"""How many blocks the KV cache gets: on a GPU measured by running, not estimated.
 
     cache = memory this engine may use - weights - peak of the largest step - what graphs and libraries keep
 
 Blocks = cache bytes / bytes of one block.
 """
 
+import logging
 import math
 import mmap
+from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
 
+from nanovllm.config import Config
+from nanovllm.distributed.tensor_parallel import TensorParallel
+from nanovllm.kernels.attention.contract import AttentionSpec
+from nanovllm.step_plan import NewRow, StepPlan
+from nanovllm.worker.logit_extras import ask_for_the_most
+
+logger = logging.getLogger(__name__)
+
 HEADROOM = 0.98  # of what is free: the allocator cannot place every last byte
+DEFAULT_CPU_CACHE_BYTES = 4 << 30
 
 
 @dataclass(slots=True)
@@ -32,6 +43,51 @@ class DeviceMemory:
         return cls(free, total, torch.cuda.memory_allocated(), torch.cuda.memory_reserved())
 
 
+def num_cache_blocks(
+    config: Config,
+    block_bytes: int,
+    before: DeviceMemory | None,
+    run_largest_step: Callable[[], int],
+    tp: TensorParallel,
+    device: str,
+) -> int:
+    """How many blocks of `block_bytes` the cache gets: what the options say, or what the device has left.
+
+    Args:
+        before: the device's memory before the weights; None on a CPU.
+        run_largest_step: runs what needs the most memory, and returns the bytes that captured graphs keep.
+
+    Raises ValueError if there is no room for a block.
+    """
+    if config.num_kvcache_blocks is not None:
+        num_blocks = config.num_kvcache_blocks
+    elif config.kvcache_memory_bytes is not None or before is None:
+        num_blocks = (config.kvcache_memory_bytes or DEFAULT_CPU_CACHE_BYTES) // block_bytes
+    else:
+        graph_bytes = run_largest_step()
+        num_blocks = cache_bytes_left(before, config.gpu_memory_utilization, graph_bytes) // block_bytes
+    num_blocks = tp.minimum(num_blocks, device)  # one plan serves all ranks
+    if num_blocks < 1:
+        raise ValueError(
+            f"the KV cache has no room for one block of {block_bytes} bytes; raise gpu_memory_utilization="
+            f"{config.gpu_memory_utilization} or kvcache_memory_bytes={config.kvcache_memory_bytes}"
+        )
+    return num_blocks
+
+
+def fit_max_model_len(config: Config, max_model_len: int, num_cache_tokens: int) -> int:
+    """`max_model_len`, cut to what the cache holds. Raises ValueError if the caller asked for more than that."""
+    if num_cache_tokens >= max_model_len:
+        return max_model_len
+    if config.max_model_len is not None:
+        raise ValueError(
+            f"max_model_len={config.max_model_len} exceeds the KV cache, which holds {num_cache_tokens} tokens; "
+            "lower max_model_len or give the cache more memory"
+        )
+    logger.warning("max_model_len is cut from %d to the %d tokens of the cache", max_model_len, num_cache_tokens)
+    return num_cache_tokens
+
+
 def cache_bytes_left(before: DeviceMemory, utilization: float, graph_bytes: int) -> int:
     """Bytes for the cache, after the weights are loaded and the largest step has run.
 
@@ -49,11 +105,25 @@ def cache_bytes_left(before: DeviceMemory, utilization: float, graph_bytes: int)
     return int(budget) - peak - max(by_libraries, 0) - graph_bytes
 
 
-def cache_bytes_per_block(
-    num_layers: int, num_kv_heads: int, block_size: int, head_dim: int, dtype: torch.dtype
-) -> int:
-    """Bytes of one block: keys and values, all layers."""
-    return num_layers * 2 * num_kv_heads * block_size * head_dim * dtype.itemsize
+def kv_cache_shape(num_layers: int, spec: AttentionSpec, num_blocks: int, block_size: int) -> tuple[int, ...]:
+    """`[layers, K and V, num_blocks, kv_heads, block_size, head_dim]`: one block of one head is contiguous."""
+    return (num_layers, 2, num_blocks, spec.num_kv_heads, block_size, spec.head_dim)
+
+
+def largest_step(config: Config, num_rows: int, max_model_len: int) -> StepPlan:
+    """A step that needs the most memory: a full budget of prompts, as many sequences as may run, and every extra.
+
+    Every block of every sequence is block 0.
+    """
+    plan = StepPlan(num_samples=num_rows)
+    share, rest = divmod(config.max_num_batched_tokens, num_rows)
+    for row in range(num_rows):
+        length = min(share + (row < rest), max_model_len)
+        plan.new_rows.append(NewRow(row, [0] * length, 0, [0], 1.0, 0, 1.0, 0.0, row, 0, []))
+        plan.rows.append(row)
+        plan.query_lens.append(length)
+    ask_for_the_most(plan)
+    return plan
 
 
 def zeros_on_demand(shape: tuple[int, ...], dtype: torch.dtype, device: str) -> torch.Tensor:

@@ -15,7 +15,6 @@ from collections.abc import Collection
 import torch
 from torch import nn
 
-from nanovllm.layers.linear import Linear
 from nanovllm.models import loader
 from nanovllm.worker.model_runner import ModelRunner
 
@@ -98,7 +97,7 @@ def load_weights(runner: ModelRunner, named_tensors: loader.NamedTensors) -> Non
 
     After level 2 it also counts what is still missing, which is laid out for the CPU when all has come.
     """
-    outline = loader.build_outline(runner.hf_config, type(runner.model))
+    outline = loader.build_outline(runner.hf_config, type(runner.model), dtype=runner.dtype, device=runner.device)
     loaded: set[str] = set()
     try:
         loader.update_weights(runner.model, outline, named_tensors, loaded)
@@ -109,7 +108,7 @@ def load_weights(runner: ModelRunner, named_tensors: loader.NamedTensors) -> Non
             runner.missing_weights -= loaded
             _say_why_not_ready(runner)
             if not runner.missing_weights:
-                loader.pack_linears(runner.model)
+                loader.lay_out_weights(runner.model)
 
 
 def _say_why_not_ready(runner: ModelRunner) -> None:
@@ -128,7 +127,7 @@ def _say_why_not_ready(runner: ModelRunner) -> None:
 def _put_away(runner: ModelRunner, level: int) -> None:
     # The weights first: this is what may fail, and then nothing has changed.
     if level == 2:
-        _drop_weights(runner.model)
+        loader.drop_weights(runner.model)
         runner.missing_weights = set(loader.tensor_places(runner.model))
     elif runner.is_cuda:
         _move_weights(runner.model, "cpu")
@@ -148,14 +147,6 @@ def _move_weights(model: nn.Module, device: str) -> None:
     torch.cuda.synchronize()
     for param, target in zip(params, moved, strict=True):
         param.data = target
-
-
-def _drop_weights(model: nn.Module) -> None:
-    for layer in model.modules():
-        if isinstance(layer, Linear) and layer.packed is not None:
-            weight = torch.empty(layer.packed.shape, dtype=layer.packed.dtype, device="meta")
-            layer.weight, layer.packed = nn.Parameter(weight, requires_grad=False), None
-    model.to_empty(device="meta")
 
 
 def _trim_heap() -> None:

@@ -15,6 +15,7 @@ from nanovllm.layers.linear import (
     QKVParallelLinear,
     RowParallelLinear,
 )
+from nanovllm.layers.packed_format import PackedFormat
 
 HIDDEN = 24
 SIZES = [1, 2, 4]
@@ -44,10 +45,6 @@ def test_columns_of_all_ranks_are_the_whole_output(size: int) -> None:
     torch.testing.assert_close(torch.cat(parts, dim=1), F.linear(x, weight, bias))
 
 
-def no_norm(x: torch.Tensor, residual: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-    return x, residual
-
-
 @pytest.mark.parametrize("size", SIZES)
 def test_partial_sums_of_all_rows_are_the_whole_output_and_hold_the_bias_once(size: int) -> None:
     x, weight, bias = random(5, HIDDEN), random(16, HIDDEN, seed=1), random(16, seed=2)
@@ -57,7 +54,7 @@ def test_partial_sums_of_all_rows_are_the_whole_output_and_hold_the_bias_once(si
         load(layer, {None: weight})
         load(layer, {None: bias}, "bias")
         share = HIDDEN // size
-        total += layer(x[:, rank * share : (rank + 1) * share], torch.zeros(5, 16), no_norm)[0]
+        total += layer(x[:, rank * share : (rank + 1) * share]).total()
     torch.testing.assert_close(total, F.linear(x, weight, bias), rtol=1e-5, atol=1e-5)
 
 
@@ -154,7 +151,7 @@ def test_features_that_do_not_come_out_even_are_padded_with_what_adds_nothing(si
         gate_up, out = MergedColumnParallelLinear(HIDDEN, [10, 10], tp), RowParallelLinear(10, 8, tp)
         load(gate_up, {0: gate, 1: up})
         load(out, {None: down})
-        total += out(gate_up.silu_mul(x), torch.zeros(5, 8), no_norm)[0]
+        total += out(gate_up.silu_mul(x)).total()
     expected = F.linear(F.silu(F.linear(x, gate)) * F.linear(x, up), down)
     torch.testing.assert_close(total, expected, rtol=1e-5, atol=1e-4)
 
@@ -176,14 +173,19 @@ def test_tensor_of_another_shape_is_refused_with_both_shapes() -> None:
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_packing_changes_the_layout_and_not_the_layer(dtype: torch.dtype) -> None:
+    weight, bias, x = random(48, 64), random(48, seed=1), random(7, 64, seed=2).to(dtype)
     layer = ColumnParallelLinear(64, 48, TensorParallel(), bias=True).to(dtype)
-    load(layer, {None: random(48, 64)})
-    load(layer, {None: random(48, seed=1)}, "bias")
-    x = random(7, 64, seed=2).to(dtype)
+    layer.use_format(PackedFormat(), dtype)
+    load(layer, {None: weight})
+    load(layer, {None: bias}, "bias")
     plain = layer(x)
-    layer.pack()
+    layer.format.lay_out(layer)
+    assert layer.format.is_laid_out and layer.weight is None, "not packed: this machine shows nothing"
     tolerance = {torch.float32: 1e-5, torch.bfloat16: 2e-2}[dtype]
     torch.testing.assert_close(layer(x), plain, rtol=tolerance, atol=tolerance)
+    assert torch.equal(layer.format.hidden_tensors(layer)["weight"], weight.to(dtype))
+    layer.format.undo_layout(layer)
+    assert torch.equal(layer.weight, weight.to(dtype)) and torch.equal(layer(x), plain)
 
 
 def test_a_sum_over_peers_memory_is_added_and_normed_as_any_other() -> None:
@@ -200,7 +202,7 @@ def test_a_sum_over_peers_memory_is_added_and_normed_as_any_other() -> None:
     def normed_and_sum(peers: PeerBuffers | None, rows: int) -> tuple[torch.Tensor, torch.Tensor]:
         layer = RowParallelLinear(HIDDEN, 16, TensorParallel(0, 1, None, peers)).to(device)
         load(layer, {None: random(16, HIDDEN, seed=1)})
-        return layer(random(rows, HIDDEN).to(device), random(rows, 16, seed=2).to(device), norm)
+        return norm(layer(random(rows, HIDDEN).to(device)), random(rows, 16, seed=2).to(device))
 
     for rows in (5, 9):  # the second is too large for the inboxes
         torch.testing.assert_close(normed_and_sum(peers, rows), normed_and_sum(None, rows), rtol=1e-6, atol=1e-6)

@@ -56,7 +56,7 @@ def mixture(tmp_path: Path, old: Path, new: Tensors) -> Path:
 
 def packed_layers(llm: LLM) -> list[str]:
     modules = llm.engine.runner.model.named_modules()
-    return [name for name, module in modules if isinstance(module, Linear) and module.packed is not None]
+    return [name for name, module in modules if isinstance(module, Linear) and module.format.is_laid_out]
 
 
 @pytest.mark.parametrize("shape", UNTIED_AND_TIED)

@@ -40,7 +40,7 @@ def test_answers_are_the_same_after_sleep(
 ) -> None:
     llm = make_llm(checkpoint(shape), dtype=dtype)
     before = tokens(llm)
-    packed = [isinstance(m, Linear) and m.packed is not None for m in llm.engine.runner.model.modules()]
+    packed = [isinstance(m, Linear) and m.format.is_laid_out for m in llm.engine.runner.model.modules()]
     for _ in range(2):
         llm.sleep(level)
         assert llm.is_sleeping
@@ -49,7 +49,7 @@ def test_answers_are_the_same_after_sleep(
         if level == 2:
             llm.load_weights(tensors_of(checkpoint(shape)))
         assert tokens(llm) == before
-    assert packed == [isinstance(m, Linear) and m.packed is not None for m in llm.engine.runner.model.modules()]
+    assert packed == [isinstance(m, Linear) and m.format.is_laid_out for m in llm.engine.runner.model.modules()]
     assert dtype != "float32" or before == expected(checkpoint(shape))
 
 
@@ -69,7 +69,11 @@ def test_memory_is_let_go(level: int, checkpoint: Callable[..., Path], make_llm:
     runner = llm.engine.runner
     cache = [weakref.ref(runner.kv_cache), weakref.ref(runner.batch), weakref.ref(runner.inputs.input_ids)]
     weights = [weakref.ref(param) for param in runner.model.parameters()]
-    weights += [weakref.ref(m.packed.opaque) for m in runner.model.modules() if isinstance(m, Linear) and m.packed]
+    weights += [
+        weakref.ref(m.format.packed.opaque)
+        for m in runner.model.modules()
+        if isinstance(m, Linear) and m.format.is_laid_out
+    ]
     llm.sleep(level)
     assert [ref() for ref in cache] == [None] * 3
     assert len(weights) > 10
@@ -87,7 +91,9 @@ def test_dropped_weights_are_given_to_the_system(make_llm: Callable[..., LLM], t
     llm = make_llm(tmp_path, load_format="dummy", dtype="bfloat16")
     model = llm.engine.runner.model
     num_bytes = sum(param.nbytes for param in model.parameters())
-    num_bytes += sum(2 * math.prod(m.packed.shape) for m in model.modules() if isinstance(m, Linear) and m.packed)
+    num_bytes += sum(
+        2 * math.prod(m.format.packed.shape) for m in model.modules() if isinstance(m, Linear) and m.format.is_laid_out
+    )
     before = resident()
     llm.sleep(2)
     assert num_bytes > 50e6 and before - resident() > 0.9 * num_bytes

@@ -14,114 +14,37 @@ Prefill takes the queries in tiles, whose scores stay in cache, and skips the ke
 Slots past the end of a sequence are multiplied too, by a weight of zero, so what they hold must be finite.
 """
 
-from dataclasses import dataclass
-
 import torch
 import torch.nn.functional as F
 
-from nanovllm.kernels.attention.cpu_rope_store import RopeStorePlan
+from nanovllm.kernels.attention.kv_gather import KvGather
 from nanovllm.kernels.attention.paged_kv import gather_kv
 
-GROUP_BYTES = 8 << 20  # of keys and values gathered at a time
 QUERY_TILE = 128
-
-
-@dataclass(slots=True)
-class GatherGroup:
-    """Sequences `first` to `last` of a step sorted by length.
-
-    `index [seqs * kv_heads * blocks]` picks (block, head) tiles of the cache; `mask [seqs * kv_heads, 1, tokens]`
-    float32 is 0 within a sequence and -inf past its end, or None if all have `length` tokens.
-    """
-
-    first: int
-    last: int
-    index: torch.Tensor
-    length: int
-    mask: torch.Tensor | None
-
-
-@dataclass(slots=True)
-class GatherPlan:
-    """Which blocks a decode step gathers, group by group: made once a step, used by every layer."""
-
-    order: torch.Tensor | None  # [seqs] int64, by length; None when they are in that order
-    inverse: torch.Tensor | None  # [seqs] int64
-    groups: list[GatherGroup]
-    workspace: torch.Tensor  # [2, elements]
-
-
-@dataclass(slots=True)
-class CpuDecodePlan:
-    """What `paged_decode` shares between the layers of a step: where the newest tokens go, and what they read."""
-
-    rope_store: RopeStorePlan
-    gather: GatherPlan
-
-
-def plan_gather(
-    seq_lens: torch.Tensor,
-    rows: torch.Tensor,
-    block_table: torch.Tensor,
-    k_cache: torch.Tensor,
-    previous: GatherPlan | None = None,
-) -> GatherPlan:
-    """Plan a decode step's reads; `previous` hands its workspace on.
-
-    seq_lens, rows `[seqs]` int32, of which padding (row -1, length 0) reads nothing; block_table `[rows, max_blocks]`
-    int32; k_cache `[num_blocks, kv_heads, block_size, head_dim]`, for its shape.
-    """
-    _, num_kv_heads, block_size, head_dim = k_cache.shape
-    block_bytes = 2 * num_kv_heads * block_size * head_dim * k_cache.element_size()
-    order = inverse = None
-    if len(seq_lens) > 1:
-        seq_lens, order = seq_lens.sort()
-        rows, inverse = rows[order], order.argsort()
-    counts = -(-seq_lens // block_size)
-    num_blocks, lengths = counts.tolist(), seq_lens.tolist()
-    table = block_table[rows].long()
-    heads = torch.arange(num_kv_heads)[:, None]
-    groups, first, most = [], lengths.count(0), 0  # padding is the shortest
-    while first < len(num_blocks):
-        last = first + 1
-        while last < len(num_blocks) and (last + 1 - first) * num_blocks[last] * block_bytes <= GROUP_BYTES:
-            last += 1
-        width = num_blocks[last - 1]
-        # Past its own blocks a sequence gathers its last one again: another's might hold what is not finite.
-        columns = torch.minimum(torch.arange(width), counts[first:last, None] - 1).long()
-        index = (table[first:last].gather(1, columns)[:, None] * num_kv_heads + heads).flatten()
-        mask = None
-        if lengths[first] < lengths[last - 1]:
-            inside = torch.arange(width * block_size) < seq_lens[first:last, None]
-            mask = torch.where(inside, 0.0, float("-inf"))[:, None, :].repeat_interleave(num_kv_heads, dim=0)
-        groups.append(GatherGroup(first, last, index, lengths[last - 1], mask))
-        most = max(most, index.numel() * block_size * head_dim)
-        first = last
-    workspace = previous.workspace if previous is not None else k_cache.new_empty(2, 0)
-    if workspace.shape[1] < most:
-        workspace = k_cache.new_empty(2, most + most // 4)
-    return GatherPlan(order, inverse, groups, workspace)
 
 
 def paged_decode_cpu(
     q: torch.Tensor,
     k_cache: torch.Tensor,
     v_cache: torch.Tensor,
-    plan: GatherPlan,
+    gather: KvGather,
     scale: float,
     out: torch.Tensor,
 ) -> None:
-    """Attention of one query token per sequence: `q`, `out [seqs, heads, head_dim]`; caches as `plan_gather`'s."""
+    """Attention of one query token per sequence: `q`, `out [seqs, heads, head_dim]`.
+
+    k_cache, v_cache `[num_blocks, kv_heads, block_size, head_dim]`; `gather` names the blocks that are read.
+    """
     num_seqs, num_heads, head_dim = q.shape
     num_blocks, num_kv_heads, block_size, _ = k_cache.shape
     tile = block_size * head_dim
     keys, values = k_cache.view(num_blocks * num_kv_heads, tile), v_cache.view(num_blocks * num_kv_heads, tile)
     shape = (num_seqs * num_kv_heads, num_heads // num_kv_heads, head_dim)
-    grouped = (q if plan.order is None else q.index_select(0, plan.order)).reshape(shape)
-    result = torch.empty_like(grouped) if plan.order is not None else out.view(shape)
-    for group in plan.groups:
+    grouped = (q if gather.order is None else q.index_select(0, gather.order)).reshape(shape)
+    result = torch.empty_like(grouped) if gather.order is not None else out.view(shape)
+    for group in gather.groups:
         n, part = group.index.numel(), slice(group.first * num_kv_heads, group.last * num_kv_heads)
-        k, v = plan.workspace[:, : n * tile].view(2, n, tile)
+        k, v = gather.workspace[:, : n * tile].view(2, n, tile)
         torch.index_select(keys, 0, group.index, out=k)
         torch.index_select(values, 0, group.index, out=v)
         batch = (part.stop - part.start, -1, head_dim)
@@ -132,8 +55,8 @@ def paged_decode_cpu(
         scores = torch.bmm(grouped[part], k.view(batch).transpose(1, 2))  # [seqs * kv_heads, group, tokens]
         weights = torch.softmax(torch.add(group.mask, scores, alpha=scale), dim=-1).to(q.dtype)
         torch.bmm(weights, v.view(batch), out=result[part])
-    if plan.inverse is not None:
-        torch.index_select(result.view(num_seqs, num_heads, head_dim), 0, plan.inverse, out=out)
+    if gather.inverse is not None:
+        torch.index_select(result.view(num_seqs, num_heads, head_dim), 0, gather.inverse, out=out)
 
 
 def paged_prefill_cpu(

@@ -9,51 +9,32 @@ Bytes moved: every cached token once, 2 * kv_heads * head_dim * itemsize. FLOPs:
 
 import torch
 
-from nanovllm.kernels.attention.cpu_attention import CpuDecodePlan, paged_decode_cpu
+from nanovllm.kernels.attention.contract import AttentionSpec, DecodeBatch, KVCache
+from nanovllm.kernels.attention.cpu_attention import paged_decode_cpu
 from nanovllm.kernels.attention.cpu_rope_store import qk_norm_rope_store_cpu
-from nanovllm.kernels.attention.decode_splits import DecodeSplits
 from nanovllm.kernels.attention.paged_decode_kernel import paged_decode_triton
 from nanovllm.kernels.attention.paged_kv import gather_kv
 from nanovllm.kernels.attention.qk_norm_rope_store import qk_norm_rope_store_reference
 
 
 def paged_decode(
-    qkv: torch.Tensor,
-    q_weight: torch.Tensor | None,
-    k_weight: torch.Tensor | None,
-    eps: float,
-    cos_sin: torch.Tensor,
-    k_cache: torch.Tensor,
-    v_cache: torch.Tensor,
-    block_table: torch.Tensor,
-    rows: torch.Tensor,
-    seq_lens: torch.Tensor,
-    plan: DecodeSplits | CpuDecodePlan,
-    scale: float,
-    out: torch.Tensor,
+    qkv: torch.Tensor, spec: AttentionSpec, cache: KVCache, decodes: DecodeBatch, out: torch.Tensor
 ) -> None:
     """Store each sequence's newest token, and attend from it to all of the sequence, into `out`.
 
     Args:
-        qkv: `[S, (heads + 2 * kv_heads) * head_dim]`, rows may be strided: the newest token of each sequence.
-        q_weight, k_weight: `[head_dim]` of the heads' RMSNorms, or None for none.
-        eps: of the norms.
-        cos_sin: `[max_position, rotary_dim]` float32, cosines first, then sines; rotary_dim <= head_dim.
-        k_cache, v_cache: `[num_blocks, kv_heads, block_size, head_dim]` of qkv's dtype; the newest slots are written.
-            On a GPU nothing past a sequence's length is read, on a CPU those slots must be finite.
-        block_table: `[R, max_blocks]` int32. No two sequences share the block of their newest slot.
-        rows, seq_lens: `[S]` int32; the newest token's position is seq_lens - 1. Length 0 (row -1) pads: it gets zeros.
-        plan: `split_contexts`'s of these seq_lens, or on a CPU that of both halves of the work.
-        out: `[S, heads, head_dim]`, the last dimension contiguous.
+        qkv: `[seqs, (heads + 2 * kv_heads) * head_dim]`, rows may be strided: the newest token of each sequence.
+        cache: the newest slots are written. On a GPU nothing past a sequence's length is read, on a CPU those slots
+            must be finite.
+        decodes: no two sequences share the block of their newest slot. Padding (row -1, length 0) gets zeros.
+        out: `[seqs, heads, head_dim]`, the last dimension contiguous.
     """
-    if isinstance(plan, CpuDecodePlan):
-        q = qk_norm_rope_store_cpu(
-            qkv, q_weight, k_weight, eps, plan.rope_store, k_cache, v_cache, num_heads=out.shape[1]
-        )
-        paged_decode_cpu(q, k_cache, v_cache, plan.gather, scale, out)
+    if decodes.gather is not None:
+        q = qk_norm_rope_store_cpu(qkv, spec, cache, decodes.places)
+        paged_decode_cpu(q, cache.k, cache.v, decodes.gather, spec.scale, out)
     else:
-        cache = (k_cache, v_cache, block_table, rows, seq_lens)
-        paged_decode_triton(qkv, q_weight, k_weight, eps, cos_sin, *cache, plan, scale, out)
+        where = (decodes.block_table, decodes.rows, decodes.seq_lens, decodes.splits)
+        paged_decode_triton(qkv, *spec.norms, spec.cos_sin(qkv.device), *cache, *where, spec.scale, out)
 
 
 def paged_decode_reference(

@@ -20,6 +20,7 @@ from functools import lru_cache
 
 import torch
 
+from nanovllm.kernels.attention.contract import AttentionSpec, ChunkBatch, KVCache
 from nanovllm.kernels.attention.cpu_attention import paged_prefill_cpu
 from nanovllm.kernels.attention.paged_kv import (
     LOG2_E,
@@ -68,31 +69,17 @@ def prefill_config(head_dim: int, itemsize: int, shared_memory: int) -> PrefillC
     return PrefillConfig(rows, tile, NUM_WARPS, max(1, min(MAX_STAGES, fitting)), PACK_GROUP)
 
 
-def paged_prefill(
-    q: torch.Tensor,
-    k_cache: torch.Tensor,
-    v_cache: torch.Tensor,
-    block_table: torch.Tensor,
-    rows: torch.Tensor,
-    query_start: torch.Tensor,
-    seq_lens: torch.Tensor,
-    scale: float,
-    out: torch.Tensor,
-    num_tokens: int | None = None,
-) -> None:
-    """Causal attention of each sequence's newest tokens, through the block table, into `out`.
+def paged_prefill(q: torch.Tensor, spec: AttentionSpec, cache: KVCache, chunks: ChunkBatch, out: torch.Tensor) -> None:
+    """Causal attention of the chunks' tokens, through the block table, into `out`.
 
-    q, out `[T, heads, head_dim]` (last dimension contiguous); k_cache, v_cache `[num_blocks, kv_heads, block_size,
-    head_dim]` of q's dtype; block_table `[R, max_blocks] int32`; rows, seq_lens `[S] int32`; query_start `[S+1] int32`:
-    sequence i's query tokens are `query_start[i] .. query_start[i+1]-1` of q and out, the last of them at position
-    `seq_lens[i]-1`. The first entry may be above 0. Other tokens of `out`, and those of padding (row -1), are not
-    written. num_tokens: an upper bound of `query_start[-1] - query_start[0]` for the launch grid, default T. Nothing
-    past a sequence's length is read.
+    q and out are `[tokens, heads, head_dim]`, the last dimension contiguous: chunk i's tokens are
+    `query_start[i] .. query_start[i+1]-1`, the last of them at position `seq_lens[i]-1`. The first start may be above
+    0. Other tokens of `out`, and those of padding (row -1), are not written. On a GPU nothing past a sequence's length
+    is read.
     """
-    if q.is_cuda:
-        paged_prefill_triton(q, k_cache, v_cache, block_table, rows, query_start, seq_lens, scale, out, num_tokens)
-    else:
-        paged_prefill_cpu(q, k_cache, v_cache, block_table, rows, query_start, seq_lens, scale, out)
+    run = paged_prefill_triton if q.is_cuda else paged_prefill_cpu
+    where = (chunks.block_table, chunks.rows, chunks.query_start, chunks.seq_lens)
+    run(q, *cache, *where, spec.scale, out)
 
 
 def paged_prefill_reference(

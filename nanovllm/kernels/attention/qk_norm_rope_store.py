@@ -10,42 +10,23 @@ element: bound by memory. Math is in float32, rounded once at the end.
 
 import torch
 
-from nanovllm.kernels.attention.cpu_rope_store import RopeStorePlan, qk_norm_rope_store_cpu
+from nanovllm.kernels.attention.contract import AttentionSpec, ChunkBatch, KVCache
+from nanovllm.kernels.attention.cpu_rope_store import qk_norm_rope_store_cpu
 from nanovllm.kernels.early_launch import early_launch, wait_for_previous
 from nanovllm.kernels.triton_shim import tl, triton
 
 
-def qk_norm_rope_store(
-    qkv: torch.Tensor,
-    q_weight: torch.Tensor | None,
-    k_weight: torch.Tensor | None,
-    eps: float,
-    positions: torch.Tensor,
-    cos_sin: torch.Tensor,
-    slot_mapping: torch.Tensor,
-    k_cache: torch.Tensor,
-    v_cache: torch.Tensor,
-    num_heads: int,
-    plan: RopeStorePlan | None = None,
-) -> torch.Tensor:
-    """Write k and v to their slots and return q, `[tokens, heads, head_dim]`.
+def qk_norm_rope_store(qkv: torch.Tensor, spec: AttentionSpec, cache: KVCache, chunks: ChunkBatch) -> torch.Tensor:
+    """Write the chunks' k and v to their slots of `cache` and return q, `[tokens, heads, head_dim]`.
 
-    Args:
-        qkv: `[tokens, (heads + 2 * kv_heads) * head_dim]`, rows may be strided.
-        q_weight, k_weight: `[head_dim]`, or None for no norm.
-        eps: of the norms.
-        positions: `[tokens]` int32; on a GPU these and the slots must be older than the last launch: `early_launch.py`.
-        cos_sin: `[max_position, rotary_dim]` float32, cosines first, then sines; rotary_dim <= head_dim.
-        slot_mapping: `[tokens]` int64, block * block_size + offset; -1 stores nothing.
-        k_cache, v_cache: `[blocks, kv_heads, block_size, head_dim]`, a block contiguous; written.
-        num_heads: of q.
-        plan: on a CPU, `plan_rope_store`'s of these positions and slots.
+    `qkv [tokens, (heads + 2 * kv_heads) * head_dim]`, whose rows may be strided. On a GPU the positions and slots must
+    be
+    older than the last launch: see `early_launch.py`.
     """
-    if plan is not None:
-        return qk_norm_rope_store_cpu(qkv, q_weight, k_weight, eps, plan, k_cache, v_cache, num_heads)
-    return qk_norm_rope_store_triton(
-        qkv, q_weight, k_weight, eps, positions, cos_sin, slot_mapping, k_cache, v_cache, num_heads
-    )
+    if chunks.places is not None:
+        return qk_norm_rope_store_cpu(qkv, spec, cache, chunks.places)
+    where = (chunks.positions, spec.cos_sin(qkv.device), chunks.slot_mapping)
+    return qk_norm_rope_store_triton(qkv, *spec.norms, *where, *cache, spec.num_heads)
 
 
 def qk_norm_rope_store_reference(
@@ -60,7 +41,15 @@ def qk_norm_rope_store_reference(
     v_cache: torch.Tensor,
     num_heads: int,
 ) -> torch.Tensor:
-    """`qk_norm_rope_store` in PyTorch."""
+    """`qk_norm_rope_store` in PyTorch, from the tensors themselves.
+
+    Args:
+        q_weight, k_weight: `[head_dim]` of the heads' norms, or None for none. eps: of the norms.
+        positions: `[tokens]` int32. cos_sin: `[max_position, rotary_dim]` float32, cosines first; rotary_dim <=
+            head_dim.
+        slot_mapping: `[tokens]` int64, block * block_size + offset; -1 stores nothing.
+        k_cache, v_cache: `[blocks, kv_heads, block_size, head_dim]`, a block contiguous; written.
+    """
     _, num_kv_heads, block_size, head_dim = k_cache.shape
     half = cos_sin.shape[1] // 2
     angles = cos_sin[positions.long(), None]  # [tokens, 1, rotary_dim]

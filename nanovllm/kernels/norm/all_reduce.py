@@ -66,9 +66,9 @@ class PeerBuffers:
     turns: torch.Tensor
     stop: torch.Tensor
 
-    def fit(self, x: torch.Tensor) -> bool:
+    def fit(self, rows: int, columns: int, dtype: torch.dtype) -> bool:
         """Whether a message may be summed this way. It depends on its shape alone, so all ranks agree."""
-        return x.shape[0] <= self.max_rows and x.shape[1] == self.columns and x.dtype == self.dtype
+        return rows <= self.max_rows and columns == self.columns and dtype == self.dtype
 
     def give_up(self) -> None:
         """Have kernels that wait for a peer go on with what they have. From any thread; there is no way back."""

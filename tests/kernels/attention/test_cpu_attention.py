@@ -7,8 +7,9 @@ import torch
 import torch.nn.functional as F
 from paged_cache import PagedCase, dense_attention, make_case
 
-from nanovllm.kernels.attention import cpu_attention
-from nanovllm.kernels.attention.cpu_attention import paged_decode_cpu, paged_prefill_cpu, plan_gather
+from nanovllm.kernels.attention import cpu_attention, kv_gather
+from nanovllm.kernels.attention.cpu_attention import paged_decode_cpu, paged_prefill_cpu
+from nanovllm.kernels.attention.kv_gather import gather_blocks
 
 SHAPES = [  # kv heads, query heads per kv head, head_dim, block size
     (2, 1, 24, 16),
@@ -44,25 +45,25 @@ def assert_is_dense_attention(case: PagedCase, q: torch.Tensor, out: torch.Tenso
 def test_decode_equals_dense_attention(seed: int, dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch) -> None:
     rng = random.Random(seed)
     num_kv_heads, group, head_dim, block_size = SHAPES[seed]
-    monkeypatch.setattr(cpu_attention, "GROUP_BYTES", 3 * 2 * num_kv_heads * block_size * head_dim * dtype.itemsize)
+    monkeypatch.setattr(kv_gather, "GROUP_BYTES", 3 * 2 * num_kv_heads * block_size * head_dim * dtype.itemsize)
     lengths = [1, 7, 7, 7, block_size, block_size + 1, *(rng.randint(1, 5 * block_size) for _ in range(6))]
     case = make_finite_case(seed, lengths, SHAPES[seed], dtype)
     num_padding = seed % 3
     seq_lens, rows = F.pad(case.seq_lens, (0, num_padding)), F.pad(case.rows, (0, num_padding), value=-1)
     q = torch.randn(len(rows), num_kv_heads * group, head_dim).to(dtype)
-    plan = None
+    gather = None
     for _ in range(2):  # the second time over the first one's workspace
-        plan = plan_gather(seq_lens, rows, case.block_table, case.k_cache, plan)
+        gather = gather_blocks(seq_lens, rows, case.block_table, case.k_cache, gather)
         out = torch.full_like(q, float("nan"))
-        paged_decode_cpu(q, case.k_cache, case.v_cache, plan, SCALE, out)
+        paged_decode_cpu(q, case.k_cache, case.v_cache, gather, SCALE, out)
         assert_is_dense_attention(case, q, out, list(range(len(lengths) + 1)))
-    assert len(plan.groups) > 1
+    assert len(gather.groups) > 1
 
 
 def test_a_batch_of_padding_alone_reads_nothing() -> None:
     case = make_finite_case(0, [5], SHAPES[0], torch.float32)
-    plan = plan_gather(torch.zeros(1, dtype=torch.int32), torch.tensor([-1]), case.block_table, case.k_cache)
-    assert not plan.groups
+    gather = gather_blocks(torch.zeros(1, dtype=torch.int32), torch.tensor([-1]), case.block_table, case.k_cache)
+    assert not gather.groups
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])

@@ -2,6 +2,7 @@
 
 import random
 from functools import partial
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -10,8 +11,8 @@ from hypothesis import strategies as st
 from paged_cache import PagedCase, assert_within_rounding, dense_attention, make_case
 
 from nanovllm.kernels.attention import paged_decode_kernel
-from nanovllm.kernels.attention.cpu_attention import CpuDecodePlan, plan_gather
-from nanovllm.kernels.attention.cpu_rope_store import plan_rope_store
+from nanovllm.kernels.attention.contract import AttentionSpec, DecodeBatch, KVCache
+from nanovllm.kernels.attention.cpu_rope_store import TokenPlaces
 from nanovllm.kernels.attention.decode_splits import (
     SPLIT_MULTIPLE,
     DecodeSplits,
@@ -19,6 +20,7 @@ from nanovllm.kernels.attention.decode_splits import (
     split_contexts_reference,
     split_contexts_triton,
 )
+from nanovllm.kernels.attention.kv_gather import gather_blocks
 from nanovllm.kernels.attention.paged_decode import paged_decode, paged_decode_reference
 from nanovllm.kernels.attention.paged_decode_kernel import paged_decode_triton
 
@@ -155,9 +157,12 @@ def test_newest_token_is_normalized_rotated_stored_and_attended_to(
     if on_cpu_path:
         positions = case.seq_lens - 1
         slots = case.block_table[case.rows, positions // block_size].long() * block_size + positions % block_size
-        stores = plan_rope_store(positions, slots, cos_sin, block_size)
-        plan = CpuDecodePlan(stores, plan_gather(case.seq_lens, case.rows, case.block_table, caches[0]))
-        paged_decode(qkv, *norms, cos_sin, *caches, *where, plan, 0.1, out)
+        q_norm, k_norm = (SimpleNamespace(weight=w, eps=1e-6) if has_norm else None for w in weights)
+        spec = AttentionSpec(2 * group, 2, head_dim, 0.1, SimpleNamespace(cos_sin=cos_sin), q_norm, k_norm)
+        gather = gather_blocks(case.seq_lens, case.rows, case.block_table, caches[0])
+        places = TokenPlaces.of(positions, slots, block_size)
+        decodes = DecodeBatch(case.rows, case.seq_lens, case.block_table, gather=gather, places=places)
+        paged_decode(qkv, spec, KVCache(*caches), decodes, out)
     else:
         plan = split_contexts_triton(case.seq_lens, 2, make_plan(case, group, target_splits=4))
         torch.zeros(1, device=device)

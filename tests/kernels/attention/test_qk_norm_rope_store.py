@@ -1,26 +1,32 @@
 """Promises of QK-norm + RoPE + store, kept by the kernel (interpreted on a CPU) and the reference."""
 
 from dataclasses import dataclass
+from types import SimpleNamespace
 
 import pytest
 import torch
 from transformers.models.qwen3.modeling_qwen3 import Qwen3RMSNorm, apply_rotary_pos_emb
 
 from nanovllm.kernels.attention import qk_norm_rope_store as kernels
-from nanovllm.kernels.attention.cpu_rope_store import plan_rope_store
+from nanovllm.kernels.attention.contract import AttentionSpec, ChunkBatch, KVCache
+from nanovllm.kernels.attention.cpu_rope_store import TokenPlaces
 
 DTYPES = [torch.bfloat16, torch.float16, torch.float32]
 
 
-def on_a_cpu(qkv, q_weight, k_weight, eps, positions, cos_sin, slot_mapping, k_cache, v_cache, num_heads):
-    if qkv.is_cuda:
-        pytest.skip("the CPU's path")
-    plan = plan_rope_store(positions, slot_mapping, cos_sin, k_cache.shape[2])
-    where = (positions, cos_sin, slot_mapping, k_cache, v_cache, num_heads)
-    return kernels.qk_norm_rope_store(qkv, q_weight, k_weight, eps, *where, plan)
+def through_the_front(qkv, q_weight, k_weight, eps, positions, cos_sin, slot_mapping, k_cache, v_cache, num_heads):
+    """The arguments as records, as a layer gives them: on a CPU its own fast version."""
+    _, num_kv_heads, block_size, head_dim = k_cache.shape
+    q_norm, k_norm = (None if w is None else SimpleNamespace(weight=w, eps=eps) for w in (q_weight, k_weight))
+    rope = SimpleNamespace(cos_sin=cos_sin)
+    spec = AttentionSpec(num_heads, num_kv_heads, head_dim, 1.0, rope, q_norm, k_norm)
+    places = None if qkv.is_cuda else TokenPlaces.of(positions, slot_mapping, block_size)
+    unused = torch.empty(0)
+    chunks = ChunkBatch(positions, slot_mapping, unused, unused, unused, unused, places)
+    return kernels.qk_norm_rope_store(qkv, spec, KVCache(k_cache, v_cache), chunks)
 
 
-FUNCTIONS = [kernels.qk_norm_rope_store_triton, kernels.qk_norm_rope_store_reference, on_a_cpu]
+FUNCTIONS = [kernels.qk_norm_rope_store_triton, kernels.qk_norm_rope_store_reference, through_the_front]
 EPS = 1e-6
 POISON = 123.0
 # heads, kv_heads, head_dim, rotary_dim, block_size
@@ -179,3 +185,30 @@ def test_a_batch_without_tokens(device: str):
     case = draw(0, SHAPES[1], torch.float32, device)
     for function in FUNCTIONS:
         assert function(*case.arguments()).shape == (0, 6, 48)
+
+
+def test_without_rope_nothing_is_rotated(device: str):
+    case = draw(5, SHAPES[1], torch.float32, device)
+    case.slot_mapping.copy_(torch.arange(5))
+    spec = AttentionSpec(6, 2, 48, 1.0)
+    places = TokenPlaces.of(case.positions, case.slot_mapping, 48) if device == "cpu" else None
+    unused = torch.empty(0)
+    chunks = ChunkBatch(case.positions, case.slot_mapping, unused, unused, unused, unused, places)
+    q = kernels.qk_norm_rope_store(case.qkv, spec, KVCache(case.k_cache, case.v_cache), chunks)
+    heads = case.qkv.unflatten(1, (-1, 48))
+    assert torch.equal(q, heads[:, :6])
+    assert torch.equal(case.k_cache[0, :, :5].transpose(0, 1), heads[:, 6:8])
+
+
+def test_layers_with_different_ropes_turn_by_their_own():
+    """One step's places serve layers whose tables differ."""
+    case = draw(4, SHAPES[1], torch.float32, "cpu")
+    places = TokenPlaces.of(case.positions, case.slot_mapping, 48)
+    unused = torch.empty(0)
+    chunks = ChunkBatch(case.positions, case.slot_mapping, unused, unused, unused, unused, places)
+    for cos_sin in (case.cos_sin, case.cos_sin.flip(0), case.cos_sin):
+        spec = AttentionSpec(6, 2, 48, 1.0, SimpleNamespace(cos_sin=cos_sin))
+        q = kernels.qk_norm_rope_store(case.qkv, spec, KVCache(case.k_cache, case.v_cache), chunks)
+        where = (case.positions, cos_sin, case.slot_mapping, case.k_cache.clone(), case.v_cache.clone(), 6)
+        expected = kernels.qk_norm_rope_store_reference(case.qkv, None, None, 0.0, *where)
+        torch.testing.assert_close(q, expected, rtol=1e-5, atol=5e-6)

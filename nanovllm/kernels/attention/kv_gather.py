@@ -1,0 +1,79 @@
+"""Which blocks a decode step on a CPU copies together, group by group, before it multiplies them.
+
+Planned once a step, used by every layer: `cpu_attention.py` says why blocks are copied.
+"""
+
+from dataclasses import dataclass
+
+import torch
+
+GROUP_BYTES = 8 << 20  # of keys and values gathered at a time
+
+
+@dataclass(slots=True)
+class GatherGroup:
+    """Sequences `first` to `last` of a step sorted by length.
+
+    `index [seqs * kv_heads * blocks]` picks (block, head) tiles of the cache; `mask [seqs * kv_heads, 1, tokens]`
+    float32 is 0 within a sequence and -inf past its end, or None if all have `length` tokens.
+    """
+
+    first: int
+    last: int
+    index: torch.Tensor
+    length: int
+    mask: torch.Tensor | None
+
+
+@dataclass(slots=True)
+class KvGather:
+    """A step's groups, and the workspace into which each is copied."""
+
+    order: torch.Tensor | None  # [seqs] int64, by length; None when they are in that order
+    inverse: torch.Tensor | None  # [seqs] int64
+    groups: list[GatherGroup]
+    workspace: torch.Tensor  # [2, elements]
+
+
+def gather_blocks(
+    seq_lens: torch.Tensor,
+    rows: torch.Tensor,
+    block_table: torch.Tensor,
+    k_cache: torch.Tensor,
+    previous: KvGather | None = None,
+) -> KvGather:
+    """Group a decode step's reads; `previous` hands its workspace on.
+
+    seq_lens, rows `[seqs]` int32, of which padding (row -1, length 0) reads nothing; block_table `[rows, max_blocks]`
+    int32; k_cache `[num_blocks, kv_heads, block_size, head_dim]`, for its shape.
+    """
+    _, num_kv_heads, block_size, head_dim = k_cache.shape
+    block_bytes = 2 * num_kv_heads * block_size * head_dim * k_cache.element_size()
+    order = inverse = None
+    if len(seq_lens) > 1:
+        seq_lens, order = seq_lens.sort()
+        rows, inverse = rows[order], order.argsort()
+    counts = -(-seq_lens // block_size)
+    num_blocks, lengths = counts.tolist(), seq_lens.tolist()
+    table = block_table[rows].long()
+    heads = torch.arange(num_kv_heads)[:, None]
+    groups, first, most = [], lengths.count(0), 0  # padding is the shortest
+    while first < len(num_blocks):
+        last = first + 1
+        while last < len(num_blocks) and (last + 1 - first) * num_blocks[last] * block_bytes <= GROUP_BYTES:
+            last += 1
+        width = num_blocks[last - 1]
+        # Past its own blocks a sequence gathers its last one again: another's might hold what is not finite.
+        columns = torch.minimum(torch.arange(width), counts[first:last, None] - 1).long()
+        index = (table[first:last].gather(1, columns)[:, None] * num_kv_heads + heads).flatten()
+        mask = None
+        if lengths[first] < lengths[last - 1]:
+            inside = torch.arange(width * block_size) < seq_lens[first:last, None]
+            mask = torch.where(inside, 0.0, float("-inf"))[:, None, :].repeat_interleave(num_kv_heads, dim=0)
+        groups.append(GatherGroup(first, last, index, lengths[last - 1], mask))
+        most = max(most, index.numel() * block_size * head_dim)
+        first = last
+    workspace = previous.workspace if previous is not None else k_cache.new_empty(2, 0)
+    if workspace.shape[1] < most:
+        workspace = k_cache.new_empty(2, most + most // 4)
+    return KvGather(order, inverse, groups, workspace)
