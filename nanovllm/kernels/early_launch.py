@@ -1,14 +1,17 @@
-"""Programmatic dependent launch: a kernel is put on the device while the one before it still runs.
+"""Programmatic dependent launch: a kernel starts while the kernel before it still runs.
 
-A decode step of a small model is some 220 kernels of a few microseconds, and a microsecond or more of each goes by
-between the end of one and the first load of the next. On Hopper and later a kernel may be started early: its programs
-come to life as those of the kernel before drain, and do what depends on no recent result (weights into the L2
-cache, addresses, this step's plan), until `wait_for_previous` returns: then everything before has ended and its
-stores are visible (CUDA C++ Programming Guide, "Programmatic Dependent Launch").
+A decode step of a small model is some 220 kernels of a few microseconds, and between the end of one and the first load
+of the next a microsecond or more goes by. Hopper and later GPUs can start a kernel early: its programs start as those
+of the kernel before it end. They do what depends on no recent result (fetch weights into the L2 cache, compute
+addresses, read the step's splits), and then call `wait_for_previous`. When that returns, all kernels before have ended,
+and their stores are visible (CUDA C++ Programming Guide, "Programmatic Dependent Launch").
 
-Two rules keep this sound. A kernel calls `wait_for_previous` before it reads what the previous one may have written,
-and before its first store. And it lets the next one start only *after* that: when a kernel starts, the one before the
-previous has then ended, so whatever is older than the last launch may be read at once.
+Two rules keep this sound:
+
+1. A kernel calls `wait_for_previous` before its first store, and before it reads what the previous kernel may have
+   written.
+2. It lets the next kernel start only *after* that. So when a kernel starts, the one before the previous has ended, and
+   the kernel may read at once whatever is older than the last launch.
 """
 
 from functools import lru_cache
@@ -23,7 +26,7 @@ LINE_BYTES = 128  # of the L2 cache
 
 
 def early_launch(tensor: torch.Tensor) -> dict[str, Any]:
-    """Launch options of a kernel that calls `wait_for_previous(EARLY)`, on this tensor's device."""
+    """Launch options, on this tensor's device, of a kernel that calls `wait_for_previous(EARLY)`."""
     return _options(tensor.device)
 
 
@@ -35,9 +38,9 @@ def _options(device: torch.device) -> dict[str, Any]:
 
 @triton.jit
 def fetch(pointers, mask):
-    """Have the L2 cache fetch the lines at `pointers`; nobody waits for them.
+    """Ask the L2 cache to fetch the lines at `pointers`, without waiting for them.
 
-    It is never too early: what the kernel before writes to such a line later, it writes to that same cache.
+    This is never too early: if the previous kernel writes to such a line later, it writes to that same cache.
     """
     pointers, mask = tl.broadcast(pointers, mask)
     tl.inline_asm_elementwise(
@@ -52,7 +55,7 @@ def fetch(pointers, mask):
 
 @triton.jit
 def wait_for_previous(EARLY: tl.constexpr):
-    """Wait for all kernels before this one, then let the next one be started."""
+    """Wait until all kernels before this one have ended, then let the next one start."""
     if EARLY:
         tl.extra.cuda.gdc_wait()
         tl.extra.cuda.gdc_launch_dependents()

@@ -1,9 +1,10 @@
-"""What the model reads in a step, built on the device from the rows: token ids, positions, KV slots, lengths.
+"""Builds a step's inputs on the device, from the rows: token ids, positions, KV slots, lengths.
 
-The host sends only which rows run and how many tokens each computes. Everything else is already on the device, the
-token that the previous step sampled included, so the host can plan a step before it knows the last one's result.
+The host sends only which rows run, and how many tokens each computes. Everything else is on the device already, even
+the token that the previous step sampled, so the host can plan a step before it knows the last one's result.
 
-Reads 8 bytes a token (its id and its block id, mostly from L2), writes 16; no arithmetic to speak of.
+For each token the kernel reads 8 bytes (token id and block id, mostly from L2) and writes 16; it computes next to
+nothing.
 """
 
 from dataclasses import dataclass
@@ -16,13 +17,13 @@ from nanovllm.kernels.triton_shim import tl, triton
 
 @dataclass(slots=True)
 class StepInputs:
-    """Buffers for one step; each may be longer than the step needs, what lies beyond is left alone.
+    """Buffers for one step. Each may be longer than the step needs; the rest stays as it is.
 
     Attributes:
         input_ids: `[tokens]` int32.
         positions: `[tokens]` int32, counted from the start of the sequence.
-        slot_mapping: `[tokens]` int64, block id * block_size + offset: where K/V go; -1: nowhere.
-        seq_lens: `[sequences]` int32, tokens whose K/V are in the cache once this step's have been stored.
+        slot_mapping: `[tokens]` int64, block id * block_size + offset, where the token's K and V go; -1: nowhere.
+        seq_lens: `[sequences]` int32, tokens with K and V in the cache once this step has stored its own.
     """
 
     input_ids: torch.Tensor
@@ -40,7 +41,7 @@ def prepare_inputs(
     block_size: int,
     out: StepInputs,
 ) -> None:
-    """Fill `out` with the next `query_len` tokens of each row and advance `num_computed` past them.
+    """Write the next `query_len` tokens of each row to `out`, and advance `num_computed` past them.
 
     A padding entry (row -1) gets id 0, position 0, slot -1, length 0, and touches no row.
 
@@ -48,7 +49,7 @@ def prepare_inputs(
         rows: `[sequences]` int32, each row at most once, or -1.
         query_start: `[sequences + 1]` int32, cumulative query lengths from 0.
         token_ids: `[rows, max_len]` int32, any strides.
-        num_computed: `[rows]` int32, any stride; tokens whose K/V are written or scheduled.
+        num_computed: `[rows]` int32, any stride; tokens of all steps before this one.
         block_table: `[rows, max_blocks]` int32, any strides.
         block_size: tokens in a block.
         out: written.
@@ -66,7 +67,7 @@ def prepare_inputs_reference(
     block_size: int,
     out: StepInputs,
 ) -> None:
-    """`prepare_inputs` in PyTorch."""
+    """`prepare_inputs` in PyTorch; fast enough to serve a CPU too."""
     live = rows >= 0
     row = rows.clamp(min=0).long()  # a padding entry reads row 0, and every use of it is multiplied by `live`
     query_len = query_start.diff()
@@ -76,7 +77,7 @@ def prepare_inputs_reference(
 
     num_tokens = int(query_start[-1])
     token = torch.arange(num_tokens, device=rows.device, dtype=torch.int32)
-    if num_tokens != len(rows) or not query_len.all():  # with chunks: from one entry a sequence to one a token
+    if num_tokens != len(rows) or not query_len.all():  # chunks: repeat each sequence's entry for each of its tokens
         sequence = torch.repeat_interleave(query_len, output_size=num_tokens)
         start, row, live = start[sequence], row[sequence], live[sequence]
         token = (token - query_start[sequence]) * live
@@ -98,7 +99,7 @@ def prepare_inputs_triton(
     block_size: int,
     out: StepInputs,
 ) -> None:
-    """`prepare_inputs` as one launch: a program a sequence."""
+    """`prepare_inputs` in one launch, a program for each sequence."""
     _prepare_inputs_kernel[(len(rows),)](
         rows,
         query_start,
@@ -155,7 +156,7 @@ def _prepare_inputs_kernel(
             tl.store(slot_mapping_ptr + token, -1, mask=inside)
     else:
         start = tl.load(num_computed_ptr + row * num_computed_stride)
-        # Every lane must have read the old count before one thread overwrites it.
+        # All threads must have read the old count before one of them overwrites it.
         tl.debug_barrier()
         tl.store(num_computed_ptr + row * num_computed_stride, start + query_len)
         tl.store(seq_lens_ptr + sequence, start + query_len)

@@ -1,8 +1,7 @@
-"""Triton where it is installed; elsewhere a stand-in that lets kernel files be imported for their references.
+"""Triton where it is installed; elsewhere a stand-in, so that kernel files can still be imported.
 
-A plain CPU install of PyTorch has no Triton. The kernels are then never launched, but the module that defines one
-also holds its PyTorch reference, which is the CPU implementation, so `@triton.jit` and `tl.constexpr` must still mean
-something at import.
+A CPU install of PyTorch comes without Triton. It never launches a kernel, but the kernel's file also has the PyTorch
+code that runs instead. So `@triton.jit` and `tl.constexpr` must mean something when Python imports the file.
 """
 
 import os
@@ -22,11 +21,11 @@ except ImportError:
             return self
 
     triton = tl = TensorDescriptor = _Absent()
-else:  # what a Triton lacks that is too old is an error, and not a reason to go on without
+else:  # outside of the try: a Triton that is too old for these imports is an error
     import triton.language as tl
     from triton.tools.tensor_descriptor import TensorDescriptor
 
-# Kernels are run by Triton's interpreter, which knows no inline assembly.
+# Whether Triton's interpreter runs the kernels. It knows no inline assembly.
 INTERPRETED = tl.constexpr(os.environ.get("TRITON_INTERPRET") == "1")
 
 __all__ = ["HAS_TRITON", "INTERPRETED", "TensorDescriptor", "tl", "triton"]

@@ -1,13 +1,13 @@
-"""The attention of one query over the splits of its sequence, from what `paged_decode_kernel.py` has over each of them.
+"""Merges the partial results of a sequence's splits into the attention over the whole sequence.
 
-Each split's result is normalised by itself, and comes with the log-sum-exp of its scores, which is the weight it has in
-the whole ("flash decoding", Dao et al. 2023). The merge goes by the order of the splits, not of their programs'
-arrival, so results do not depend on timing.
+`paged_decode_kernel.py` normalizes each split's result by itself, and stores it with the log-sum-exp of the split's
+scores, which gives its weight in the whole ("flash decoding", Dao et al. 2023). The merge takes the splits in their own
+order, not in the order in which programs finish, so results do not depend on timing.
 """
 
 from nanovllm.kernels.triton_shim import tl, triton
 
-MERGE_ELEMENTS = 4096  # float32 partial results held in registers at once
+MERGE_ELEMENTS = 4096  # float32 elements of partial results that a program holds in registers at once
 
 
 @triton.jit
@@ -24,10 +24,10 @@ def merge_splits(
     PADDED_DIM: tl.constexpr,
     MERGE_SPLITS: tl.constexpr,
 ):
-    """The heads of one kv head, `[PADDED_GROUP, PADDED_DIM]` float32; rows past the group repeat its last head.
+    """The output of one kv head's query heads, `[PADDED_GROUP, PADDED_DIM]` float32; padding repeats the last head.
 
-    `partial_out [slots, num_heads, HEAD_DIM]` and `partial_lse [slots, num_heads]` float32, the latter to base 2; the
-    sequence's splits are `first_partial` and those after it. MERGE_SPLITS of them are read at a time.
+    Reads `partial_out [entries, num_heads, HEAD_DIM]` and `partial_lse [entries, num_heads]`, float32, the latter to
+    base 2, from `first_partial` on: `num_splits` of them, MERGE_SPLITS at a time.
     """
     heads = kv_head * GROUP + tl.minimum(tl.arange(0, PADDED_GROUP), GROUP - 1)
     dims = tl.arange(0, PADDED_DIM)
@@ -38,7 +38,7 @@ def merge_splits(
         index = base + tl.arange(0, MERGE_SPLITS)
         present = (index < num_splits)[:, None]
         partials = ((first_partial + index).to(tl.int64) * num_heads)[:, None] + heads[None, :]
-        # .cg: from L2, where the others' stores are, never from a stale line of this multiprocessor's L1.
+        # .cg reads from L2, where the other programs' stores are, not from a stale line of this multiprocessor's L1.
         lse = tl.load(partial_lse_ptr + partials, mask=present, other=float("-inf"), cache_modifier=".cg")
         partial = tl.load(
             partial_out_ptr + partials[:, :, None] * HEAD_DIM + dims[None, None, :],

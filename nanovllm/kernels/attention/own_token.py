@@ -1,6 +1,7 @@
-"""What a decode step's attention does with the newest token before it attends: norms, RoPE, and the store of K and V.
+"""Norms, RoPE and the store of K and V for a sequence's newest token, within the decode kernel.
 
-As `qk_norm_rope_store`, which see, but within `paged_decode_kernel.py`, by each program for the few heads it needs.
+`paged_decode_kernel.py` calls it before it attends: each program does, for the few heads it needs, what
+`qk_norm_rope_store` does for prompts.
 """
 
 from nanovllm.kernels.early_launch import wait_for_previous
@@ -27,10 +28,10 @@ def own_token(
     HALF: tl.constexpr,
     EARLY: tl.constexpr,
 ):
-    """The newest token's heads of one kv head, `[OWN_ROWS, PADDED_DIM]`: its queries, k and v; these two are stored.
+    """The newest token's queries, k and v of one kv head, `[OWN_ROWS, PADDED_DIM]`; stores k and v if `is_stored`.
 
-    Of every dimension its partner in the rotation is read too. All tensors are of one shape, at the price of reading
-    the same numbers many times, so that they have one layout and the threads nothing to exchange.
+    For every dimension it also reads the partner in the rotation. All tensors have one shape, hence one layout, so the
+    threads exchange nothing; the price is that they read the same numbers several times.
     """
     row = tl.arange(0, OWN_ROWS)[:, None]
     dim = tl.arange(0, PADDED_DIM)[None, :] + 0 * row

@@ -1,17 +1,18 @@
 """`paged_decode` in one launch.
 
-A program per sequence would leave the device waiting for the longest one. Split-KV ("flash decoding", Dao et al. 2023)
-gives a program one (kv head, split of a sequence), with an online softmax (Milakov & Gimelshein 2018) over its tokens;
-the splits, cut by `split_contexts`, are then merged (`decode_merge.py`). That needs no second launch: of a sequence's
-programs the last to arrive, by an atomic count, merges all.
+With a program for each sequence, the device would wait for the longest one. Here a program takes one kv head and one
+split of a sequence ("flash decoding", Dao et al. 2023), as `split_contexts` has cut it, and runs an online softmax
+(Milakov & Gimelshein 2018) over the split's tokens. A sequence's programs count their arrivals with an atomic, and the
+last one merges all partial results (`decode_merge.py`), so there is no second launch.
 
-What `qk_norm_rope_store` does for prompts, each program does here for the few heads it needs: a launch of its own would
+Each program also does for its few heads what `qk_norm_rope_store` does for prompts (`own_token.py`): a launch would
 cost more than those few hundred numbers.
 
-The few query heads of a kv head stand where matrix units want the *smaller* factor: scores are K qᵀ, `[tokens, heads]`,
-with 8 columns where q Kᵀ would have 16 rows, mostly padding. That, and tiles copied by the device's copy engine (TMA)
-and not by threads, is energy: a large GPU that decodes draws all the power it may have, and what a kernel wastes the
-clock pays for.
+Two choices save energy. A large GPU that decodes draws all the power it may, so what a kernel wastes slows the clock:
+
+- Scores are K qᵀ, `[tokens, heads]`: the few query heads of a kv head are the second factor of the product, which
+  matrix units pad to 8 columns. As the first factor, in q Kᵀ, they would be padded to 16 rows.
+- The device's copy engine (TMA) copies tiles, not the threads.
 """
 
 from dataclasses import dataclass
@@ -37,12 +38,12 @@ from nanovllm.kernels.triton_shim import TensorDescriptor, tl, triton
 # Measured on an H100 and an H200: docs/performance.md; benchmarks/paged_attention.py measures alternatives.
 TILE_BYTES = 16 * 1024  # of K a loop iteration: 64 tokens of 128 bf16
 MAX_STAGES = 3  # of the load pipeline
-# Programs a multiprocessor, were no sequence cut: how many splits there are is known on the device only.
-MANY = 4  # from which on it has enough to do meanwhile, and 2 stages suffice
-FEW = 2  # up to which they wait together: a later one would ask for lines twice in a row
-MIN_TILE = 16  # tokens: what a dot sums over
+# Programs on a multiprocessor if no sequence were cut: only the device knows the number of splits.
+MANY = 4  # with so many, others work while one waits, and 2 stages suffice
+FEW = 2  # up to so many wait at the same time, and may prefetch; later ones would ask for each line twice in a row
+MIN_TILE = 16  # tokens: the least length that a dot sums over
 NUM_WARPS = 2
-MIN_COLUMNS = 8  # of the second factor that matrix units take: heads, padded
+MIN_COLUMNS = 8  # least columns of a matrix unit's second factor: heads are padded to it
 
 
 @dataclass(frozen=True, slots=True)
@@ -56,15 +57,15 @@ class DecodeConfig:
 
 @lru_cache
 def decode_config(head_dim: int, itemsize: int, shared_memory: int, is_many: bool = False) -> DecodeConfig:
-    """The launch parameters for a head dimension, an element size and a program's shared memory, both in bytes.
+    """The launch parameters for a head dimension, an element size and a program's shared memory (both in bytes).
 
-    `is_many`: a multiprocessor has MANY programs or more.
+    `is_many`: each multiprocessor has MANY programs or more.
     """
     token_bytes = next_power_of_2(head_dim) * itemsize
     tile = max(MIN_TILE, min(SPLIT_MULTIPLE, TILE_BYTES // token_bytes))
-    # n stages are n-1 buffers of K and V in flight; 12 KiB are left to the query and to layout conversions.
+    # n stages need n-1 buffers of K and V; the query and layout conversions get 12 KiB.
     fitting = 1 + (shared_memory - 12 * 1024) // (2 * tile * token_bytes)
-    num_warps = NUM_WARPS if itemsize <= 2 else 2 * NUM_WARPS  # float32 dots run on ordinary registers: spread them
+    num_warps = NUM_WARPS if itemsize <= 2 else 2 * NUM_WARPS  # float32 dots keep their operands in registers
     num_stages = max(1, min(2 if is_many else MAX_STAGES, fitting))
     return DecodeConfig(tile=tile, num_warps=num_warps, num_stages=num_stages)
 
@@ -105,8 +106,8 @@ def paged_decode_triton(
     group = num_heads // num_kv_heads
     padded_dim, padded_group = next_power_of_2(head_dim), next_power_of_2(group)
     k_tiles, v_tiles = (_tiles(cache, config.tile) for cache in (k_cache, v_cache))
-    # The kv head varies fastest: programs that run together read neighbouring heads of the same blocks, and the idle
-    # slots, which are the last, start when the device is draining anyway.
+    # The kv head varies fastest, so programs that run together read neighbouring heads of the same blocks. The idle
+    # entries of the table come last, so their programs start when the device runs empty anyway.
     _decode_kernel[(num_kv_heads, num_seqs + splits.target_splits)](
         qkv, q_weight, k_weight, cos_sin, k_cache, v_cache, k_tiles, v_tiles, out, block_table, rows, seq_lens,
         splits.table, splits.partial_out, splits.partial_lse, splits.arrivals, eps, scale * LOG2_E,
@@ -132,7 +133,7 @@ def paged_decode_triton(
 
 
 def _tiles(cache: torch.Tensor, tile: int) -> TensorDescriptor | None:
-    """A cache as tiles of `tile` tokens that the copy engine takes; None where there is none, or it could not."""
+    """A cache as tiles of `tile` tokens for the copy engine; None if the device has none or it cannot copy them."""
     *_, block_size, head_dim = cache.shape
     is_aligned = (cache.data_ptr() | head_dim * cache.element_size()) % 16 == 0
     if not is_hopper(cache.device) or not cache.is_contiguous() or block_size % tile or not is_aligned:
@@ -143,9 +144,10 @@ def _tiles(cache: torch.Tensor, tile: int) -> TensorDescriptor | None:
 
 @triton.jit
 def _attend(q, k, v, valid, top, mass, acc, scale_log2):
-    """A tile's step of the online softmax: `q [dim, heads]`, `k` and `v [TILE, dim]`, `acc [dim, heads]`.
+    """Take one tile into the online softmax: `q [dim, heads]`, `k` and `v [TILE, dim]`, `acc [dim, heads]`.
 
-    `mass [TILE, heads]` is summed over the tokens in the end only: their sum would have all warps wait for each other.
+    The caller sums `mass [TILE, heads]` over the tokens once, at the end: in each step the sum would make all warps
+    wait for each other.
     """
     scores = tl.where(valid, tl.dot(k, q, input_precision="ieee"), float("-inf"))
     new_top = tl.maximum(top, tl.max(scores, 0) * scale_log2)
@@ -222,7 +224,7 @@ def _decode_kernel(
     dims = tl.arange(0, PADDED_DIM)
     blocks = tile_blocks(table_ptr, begin, end, BLOCK_SIZE, TILE)
     rest = begin
-    if TILED:  # the tile that the newest token is in: what this program's threads store, the copy engine may not see
+    if TILED:  # up to the newest token's tile: the copy engine may not see what this program's threads store there
         rest = begin + (tl.minimum(end, position) - begin) // TILE * TILE
     if FETCH and PADDED_DIM % LINE == 0:
         last = tile_blocks(table_ptr, rest, end, BLOCK_SIZE, TILE)
@@ -239,7 +241,7 @@ def _decode_kernel(
         k_ptr,
         v_ptr,
         own_slot,
-        (length > 0) & (end == length),  # the last split's programs store
+        (length > 0) & (end == length),  # the programs of the last split store
         kv_head,
         num_kv_heads,
         eps,
@@ -250,14 +252,14 @@ def _decode_kernel(
         HALF,
         EARLY,
     )
-    tl.debug_barrier()  # what this program's threads have stored, the loop below may read
+    tl.debug_barrier()  # the loop below may read what other threads of this program have stored
 
     if OWN_ROWS > HEADS:
         q, _ = tl.split(tl.permute(tl.reshape(q, [2, HEADS, PADDED_DIM]), [1, 2, 0]))
     q = tl.trans(q)
 
     top = tl.full([HEADS], float("-inf"), tl.float32)
-    mass = tl.zeros([TILE, HEADS], tl.float32)  # to be summed over the tokens in the end
+    mass = tl.zeros([TILE, HEADS], tl.float32)  # see `_attend`
     acc = tl.zeros([PADDED_DIM, HEADS], tl.float32)
     if TILED:
         for start in range(begin, rest, TILE):
@@ -269,8 +271,8 @@ def _decode_kernel(
         offsets = kv_offsets(blocks, start, kv_head, stride_block, HEAD_DIM, PADDED_DIM, BLOCK_SIZE, TILE)
         blocks = tile_blocks(table_ptr, start + TILE, end, BLOCK_SIZE, TILE)
         valid = (start + tl.arange(0, TILE) < end)[:, None]
-        # Slots past the end hold anything, NaN included, and 0 * NaN is NaN: they must be loaded as zeros. The mask
-        # is constant along head_dim, so it costs a predicate a row and no vector width.
+        # Slots past the end hold anything, even NaN, and 0 * NaN is NaN: so load them as zeros. The mask is constant
+        # along head_dim, so it costs one predicate for each row and no vector width.
         kv_mask = valid
         if HEAD_DIM != PADDED_DIM:
             kv_mask = kv_mask & (dims < HEAD_DIM)[None, :]
@@ -292,8 +294,8 @@ def _decode_kernel(
     partial_heads = partial_index.to(tl.int64) * num_heads + kv_head * GROUP + heads
     tl.store(partial_out_ptr + partial_heads[:, None] * HEAD_DIM + dims[None, :], acc, mask=query_mask)
     tl.store(partial_lse_ptr + partial_heads, top + tl.log2(mass), mask=heads < GROUP)
-    # The barrier puts all of this program's stores before its one thread's release; the acquire of whoever comes
-    # last makes everybody's stores visible to it.
+    # The barrier orders the stores of all threads before the release, which one thread makes. By its acquire, the last
+    # program to arrive sees the stores of all programs.
     tl.debug_barrier()
     arrival_ptr = arrivals_ptr + seq * num_kv_heads + kv_head
     arrived = tl.atomic_add(arrival_ptr, 1, sem="acq_rel", scope="gpu")

@@ -1,8 +1,8 @@
-"""What the attention kernels share: how they read the paged KV cache, from a token's position to its place in memory.
+"""How attention kernels find a token of the paged KV cache: from its position, through the block table, to its memory.
 
-A layer's cache is `[num_blocks, kv_heads, block_size, head_dim]`: one block of one head is contiguous, so a tile of
-tokens that lies in one block is a single run of memory behind a single look-up in the block table. Block id times
-block stride passes 2^31 in any cache worth having, hence int64 from there on.
+A layer's cache is `[num_blocks, kv_heads, block_size, head_dim]`. One block of one head is contiguous, so a tile of
+tokens within one block takes one look-up in the block table and is one run of memory. Block id times block stride
+passes 2^31 in any cache worth having, so offsets are int64 from there on.
 """
 
 import torch
@@ -12,12 +12,12 @@ from nanovllm.kernels.triton_shim import tl, triton
 
 
 def next_power_of_2(n: int) -> int:
-    """The smallest power of two that is at least n: what a kernel pads n to."""
+    """The smallest power of two that is at least n. Kernels pad n to it."""
     return 1 << (n - 1).bit_length()
 
 
 def check_caches(q: torch.Tensor, k_cache: torch.Tensor, v_cache: torch.Tensor) -> None:
-    """Refuse (ValueError) a cache layout that the kernels' addressing does not cover."""
+    """Raise ValueError for caches, or a q, that the kernels cannot address."""
     _, num_kv_heads, block_size, head_dim = k_cache.shape
     inner = (block_size * head_dim, head_dim, 1)
     if k_cache.stride()[1:] != inner or k_cache.stride() != v_cache.stride() or k_cache.shape != v_cache.shape:
@@ -42,8 +42,8 @@ def gather_kv(cache: torch.Tensor, table_row: torch.Tensor, length: int) -> torc
 def tile_blocks(table_ptr, start, end, BLOCK_SIZE: tl.constexpr, TILE: tl.constexpr):
     """Block ids of tokens start .. start+TILE-1, 0 where there is no token below `end`.
 
-    A scalar when tiles do not straddle blocks (start is then a multiple of TILE), otherwise one a token, `[TILE]`.
-    To be called one tile ahead and carried through the loop: were the id loaded in the iteration that uses it, Triton's
+    One scalar if no tile straddles blocks (start is then a multiple of TILE), otherwise one id a token, `[TILE]`.
+    Call it one tile ahead, and carry the result through the loop. If an iteration loaded the id that it uses, Triton's
     pipeliner would spend its stages on that dependent load, and K and V would have one buffer and no overlap.
     """
     if BLOCK_SIZE % TILE == 0:
@@ -90,7 +90,7 @@ def fetch_tile(
     TILE: tl.constexpr,
     LINE: tl.constexpr,
 ):
-    """Have the L2 cache fetch a tile's keys and values."""
+    """Ask the L2 cache to fetch a tile's keys and values."""
     tokens = kv_offsets(blocks, start, kv_head, stride_block, HEAD_DIM, 1, BLOCK_SIZE, TILE)
     lines = tokens + (tl.arange(0, PADDED_DIM // LINE) * LINE)[None, :]
     is_token = (start + tl.arange(0, TILE) < end)[:, None]

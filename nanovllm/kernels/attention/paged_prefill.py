@@ -1,18 +1,18 @@
-"""Prefill attention: chunks of prompts, causally, against the paged KV cache that already holds the chunk itself.
+"""Prefill attention: chunks of prompts attend, causally, to the paged KV cache, which already holds the chunks too.
 
     out[t, h] = softmax(scale * q[t, h] @ K[: p + 1].T) @ V[: p + 1]       p: position of token t in its sequence
 
 FLOPs: 4 * heads * head_dim per (query token, visible key) pair. Bytes: q and out once, K and V once per BLOCK_Q query
-tokens, mostly out of L2: compute-bound from a few dozen query tokens on.
+tokens, mostly out of L2. Compute is the bound from a few dozen query tokens on.
 
-FlashAttention-2 (Dao 2023): a program keeps a tile of queries on chip and streams over the keys with an online softmax
-in float32. All the query heads that share a kv head can be packed into the rows of one tile, so that K and V are read
-once for the group. Tiles that every query of the program sees run without any mask; only those at the diagonal are
-masked, and those beyond it are never touched.
+FlashAttention-2 (Dao 2023): a program keeps a tile of queries on chip, and streams over the keys with an online softmax
+in float32. The tile's rows can hold all query heads of a kv head, so that the program reads K and V once for the group.
+Keys that all queries of the tile see need no mask. The program masks the keys at the diagonal, and never reads those
+beyond it.
 
-The grid must not depend on lengths that only the device knows: sequence i of a step gets the tiles from
-`query_start[i] // BLOCK_Q + i` on, which is always room enough, and a program finds its sequence by counting how many
-such firsts it has passed (the indexing of vLLM's unified Triton attention). Programs without work leave at once.
+The grid must not depend on lengths that only the device knows. So sequence i of a step gets the tiles from
+`query_start[i] // BLOCK_Q + i` on, which is always enough, and a program finds its sequence by counting the sequences
+whose first tile it has passed (the indexing of vLLM's unified Triton attention). Programs without work return at once.
 """
 
 from dataclasses import dataclass
@@ -40,7 +40,7 @@ MAX_ROWS, MAX_TILE = 128, 128
 MAX_STAGES = 3
 NUM_WARPS = 4
 PACK_GROUP = True
-SEQS_AT_ONCE = 128  # of query_start that a program looks at in one load
+SEQS_AT_ONCE = 128  # entries of query_start that a program reads in one load
 
 
 @dataclass(frozen=True, slots=True)
@@ -59,12 +59,12 @@ class PrefillConfig:
 
 @lru_cache
 def prefill_config(head_dim: int, itemsize: int, shared_memory: int) -> PrefillConfig:
-    """The launch parameters for a head dimension, an element size and a program's shared memory, both in bytes."""
+    """The launch parameters for a head dimension, an element size and a program's shared memory (both in bytes)."""
     row_bytes = next_power_of_2(head_dim) * itemsize
-    max_rows = MAX_ROWS if itemsize <= 2 else 32  # float32 dots run on ordinary registers, which more rows would spill
+    max_rows = MAX_ROWS if itemsize <= 2 else 32  # float32 dots keep operands in registers: more would spill
     rows = max(16, min(max_rows, QUERY_BYTES // row_bytes))
     tile = max(16, min(MAX_TILE, TILE_BYTES // row_bytes))
-    # n stages are n-1 buffers of K and V, beside q. (On Hopper n, but there shared memory is no limit.)
+    # n stages need n-1 buffers of K and V, beside q. (On Hopper n, but there shared memory does not limit them.)
     fitting = 1 + (shared_memory - rows * row_bytes - 2 * 1024) // (2 * tile * row_bytes)
     return PrefillConfig(rows, tile, NUM_WARPS, max(1, min(MAX_STAGES, fitting)), PACK_GROUP)
 
@@ -172,9 +172,9 @@ def paged_prefill_triton(
 
 @triton.jit
 def _soften(scores, top, mass, scale_log2):
-    """A tile's step of the online softmax, for `scores [queries, TILE]`: their weights, and what decays earlier sums.
+    """Take `scores [queries, TILE]` into the online softmax.
 
-    Returns (weights, decay, top, mass), the last two brought up to date.
+    Returns (weights of this tile, decay by which to multiply earlier sums, new top, new mass).
     """
     new_top = tl.maximum(top, tl.max(scores, 1) * scale_log2)
     weights = tl.exp2(scores * scale_log2 - new_top[:, None])
@@ -212,13 +212,13 @@ def _attend(
         tokens = start + tl.arange(0, TILE)
         kv_mask = (dims < HEAD_DIM)[None, :]
         if MASKED:
-            # Slots past the last token hold anything, NaN included, and 0 * NaN is NaN: they must be loaded as zeros.
+            # Slots past the last token hold anything, even NaN, and 0 * NaN is NaN: so load them as zeros.
             kv_mask = kv_mask & (tokens < last)[:, None]
         k = tl.load(k_ptr + offsets, mask=kv_mask, other=0.0)
         scores = tl.dot(q, tl.trans(k), input_precision="ieee")
         if MASKED:
             scores = tl.where(tokens[None, :] <= positions[:, None], scores, float("-inf"))
-        # Every query sees token 0, which is in the first tile: from there on `top` is finite.
+        # Every query sees token 0, which is in the first tile, so `top` is finite from there on.
         weights, decay, top, mass = _soften(scores, top, mass, scale_log2)
         v = tl.load(v_ptr + offsets, mask=kv_mask, other=0.0)
         acc = tl.dot(weights.to(v.dtype), v, acc * decay[:, None], input_precision="ieee")
@@ -253,7 +253,7 @@ def _prefill_kernel(
     TILE: tl.constexpr,
     SEQS: tl.constexpr,
 ):
-    # Later tiles of a sequence see more keys: started first, they leave the short ones to fill the tail of the grid.
+    # Later tiles of a sequence see more keys: start them first, so that short ones fill the end of the grid.
     index = tl.num_programs(1) - 1 - tl.program_id(1)
     origin = tl.load(query_start_ptr)
     seq = -1

@@ -1,11 +1,11 @@
-"""All that happens between the QKV projection and attention, in one launch: QK-norm, RoPE, and the store of K and V.
+"""All work between the QKV projection and attention, in one launch: QK-norm, RoPE, and the store of K and V.
 
-Each head of q and k is RMS-normalized (Qwen3; arXiv:2505.09388), the first `rotary_dim` of its dimensions are rotated
-by the angles of its position (Su et al., 2021, arXiv:2104.09864; halves are paired, as in GPT-NeoX), then q goes to a
-new tensor and k, with the v beside it, to the token's slot of the paged cache (Kwon et al., 2023, arXiv:2309.06180).
+The kernel RMS-normalizes each head of q and k (Qwen3; arXiv:2505.09388), and rotates the first `rotary_dim` of its
+dimensions by the angles of its position (Su et al., 2021, arXiv:2104.09864; halves are paired, as in GPT-NeoX). Then it
+writes q to a new tensor, and k and v to the token's slot of the paged cache (Kwon et al., 2023, arXiv:2309.06180).
 
-Per token of bf16: 4 · (heads + 2 · kv_heads) · head_dim bytes, and 4 · rotary_dim of cos and sin; about 8 FLOPs an
-element: bound by memory. Math is in float32, rounded once at the end.
+A token of bf16 takes 4 · (heads + 2 · kv_heads) · head_dim bytes, 4 · rotary_dim bytes of cos and sin, and about 8
+FLOPs for each element, so memory is the bound. The kernel computes in float32 and rounds once, at the end.
 """
 
 import torch
@@ -20,8 +20,7 @@ def qk_norm_rope_store(qkv: torch.Tensor, spec: AttentionSpec, cache: KVCache, c
     """Write the chunks' k and v to their slots of `cache` and return q, `[tokens, heads, head_dim]`.
 
     `qkv [tokens, (heads + 2 * kv_heads) * head_dim]`, whose rows may be strided. On a GPU the positions and slots must
-    be
-    older than the last launch: see `early_launch.py`.
+    be older than the last launch: see `early_launch.py`.
     """
     if chunks.places is not None:
         return qk_norm_rope_store_cpu(qkv, spec, cache, chunks.places)
@@ -44,9 +43,10 @@ def qk_norm_rope_store_reference(
     """`qk_norm_rope_store` in PyTorch, from the tensors themselves.
 
     Args:
-        q_weight, k_weight: `[head_dim]` of the heads' norms, or None for none. eps: of the norms.
-        positions: `[tokens]` int32. cos_sin: `[max_position, rotary_dim]` float32, cosines first; rotary_dim <=
-            head_dim.
+        q_weight, k_weight: `[head_dim]` of the heads' norms, or None for none.
+        eps: of the norms.
+        positions: `[tokens]` int32.
+        cos_sin: `[max_position, rotary_dim]` float32, cosines first; rotary_dim <= head_dim.
         slot_mapping: `[tokens]` int64, block * block_size + offset; -1 stores nothing.
         k_cache, v_cache: `[blocks, kv_heads, block_size, head_dim]`, a block contiguous; written.
     """
@@ -82,7 +82,7 @@ def qk_norm_rope_store_triton(
     v_cache: torch.Tensor,
     num_heads: int,
 ) -> torch.Tensor:
-    """`qk_norm_rope_store` as one launch: a program a token and up to 16 of its heads, of q, k and v alike."""
+    """`qk_norm_rope_store` in one launch: a program for each token and up to 16 of its heads, of q, k and v alike."""
     num_tokens = len(qkv)
     _, num_kv_heads, block_size, head_dim = k_cache.shape
     rotary_dim = cos_sin.shape[1]
@@ -119,7 +119,7 @@ def qk_norm_rope_store_triton(
     return q
 
 
-# The step's first tokens may be decodes, which are left out: places begin anywhere, and are not worth a compilation.
+# The chunks' tokens come after the decodes', so these pointers may begin anywhere: do not compile for each alignment.
 @triton.jit(do_not_specialize_on_alignment=["positions_ptr", "slot_mapping_ptr"])
 def _qk_norm_rope_store_kernel(
     qkv_ptr,
@@ -154,7 +154,7 @@ def _qk_norm_rope_store_kernel(
     is_v = head >= NUM_HEADS + NUM_KV_HEADS
     inside = head < NUM_HEADS + 2 * NUM_KV_HEADS
 
-    # A head is three column ranges: two that rotate into each other, and what lies past the rotary dimensions.
+    # A head has three ranges of columns: two that rotate into each other, and the rest, which does not rotate.
     column = tl.arange(0, TILE_HALF)[None, :]
     source = qkv_ptr + token * qkv_stride + head * HEAD_DIM
     in_half = inside & (column < HALF)
@@ -182,7 +182,7 @@ def _qk_norm_rope_store_kernel(
     q_place = q_ptr + (token * NUM_HEADS + head) * HEAD_DIM
     tl.store(q_place + column, rotated_a, mask=in_half & is_q)
     tl.store(q_place + HALF + column, rotated_b, mask=in_half & is_q)
-    # K and V differ in cache and block stride only, so that one pointer serves both.
+    # K and V differ only in cache and block stride, so one tensor of pointers serves both.
     block, offset = slot // BLOCK_SIZE, slot % BLOCK_SIZE
     k_head, v_head = head - NUM_HEADS, head - NUM_HEADS - NUM_KV_HEADS
     k_place = k_cache_ptr + block * k_cache_stride + (k_head * BLOCK_SIZE + offset) * HEAD_DIM
@@ -200,7 +200,7 @@ def _qk_norm_rope_store_kernel(
 
 @triton.jit
 def _norm_factor(scale, q_weight_ptr, k_weight_ptr, column, inside, is_q):
-    """What a column of each head is multiplied by."""
+    """The factor of a column in each head: the norm's scale times its weight, or 1."""
     q_factor = 1.0
     k_factor = 1.0
     if q_weight_ptr is not None:

@@ -1,21 +1,21 @@
-"""CPU linear layers over prepacked weights, at the speed memory can be read.
+"""CPU linear layers over packed weights, at the speed memory can be read.
 
 A decode step multiplies a few rows of activations by every weight of the model: 2·M·N·K FLOPs over N·K·itemsize
-bytes, so at small M a layer can be no faster than its weight can be read once. A matrix multiplication over the plain
-row-major weight misses that: it must first interleave each tile of the weight for the CPU's dot-product instructions,
-in every call. Packing stores the weight in that interleaved order once:
+bytes. At small M, reading the weight once bounds the time. A product with the plain row-major weight is slower than
+that: every call must first interleave each tile of the weight for the CPU's dot-product instructions. Packing stores
+the weight in that interleaved order once:
 
 - bfloat16 and float32: oneDNN, through the operators TorchInductor uses when it freezes a model
   (`mkldnn::_reorder_linear_weight`, `mkldnn::_linear_pointwise`).
 - float16: FBGEMM's half-precision weights, float32 activations and sums (`quantized::linear_dynamic_fp16`).
 
 Measured on 2 cores with AVX512-BF16 that read 44 GB/s, all linears of Qwen3-0.6B, bfloat16, alternating with
-`F.linear`: one row 33 ms (36 GB/s) instead of 51, 16 rows 44 ms instead of 73. A number of rows seen for the first
-time costs 0.5 ms a shape (oneDNN generates code and caches it), whatever the number of layers.
+`F.linear`: one row takes 33 ms (36 GB/s) instead of 51, 16 rows take 44 ms instead of 73. The first call with a new
+number of rows costs 0.5 ms a shape (oneDNN generates code and caches it), whatever the number of layers.
 
-The packed copy replaces the plain weight, which the caller then frees. A tied embedding is no exception: oneDNN's
-layout is `[N / 64, K · itemsize / 4, 64]` four-byte words, so a row of the weight is a strided view of the packed bytes
-and `packed_rows` gathers embeddings from them, bit for bit.
+The packed copy replaces the plain weight, which the caller then frees, a tied embedding's too: oneDNN's layout is
+`[N / 64, K · itemsize / 4, 64]` four-byte words, so a row of the weight is a strided view of the packed bytes, and
+`packed_rows` gathers embeddings from them, bit for bit.
 """
 
 import ctypes
@@ -24,7 +24,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-# Candidates for the number of weight rows oneDNN interleaves: 64 with AVX-512, fewer on narrower machines, 1 if plain.
+# How many weight rows oneDNN may interleave: 64 with AVX-512, fewer on narrower machines; 1 is the plain order.
 ROW_BLOCKS = (64, 48, 32, 24, 16, 8, 1)
 
 
@@ -32,8 +32,8 @@ ROW_BLOCKS = (64, 48, 32, 24, 16, 8, 1)
 class PackedWeight:
     """A weight `[N, K]` in a library's own layout.
 
-    `rows` is an int32 view `[N / block, block, words]` of the packed bytes from which rows can be gathered, or None
-    when the layout is not a known one; it lives only as long as `opaque`, which owns the bytes.
+    `rows` is an int32 view `[N / block, block, words]` of the packed bytes, from which `packed_rows` gathers; None if
+    the layout is unknown. The view is valid only as long as `opaque` lives, which owns the bytes.
     """
 
     opaque: object
@@ -43,7 +43,7 @@ class PackedWeight:
 
 
 def pack_weight(weight: Tensor) -> PackedWeight | None:
-    """Returns a packed copy of `weight` `[N, K]`, or None where this machine or dtype gains nothing from packing.
+    """A packed copy of `weight` `[N, K]`, or None where this machine or dtype gains nothing from packing.
 
     The result shares no memory with `weight`.
     """
@@ -61,16 +61,16 @@ def pack_weight(weight: Tensor) -> PackedWeight | None:
         return None
     if weight.dtype not in (torch.bfloat16, torch.float32):
         return None
-    # The batch size is a hint. bfloat16 gets one layout for all of them; float32 with 1 would stay row-major: 1.4 to
-    # 1.8 times slower at 16 rows.
+    # 16 is a hint, the batch size. In bfloat16 the layout is the same for all. In float32 the hint 1 would leave the
+    # weight row-major, 1.4 to 1.8 times slower at 16 rows.
     opaque = torch.ops.mkldnn._reorder_linear_weight(weight, 16)
     return PackedWeight(opaque, shape, weight.dtype, _row_view(opaque, weight))
 
 
 def unpack_weight(packed: PackedWeight) -> Tensor:
-    """A plain copy `[N, K]` of the weight that was packed, bit for bit.
+    """A plain copy `[N, K]` of the packed weight, bit for bit.
 
-    Of float16 the finite values: FBGEMM has made the largest finite number of the others when it packed them.
+    Except in float16: when it packed, FBGEMM replaced what is not finite by the largest finite number.
     """
     if packed.dtype == torch.float16:
         return torch.ops.quantized.linear_unpack_fp16(packed.opaque)[0].half()
@@ -89,9 +89,9 @@ def packed_linear(x: Tensor, packed: PackedWeight, bias: Tensor | None = None) -
 
 
 def packed_rows(packed: PackedWeight, ids: Tensor) -> Tensor:
-    """Rows `ids` (int, `[T]`) of the weight as they were before packing: `[T, K]`.
+    """Rows `ids` (int, `[T]`) of the weight, as before packing: `[T, K]`.
 
-    Raises ValueError when the layout is unknown (`packed.rows` is None).
+    Raises ValueError if the layout is unknown (`packed.rows` is None).
     """
     if packed.rows is None:
         raise ValueError("packed has a layout whose rows cannot be read; keep the plain weight for look-ups")
@@ -102,14 +102,14 @@ def packed_rows(packed: PackedWeight, ids: Tensor) -> Tensor:
 
 
 def _row_view(opaque: Tensor, weight: Tensor) -> Tensor | None:
-    """Finds the view of the packed bytes that reads back the rows of `weight`, or None if there is none."""
+    """The view of the packed bytes that reads back the rows of `weight`, or None if none of the candidates does."""
     size = torch.ops.mkldnn._nbytes(opaque)
     if size % 4:
         return None
     memory = (ctypes.c_char * size).from_address(torch.ops.mkldnn.data_ptr(opaque))
     flat = torch.frombuffer(memory, dtype=torch.int32)
     n = weight.shape[0]
-    # The layout is uniform, so rows from everywhere in the matrix tell; the first and last blocks hold the padding.
+    # The layout is uniform, so a sample of rows suffices; it has the first and last blocks, where padding would be.
     probe = torch.cat([torch.arange(min(n, 128)), torch.linspace(0, n - 1, min(n, 128)).long()])
     for block in ROW_BLOCKS:
         num_blocks = -(-n // block)

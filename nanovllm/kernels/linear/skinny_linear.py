@@ -1,16 +1,17 @@
 """y = x Wᵀ + b for the few rows of a decode step, at the speed memory can be read.
 
 Up to some 100 rows the work is to read the weight once, `N * K * itemsize` bytes, with 2 FLOPs a row for every
-element. A general library leaves half of the bandwidth unused here: every call starts from nothing. Here a program
-has, before it waits for its input, its part of the weight fetched into the L2 cache, while the kernel before it still
-runs (`early_launch.py`).
+element. A general library leaves half of the bandwidth unused here, because every call starts from nothing. Here a
+program asks the L2 cache to fetch its rows of the weight before it waits for its input, while the kernel before it
+still runs (`early_launch.py`).
 
-What then counts is how much each multiprocessor must read from that cache: its tile of the weight, and as many columns
-of all rows of x. A narrow weight has too few rows for tiles of a good shape to fill the device; so where a norm comes
-next, which can add them up, K is split too, and the result is a few *partial sums*: 4 bytes an element each, but a
-program reads only its part of x's columns.
+What counts then is how much each multiprocessor reads from that cache: its tile of the weight, and as many columns of
+all rows of x. A narrow weight has too few rows for well-shaped tiles to fill the device. So where a norm comes next,
+which can add up partial sums, the kernel also cuts K into *slices*: the result is one *partial sum* per slice, in
+float32, and a program reads only its slice of x's columns.
 
-The gate of an MLP comes along: with `gated`, W is a gate's rows and then an up's, and the result silu(x gateᵀ) · x upᵀ.
+The kernel also computes the gate of an MLP: with `gated`, W is the rows of a gate and then those of an up, and the
+result is silu(x gateᵀ) · x upᵀ.
 """
 
 from functools import lru_cache
@@ -25,17 +26,17 @@ from nanovllm.kernels.linear.silu_mul import silu, silu_mul
 from nanovllm.kernels.triton_shim import TensorDescriptor, tl, triton
 
 MAX_ROWS = 256  # of x: with more, a library's kernels are as fast
-LARGE, HUGE = 1 << 23, 1 << 27  # elements of a weight that has tiles of its own, and of one too large for any
+LARGE, HUGE = 1 << 23, 1 << 27  # elements: a large weight has tilings of its own, a huge one has none
 NARROW = 4096  # a large weight of no more rows has too few tiles, unless in slices
-LARGE_AHEAD = 256  # columns of a large weight that are fetched before the wait: all of them would flood the L2 cache
+LARGE_AHEAD = 256  # columns of a large weight to fetch before the wait: all of them would flood the L2 cache
 K_MULTIPLE = 256
-MIN_SLICE = 256  # columns of a slice, at least; they are a multiple of SLICE_MULTIPLE
-SLICE_MULTIPLE = 128
-FULL = 0.7  # a device of which so many of the multiprocessors have a program gains nothing from more slices
+MIN_SLICE = 256  # least columns of a slice
+SLICE_MULTIPLE = 128  # divides the columns of a slice
+FULL = 0.7  # once this share of the multiprocessors has a program, more slices gain nothing
 
 
 class Tiling(NamedTuple):
-    """A program's tiles of x and of the weight, which of a gated product is half gate and half up."""
+    """The tiles of x and of the weight that a program multiplies. A gated product's is half gate and half up."""
 
     rows: int  # of x
     weight_rows: int
@@ -44,10 +45,10 @@ class Tiling(NamedTuple):
     longest: int = 1 << 30  # columns of a slice, at most
 
 
-# Rows of x (at most) -> for a product, for one in slices, for a gated one; None where a library's kernel is as fast.
-# What a program leaves of a multiprocessor's shared memory counts too: there the next kernel can start early. So these
-# were chosen in whole steps, one product at a time, of Qwen3-0.6B's shape on an H100 and an H200 and, for large
-# weights, of Qwen3-8B's on an H200: docs/performance.md.
+# Most rows of x -> tilings of a plain product, of one in slices, of a gated one; None: a library's kernel is as fast.
+# The next kernel can start early in the shared memory that a program leaves free, so a tiling's own time does not tell.
+# We chose each by the time of whole steps: of Qwen3-0.6B on an H100 and an H200 and, for large weights, of Qwen3-8B on
+# an H200 (docs/performance.md).
 TILINGS = {
     16: (Tiling(16, 64, 256, 4), Tiling(16, 64, 256, 4), Tiling(16, 64, 256, 4)),
     32: (Tiling(32, 64, 256, 3), Tiling(32, 64, 128, 3), Tiling(32, 64, 256, 4)),
@@ -62,7 +63,7 @@ LARGE_TILINGS = {
     16: (Tiling(16, 64, 128, 4), Tiling(16, 64, 128, 4, 3072), Tiling(16, 64, 128, 3)),
     32: (Tiling(32, 64, 128, 4), Tiling(32, 64, 128, 4, 3072), Tiling(32, 64, 128, 3)),
     64: (Tiling(64, 64, 128, 4), Tiling(64, 64, 128, 4), None),
-    96: (None, None, None),  # a library's was the faster in all three
+    96: (None, None, None),  # a library was faster in all three
     128: (None, Tiling(128, 64, 128, 4), None),
 }
 
@@ -76,9 +77,9 @@ def skinny_linear(
 ) -> torch.Tensor:
     """`x [tokens, K]` times `weight [N, K]` transposed, plus `bias [N]`: `[tokens, N]`, in the dtype of both.
 
-    With `gated`, silu(first half) · second half of that: `[tokens, N / 2]`. With `in_slices` it may be partial sums
-    instead, `[slices, tokens, N]` in float32. Sums are in float32. What the kernels are not for (many rows, float32, a
-    CPU, an odd K) goes to `F.linear`.
+    With `gated`, silu(first half) · second half of that: `[tokens, N / 2]`. With `in_slices` the result may be partial
+    sums instead, `[slices, tokens, N]` in float32. All sums are in float32. `F.linear` takes what the kernels are not
+    made for: many rows, float32, a CPU, an odd K.
     """
     if x.is_cuda and _can_take(x, weight, bias, gated, in_slices):
         return _launch(x, weight, bias, gated, in_slices)
@@ -87,7 +88,7 @@ def skinny_linear(
 
 
 def _tiling(num_tokens: int, n: int, k: int, gated: bool, in_slices: bool) -> Tiling | None:
-    """For `num_tokens` rows of x and a weight `[n, k]`; None where a library's kernel is as fast."""
+    """The tiling for `num_tokens` rows of x and a weight `[n, k]`; None where a library's kernel is as fast."""
     is_large = n * k >= LARGE
     if n * k >= HUGE or is_large and n <= NARROW and not in_slices:
         return None
@@ -97,12 +98,11 @@ def _tiling(num_tokens: int, n: int, k: int, gated: bool, in_slices: bool) -> Ti
 
 
 def _can_take(x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None, gated: bool, in_slices: bool) -> bool:
-    """Whether the kernels are for this: few rows, of K_MULTIPLE columns side by side, that begin where a tile may be
-    copied from."""
+    """Whether the kernels take this product: few rows, a multiple of K_MULTIPLE contiguous columns, aligned rows."""
     num_tokens, (n, k) = len(x), weight.shape
     is_small = 0 < num_tokens <= MAX_ROWS and x.element_size() == 2
     is_product = x.shape[1] == k and x.dtype == weight.dtype and (bias is None or bias.shape == (n,))
-    is_whole = not (gated and (in_slices or n % 2))  # the gate needs the sums and its half
+    is_whole = not (gated and (in_slices or n % 2))  # the gate needs complete sums, and an up of its size
     is_regular = k % K_MULTIPLE == 0 and x.stride(1) == 1 and x.stride(0) % 8 == 0 and weight.is_contiguous()
     is_aligned = (x.data_ptr() | weight.data_ptr()) % 16 == 0
     if not (is_small and is_product and is_whole and is_regular and is_aligned):
@@ -117,7 +117,7 @@ def skinny_linear_triton(
     gated: bool = False,
     in_slices: bool = False,
 ) -> torch.Tensor:
-    """`skinny_linear` as one launch. Raises ValueError for what that leaves to the library."""
+    """`skinny_linear` in one launch. Raises ValueError for a product that `skinny_linear` leaves to the library."""
     if not _can_take(x, weight, bias, gated, in_slices):
         raise ValueError(
             f"x {list(x.shape)} {x.dtype}, weight {list(weight.shape)} {weight.dtype}, bias "
@@ -131,7 +131,7 @@ def skinny_linear_triton(
 def _launch(
     x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None, gated: bool, in_slices: bool
 ) -> torch.Tensor:
-    """What the kernels can take, in one launch."""
+    """Launch the kernel for a product that `_can_take` accepts."""
     num_tokens, (n, k) = len(x), weight.shape
     tiling = _tiling(num_tokens, n, k, gated, in_slices)
     halves = 2 if gated else 1
@@ -163,14 +163,14 @@ def _launch(
 
 @lru_cache
 def _num_slices(programs: int, k: int, longest: int, device: torch.device) -> int:
-    """Into how many equal slices to split K: the fewest that nearly fill the device, or as many as there can be."""
+    """How many equal slices to cut K into: the fewest that nearly fill the device, or as many as there can be."""
     possible = [p for p in range(1, max(k // MIN_SLICE, 1) + 1) if k % (p * SLICE_MULTIPLE) == 0]
     enough = (p for p in possible if programs * p >= FULL * multiprocessors(device) and k // p <= longest)
     return next(enough, possible[-1])
 
 
 def _fit(tiling: Tiling, columns: int, itemsize: int, shared_memory: int) -> tuple[int, int]:
-    """Columns of a tile, which divide those of a slice, and depth, as far as they fit a program's `shared_memory`."""
+    """Columns of a tile (they divide a slice's) and depth: the tiling's, or fewer, to fit into `shared_memory`."""
     bytes_per_column = (tiling.rows + tiling.weight_rows) * itemsize
     tile_k = _dividing(columns, tiling.columns)
     while 2 * tile_k * bytes_per_column > shared_memory:
@@ -185,7 +185,7 @@ def _dividing(k: int, tile: int) -> int:
 
 @triton.jit
 def _weight_rows(TILE_N: tl.constexpr, HALVES: tl.constexpr, n_out):
-    """A program's rows of the weight; of a gated one rows of the gate, and then those of the up."""
+    """A program's rows of the weight; of a gated weight, its rows of the gate and then those of the up."""
     TILE_OUT: tl.constexpr = TILE_N // HALVES
     index = tl.arange(0, TILE_N)
     return tl.minimum(tl.program_id(0) * TILE_OUT + index % TILE_OUT, n_out - 1) + index // TILE_OUT * n_out
@@ -193,7 +193,7 @@ def _weight_rows(TILE_N: tl.constexpr, HALVES: tl.constexpr, n_out):
 
 @triton.jit
 def _gated(out, TILE_M: tl.constexpr, TILE_OUT: tl.constexpr):
-    """silu(gate) · up, of `[TILE_M, 2 * TILE_OUT]`: gate, then up."""
+    """silu(gate) · up, from `[TILE_M, 2 * TILE_OUT]`, which is gate, then up."""
     gate, up = tl.split(tl.permute(tl.reshape(out, [TILE_M, 2, TILE_OUT]), [0, 2, 1]))
     return silu(gate) * up
 
@@ -219,17 +219,17 @@ def _tile_kernel(
     LINE: tl.constexpr,
     EARLY: tl.constexpr,
 ):
-    # Matrix units take 64 rows of the first factor at once: of x, or, where it has fewer, of the weight.
+    # Matrix units take 64 rows of the first factor at once. If x has fewer, the weight is the first factor.
     TURNED: tl.constexpr = TILE_M < 64
     COLUMNS: tl.constexpr = K // SLICES
     TILE_OUT: tl.constexpr = TILE_N // HALVES
     row = _weight_rows(TILE_N, HALVES, n_out)
-    # The last tile of x ends with its last row, for rows past that take the copy engine long to fill. Where two tiles
-    # overlap, both programs store the same bits.
+    # The last tile of x ends with the last row of x, since the copy engine is slow to fill rows past it. The last two
+    # tiles may therefore overlap; both programs then store the same bits.
     first_m = tl.maximum(tl.minimum(tl.program_id(1) * TILE_M, num_tokens - TILE_M), 0)
     first_n = tl.program_id(0) * TILE_OUT
-    slice_ = tl.program_id(2)
-    first = slice_ * COLUMNS
+    slice_index = tl.program_id(2)
+    first = slice_index * COLUMNS
     m = first_m + tl.arange(0, TILE_M)
     m_inside = (m < num_tokens)[:, None]
     column = tl.arange(0, TILE_K)[None, :]
@@ -245,7 +245,7 @@ def _tile_kernel(
     else:
         acc = tl.zeros([TILE_M, TILE_N], tl.float32)
     for start in range(first, first + COLUMNS, TILE_K):
-        if TURNED and HALVES == 2:  # what is copied in two halves would pass through registers: threads load it sooner
+        if TURNED and HALVES == 2:  # halves that the engine copies would pass through registers: threads load sooner
             w = tl.load(weight_rows + start + column)
             x = tl.load(x_rows + start + column, mask=m_inside, other=0.0)
         else:
@@ -260,11 +260,11 @@ def _tile_kernel(
         out = tl.trans(acc)
     if bias_ptr is not None:
         bias = tl.load(bias_ptr + row).to(tl.float32)
-        out += tl.where(slice_ == 0, bias, 0.0)[None, :]
+        out += tl.where(slice_index == 0, bias, 0.0)[None, :]
     if HALVES == 2:
         out = _gated(out, TILE_M, TILE_OUT)
     n = first_n + tl.arange(0, TILE_OUT)
-    place = out_ptr + (slice_ * num_tokens + m).to(tl.int64)[:, None] * n_out + n[None, :]
+    place = out_ptr + (slice_index * num_tokens + m).to(tl.int64)[:, None] * n_out + n[None, :]
     tl.store(place, out.to(out_ptr.dtype.element_ty), mask=m_inside & (n < n_out)[None, :])
 
 
@@ -281,7 +281,7 @@ def _vector_kernel(
     TILE_K: tl.constexpr,
     EARLY: tl.constexpr,
 ):
-    """One row: too little arithmetic for matrix units, whose padded rows would cost more than they save."""
+    """One row of x, without matrix units: their padded rows would cost more than they save."""
     row = _weight_rows(TILE_N, HALVES, n_out)
     column = tl.arange(0, TILE_K)
     weight_rows = weight_ptr + row.to(tl.int64)[:, None] * K + column[None, :]

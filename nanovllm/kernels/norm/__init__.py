@@ -1,1 +1,1 @@
-"""RMSNorm with the residual addition before it, and the all-reduce between devices that ends in the same kernel."""
+"""RMSNorm with the residual addition before it, and an all-reduce between devices that does both in its own kernel."""

@@ -1,21 +1,23 @@
-"""A small sum over the devices of one host as one kernel: everyone writes into everyone's memory, then adds up.
+"""A small sum over the devices of one host in one kernel: each rank writes to all ranks' memory, then adds up its own.
 
-A decode step's message is some KB, whose time is that of the way there and not of its bytes. So each rank stores its
-partial sum straight into an *inbox* in every other rank's memory, one for each sender, waits until its own inboxes are
-full, and adds them up itself: one trip over NVLink where a ring takes 2 · (ranks - 1). Each rank sends
-(ranks - 1) · bytes, where a ring sends 2 · (ranks - 1) / ranks · bytes: large messages are left to NCCL.
+A decode step's message is some KB, so latency, not bandwidth, sets its time. Each rank stores its partial sum straight
+into an *inbox* in every rank's memory, which has one inbox for each sender. Then it waits until its own inboxes are
+full, and adds them up itself: one trip over NVLink, where a ring takes 2 · (ranks - 1). Each rank sends
+(ranks - 1) · bytes, where a ring sends 2 · (ranks - 1) / ranks · bytes: so NCCL keeps the large messages.
 
-There is no flag beside the data, hence no fence between the two: an empty word of an inbox holds -0.0, which no
-sender sends (it becomes +0.0), and the reader polls until no word is empty (as "LL" of NCCL and the "Lamport" kernels
-of TensorRT-LLM do, Lamport 1977). What has been read is emptied again. There are two sets of inboxes, used in turn:
+There is no flag beside the data, hence no fence between the two. An empty word of an inbox holds -0.0, which no rank
+sends (it sends +0.0 instead), and the reader polls until no word is empty, as "LL" of NCCL and the "Lamport" kernels of
+TensorRT-LLM do (Lamport 1977). The reader then empties what it has read. Calls alternate between two sets of inboxes,
+so no peer writes too early:
 
-    A rank sends for call n + 1 after its kernel n has ended, all inboxes of that set read and emptied. A peer writes
-    into the same set again in call n + 2, for which it needs what this rank sends in n + 1: so never too early.
+    A rank sends for call n + 1 after its kernel n has ended, which has read and emptied its inboxes. A peer writes into
+    the same set again in call n + 2, and it starts that only after it has received what this rank sends in n + 1.
 
-All ranks add the same numbers in the same order, in float32, and round once: the same bits everywhere. Which set is
-the next is counted on the device, by each program for itself, so a captured graph can be replayed in any order.
+All ranks add the same numbers in the same order, in float32, and round once: all get the same bits. Each program counts
+on the device which set is next, so a captured graph can be replayed in any order.
 
-A rank that has died leaves its peers polling, so a host can have them give up: they look at a word in its memory.
+When a rank has died, its peers would poll forever. So they also look at a word in the host's memory, with which the
+host can tell them to give up.
 """
 
 from collections.abc import Callable
@@ -27,33 +29,36 @@ from nanovllm.kernels.early_launch import early_launch, wait_for_previous
 from nanovllm.kernels.norm.rms_norm import add_to_residual, count_slices, load_sum, normed
 from nanovllm.kernels.triton_shim import tl, triton
 
-# Messages of which a rank sends up to so many bytes, a copy to each other, are summed this way, on all devices of a
-# group or on none; 0: never. Up to here, 256 x 5120 in bfloat16 between two H200s, it is the fastest of all
+# A rank may send up to so many bytes, all copies together; larger messages go to NCCL; 0: all do. Every rank of a group
+# must have the same limit. Up to here, 256 x 5120 in bfloat16 between two H200s, this kernel is the fastest of all
 # (docs/tensor_parallelism.md).
 ONE_SHOT_BYTES = 2_621_440
 
-PROGRAMS = 128  # fewer than there are processors: all of them run at once, so that none waits for one that cannot
-# Between two looks at the host's word: some 10 ms. Looks are made one after the other on all of a device, a microsecond
-# for each warp that waits, so they must be far rarer than the waits of ranks that are merely not in step.
+# Fewer than there are multiprocessors, so that all programs run at once: a waiting program may not keep the one that it
+# waits for from starting.
+PROGRAMS = 128
+# Polls between two looks at the host's word, some 10 ms. A device makes its looks one after the other, a microsecond
+# for each waiting warp, so they must be rare: ranks that are merely out of step should meet before the first.
 POLLS = tl.constexpr(16384)
-WORDS = {2: torch.int16, 4: torch.int32}  # by the size of an element
+WORDS = {2: torch.int16, 4: torch.int32}  # the type of an inbox's word, by the size of an element
 
 NewEmpty = Callable[[tuple[int, ...], torch.dtype], torch.Tensor]
 
 
 def one_shot_limit(size: int) -> int:
-    """Bytes of the largest message that is summed this way over `size` ranks."""
+    """Bytes of the largest message that this kernel sums over `size` ranks."""
     return ONE_SHOT_BYTES // (size - 1)
 
 
 @dataclass(eq=False)
 class PeerBuffers:
-    """A rank's inboxes, `[2, ranks, max_rows, columns]` words, and where everybody's are.
+    """A rank's inboxes, and the addresses of all ranks' inboxes.
 
     Attributes:
-        addresses: `[ranks + 1]` int64, of each rank's inboxes as seen from here, and of `stop`.
+        inboxes: `[2, ranks, max_rows, columns]` words.
+        addresses: `[ranks + 1]` int64: each rank's inboxes, as this device addresses them, and then `stop`.
         turns: `[programs]` int32, the set of inboxes that each program uses next.
-        stop: `[1]` int32 in the host's memory, which the device can read: not 0 means that nobody shall wait.
+        stop: `[1]` int32 in the host's memory, which the device can read; not 0: kernels stop waiting.
     """
 
     rank: int
@@ -67,22 +72,22 @@ class PeerBuffers:
     stop: torch.Tensor
 
     def fit(self, rows: int, columns: int, dtype: torch.dtype) -> bool:
-        """Whether a message may be summed this way. It depends on its shape alone, so all ranks agree."""
+        """Whether the inboxes hold such a message. This depends on its shape and dtype alone, so all ranks agree."""
         return rows <= self.max_rows and columns == self.columns and dtype == self.dtype
 
     def give_up(self) -> None:
-        """Have kernels that wait for a peer go on with what they have. From any thread; there is no way back."""
+        """Unblock kernels that wait for a peer; their results are garbage. From any thread; there is no way back."""
         self.stop.fill_(1)
 
 
 def make_inboxes(size: int, max_rows: int, columns: int, dtype: torch.dtype, new_empty: NewEmpty) -> torch.Tensor:
-    """Empty inboxes in the memory that `new_empty(shape, dtype)` gives."""
+    """Empty inboxes, in memory from `new_empty(shape, dtype)`."""
     words = WORDS[dtype.itemsize]
     return new_empty((2, size, max_rows, columns), words).fill_(torch.iinfo(words).min)  # the bits of -0.0
 
 
 def one_shot_all_reduce(x: torch.Tensor, peers: PeerBuffers) -> torch.Tensor:
-    """The sum of every rank's `x [tokens, columns]`, which must `fit`, over `x`; the same bits on every rank."""
+    """Replace `x [tokens, columns]`, which must `fit`, by its sum over the ranks: the same bits on every rank."""
     _launch(x, x, x, x, 0.0, peers, has_norm=False)
     return x
 
@@ -90,9 +95,9 @@ def one_shot_all_reduce(x: torch.Tensor, peers: PeerBuffers) -> torch.Tensor:
 def one_shot_add_rms_norm(
     x: torch.Tensor, residual: torch.Tensor, weight: torch.Tensor, eps: float, peers: PeerBuffers
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """`add_rms_norm` of the sum of every rank's `x`, with the same rounding as one after the other; one launch.
+    """`add_rms_norm` of the sum of x over the ranks, in one launch; it rounds as the two calls in turn would.
 
-    A rank's x may be partial sums `[slices, tokens, columns]` in float32, whose sum is rounded before it is sent.
+    x may be partial sums `[slices, tokens, columns]` in float32: the rank adds them up and rounds before it sends.
     """
     out = torch.empty_like(residual, memory_format=torch.contiguous_format)
     _launch(x, residual, weight, out, eps, peers, has_norm=True)
@@ -100,7 +105,7 @@ def one_shot_add_rms_norm(
 
 
 def one_shot_all_reduce_reference(partials: list[torch.Tensor]) -> torch.Tensor:
-    """The sum in PyTorch, of all ranks' partial sums in one process."""
+    """`one_shot_all_reduce` in PyTorch and in one process, from the list of all ranks' x."""
     total = torch.zeros_like(partials[0], dtype=torch.float32)
     for partial in partials:
         total += partial
@@ -117,7 +122,7 @@ def _launch(
     has_norm: bool,
 ) -> None:
     if not residual.shape[0]:
-        return  # such a call would wait for nobody, so that a peer might be a turn too far ahead
+        return  # a call without rows would wait for no peer, so a peer could get a turn too far ahead
     tile = triton.next_power_of_2(peers.columns)
     _one_shot_kernel[(len(peers.turns),)](
         x,
@@ -147,7 +152,7 @@ def _launch(
     )
 
 
-@triton.jit(do_not_specialize=["num_rows"])  # of which there are many: one is compiled for all
+@triton.jit(do_not_specialize=["num_rows"])  # it takes many values: compile one kernel for all
 def _one_shot_kernel(
     x_ptr,
     residual_ptr,
@@ -173,7 +178,7 @@ def _one_shot_kernel(
     HAS_NORM: tl.constexpr,
     EARLY: tl.constexpr,
 ):
-    program = tl.program_id(0)  # offsets are of small messages, so 32 bits do
+    program = tl.program_id(0)  # 32-bit offsets do: messages are small
     column = tl.arange(0, TILE)
     inside = column < COLUMNS
     word: tl.constexpr = inboxes_ptr.dtype.element_ty
@@ -189,9 +194,9 @@ def _one_shot_kernel(
         inbox = ((turn * SIZE + RANK) * max_rows + row) * COLUMNS
         for peer in tl.static_range(SIZE):
             theirs = tl.load(addresses_ptr + peer).to(tl.pointer_type(word))
-            theirs = tl.multiple_of(theirs, 16)  # or it would be stored element by element
-            # ".wt" makes it a strong store at system scope (STG.STRONG.SYS), as NCCL's are: of a plain one PTX's memory
-            # model does not say that anybody sees it before the kernel has ended, which waits for the answer.
+            theirs = tl.multiple_of(theirs, 16)  # else Triton would store element by element
+            # ".wt" makes it a strong store at system scope (STG.STRONG.SYS), as NCCL's are. PTX's memory model does not
+            # promise that a peer sees a plain store before this kernel ends, and this kernel waits for the peer.
             tl.store(theirs + inbox + column, words, mask=inside, cache_modifier=".wt")
 
     sender = tl.arange(0, RANKS)[:, None]

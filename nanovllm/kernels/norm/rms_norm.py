@@ -1,8 +1,8 @@
 """RMSNorm, alone or with the residual addition before it: x / sqrt(mean(x²) + eps) · weight.
 
-Zhang & Sennrich, 2019 (arXiv:1910.07467). Fused with the addition because both are bound by memory: a row is read once
-and stays in registers between its sum of squares and its scaling. Per element of bf16: 4 bytes, or 8 with the
-residual; about 4 FLOPs. Math is in float32, rounded once at the end.
+Zhang & Sennrich, 2019 (arXiv:1910.07467). Memory bounds both, so one kernel does both: it reads a row once, and keeps
+it in registers between the sum of squares and the scaling. An element of bf16 takes 4 bytes, or 8 with the residual,
+and about 4 FLOPs. The kernel computes in float32 and rounds once, at the end.
 """
 
 import torch
@@ -21,20 +21,20 @@ def add_rms_norm(
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """Add `x [tokens, size]` to `residual [tokens, size]` in place; return (its RMSNorm, `residual`).
 
-    x may also be partial sums `[slices, tokens, size]` in float32, whose sum is rounded to the residual's dtype first.
-    What is normalized is the sum as stored, rounded to the dtype. Rows of both may be strided.
+    x may also be partial sums `[slices, tokens, size]` in float32: they are added up and rounded to the residual's
+    dtype first. The norm is of the new residual as stored, rounded to its dtype. Rows of both may be strided.
     """
     run = add_rms_norm_triton if x.is_cuda else add_rms_norm_reference
     return run(x, residual, weight, eps)
 
 
 def count_slices(x: torch.Tensor) -> int:
-    """Of partial sums `[slices, tokens, size]`; a sum `[tokens, size]` is its only part."""
+    """The number of partial sums in x: `[slices, tokens, size]`, or `[tokens, size]`, which is one."""
     return len(x) if x.dim() == 3 else 1
 
 
 def rms_norm_reference(x: torch.Tensor, weight: torch.Tensor, eps: float) -> torch.Tensor:
-    """`rms_norm` in PyTorch."""
+    """`rms_norm` in PyTorch; fast enough to serve a CPU too."""
     h = x.to(torch.float32, copy=True)
     # Not F.rms_norm: on a CPU its temporaries cost more than this in-place chain at hundreds of tokens.
     norm = torch.linalg.vector_norm(h, dim=-1, keepdim=True)
@@ -45,20 +45,20 @@ def rms_norm_reference(x: torch.Tensor, weight: torch.Tensor, eps: float) -> tor
 def add_rms_norm_reference(
     x: torch.Tensor, residual: torch.Tensor, weight: torch.Tensor, eps: float
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """`add_rms_norm` in PyTorch."""
+    """`add_rms_norm` in PyTorch; fast enough to serve a CPU too."""
     residual.add_(x.sum(dim=0).to(residual.dtype) if x.dim() == 3 else x)
     return rms_norm_reference(residual, weight, eps), residual
 
 
 def rms_norm_triton(x: torch.Tensor, weight: torch.Tensor, eps: float) -> torch.Tensor:
-    """`rms_norm` as one launch: a program a row."""
+    """`rms_norm` in one launch, a program for each row."""
     return _launch(x, x, weight, eps, has_residual=False)
 
 
 def add_rms_norm_triton(
     x: torch.Tensor, residual: torch.Tensor, weight: torch.Tensor, eps: float
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """`add_rms_norm` as one launch: a program a row."""
+    """`add_rms_norm` in one launch, a program for each row."""
     return _launch(x, residual, weight, eps, has_residual=True), residual
 
 
@@ -69,7 +69,7 @@ def _launch(
     num_slices = count_slices(x)
     out = torch.empty((num_tokens, size), dtype=residual.dtype, device=x.device)
     tile = triton.next_power_of_2(size)
-    elements = 8 if num_slices == 1 else 4  # a thread's: 16 bytes of bf16 or of float32
+    elements = 8 if num_slices == 1 else 4  # of a thread: 16 bytes of bf16 or of float32
     _rms_norm_kernel[(num_tokens,)](
         x,
         residual,
@@ -91,16 +91,16 @@ def _launch(
 
 @triton.jit
 def load_sum(row_ptr, slice_stride, inside, NUM_SLICES: tl.constexpr, dtype: tl.constexpr):
-    """A row of partial sums `slice_stride` apart, added up in their dtype and rounded to `dtype`."""
+    """Load a row: add up its partial sums, `slice_stride` apart, in their dtype, and round to `dtype`."""
     x = tl.load(row_ptr, mask=inside, other=0.0)
-    for slice_ in tl.static_range(1, NUM_SLICES):
-        x += tl.load(row_ptr + slice_ * slice_stride, mask=inside, other=0.0)
+    for index in tl.static_range(1, NUM_SLICES):
+        x += tl.load(row_ptr + index * slice_stride, mask=inside, other=0.0)
     return x.to(dtype)
 
 
 @triton.jit
 def add_to_residual(x, place, inside):
-    """Add a row to the residual's at `place`; the sum, as stored."""
+    """Add the row x to the residual's row at `place`, in memory; return the sum as stored."""
     x = (x.to(tl.float32) + tl.load(place, mask=inside, other=0.0).to(tl.float32)).to(x.dtype)
     tl.store(place, x, mask=inside)
     return x
@@ -108,7 +108,7 @@ def add_to_residual(x, place, inside):
 
 @triton.jit
 def normed(x, weight, eps, SIZE: tl.constexpr):
-    """A row's RMSNorm in float32, which `weight` is in too."""
+    """The RMSNorm of a row, in float32, as `weight` is."""
     x = x.to(tl.float32)
     return x * tl.rsqrt(tl.sum(x * x, axis=0) / SIZE + eps) * weight
 

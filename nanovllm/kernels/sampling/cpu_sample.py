@@ -21,7 +21,7 @@ from nanovllm.kernels.sampling.tensors import SamplingTensors
 from nanovllm.sampling_params import MIN_TEMPERATURE, NAN_LOGITS, NO_TOKEN_LEFT
 
 CHUNK = 128  # logits
-LIKELY_CHUNKS = 64  # hold the winner in all but odd cases: a flat distribution has some 20 that could
+LIKELY_CHUNKS = 64  # almost always hold the winner: even a flat distribution has only some 20 that could
 
 
 def sample_cpu(
@@ -77,12 +77,12 @@ def _draw(
     key_0: int,
     key_1: int,
 ) -> int:
-    """Gumbel-max over the tokens of `x [vocab]`, of which `top` is the largest, that the truncations leave."""
+    """Gumbel-max over the tokens of `x [vocab]` that the truncations leave; `top` is the largest logit."""
     is_truncated = 0 < top_k < len(x) or top_p < 1 or min_p > 0
     if is_truncated:
         floor = _truncate(x, chunk_max, top, temperature, top_k, top_p, min_p)
     else:
-        # Noise is bounded: what is this far below the top wins only if the top's own noise is below -3 (2 in 10^9).
+        # Noise is bounded: a logit this far below the top wins only if the top's own noise is below -3 (2 in 10^9).
         floor = top - temperature * (MAX_GUMBEL + 3)
         if 4 * int((chunk_max >= floor).count_nonzero()) > len(chunk_max):
             return _draw_from_all(x, chunk_max, temperature, key_0, key_1)
@@ -95,9 +95,9 @@ def _draw(
 
 
 def _draw_from_all(x: torch.Tensor, chunk_max: torch.Tensor, temperature: float, key_0: int, key_1: int) -> int:
-    """Gumbel-max over `x [vocab]`, all of whose integers are drawn. Logarithms are taken only where one could win."""
+    """Gumbel-max over all of `x [vocab]`. Draws all random bits, but takes logarithms only of tokens that could win."""
     bits = noise_bits(spread_indices(len(x), x.device), key_0, key_1)
-    # No score of a chunk exceeds that of its best logit with its best noise, which is that of its least bits.
+    # No score of a chunk exceeds its best logit plus its best noise, which belongs to its least bits.
     bound = gumbel(~_chunk_max(~bits)).add_(chunk_max, alpha=1 / temperature)
     first = bound.topk(min(LIKELY_CHUNKS + 1, len(bound)))
     index = _members(first.indices[:LIKELY_CHUNKS].sort().values, len(x))
@@ -112,16 +112,16 @@ def _draw_from_all(x: torch.Tensor, chunk_max: torch.Tensor, temperature: float,
 def _truncate(
     x: torch.Tensor, chunk_max: torch.Tensor, top: float, temperature: float, top_k: int, top_p: float, min_p: float
 ) -> float:
-    """The least logit that min_p, top_k and top_p keep; `top` is the largest."""
+    """The least logit that min_p, top_k and top_p keep; `top` is the largest logit."""
     floor = top + temperature * math.log(min_p) if min_p > 0 else torch.finfo(x.dtype).min
     if 0 < top_k < len(x):
-        # k chunks have a maximum, so k tokens a logit, of at least the k-th largest maximum.
+        # The maxima of k chunks, hence at least k logits, reach the k-th largest maximum.
         low = float(chunk_max.topk(top_k).values[-1]) if top_k <= len(chunk_max) else -math.inf
         floor = max(floor, float(x[_at_least(x, chunk_max, low)].topk(top_k).values[-1]))
     if top_p < 1:
         kept = x[_at_least(x, chunk_max, floor)] if top_k > 0 or min_p > 0 else x
         total = float(torch.exp((kept.float() - top) / temperature).sum(dtype=torch.float64))
-        # Tokens that have less than an equal share of what top_p drops are dropped: all of them are less than that.
+        # Drop tokens that have less than an equal share of the mass that top_p drops: together they have less than it.
         share = total * (1 - top_p) / len(kept)
         cut = max(floor, top + temperature * math.log(share)) if share > 0 else floor
         kept = x[_at_least(x, chunk_max, cut)].float().sort(descending=True).values
@@ -132,7 +132,7 @@ def _truncate(
 
 
 def _argmax(x: torch.Tensor, chunk_max: torch.Tensor) -> int:
-    # By chunks, as `amax` is vectorized and `argmax` is not: 8 times slower in float32, 20 in bfloat16.
+    # By chunks, since `argmax` is not vectorized and `amax` is: 8 times faster in float32, 20 in bfloat16.
     chunk = int(chunk_max.argmax()) * CHUNK
     return chunk + int(x[chunk : chunk + CHUNK].argmax())
 
@@ -145,13 +145,13 @@ def _chunk_max(x: torch.Tensor) -> torch.Tensor:
 
 
 def _at_least(x: torch.Tensor, chunk_max: torch.Tensor, floor: float) -> torch.Tensor:
-    """The indices, ascending, at which `x [size]` is `floor` or more. Looks only into chunks that have any."""
+    """The indices, ascending, at which `x [size]` is `floor` or more. Looks only into chunks that have such."""
     index = _members((chunk_max >= floor).nonzero().squeeze(1), len(x))
     return index[x[index].float() >= floor]  # a comparison in bfloat16 would round the floor
 
 
 def _members(chunks: torch.Tensor, size: int) -> torch.Tensor:
-    """The indices below `size` of the elements of `chunks`, which ascend."""
+    """The indices below `size` of the elements of `chunks`, which must ascend."""
     index = (chunks.unsqueeze(1) * CHUNK + torch.arange(CHUNK, device=chunks.device)).flatten()
     is_cut = len(index) > 0 and index[-1] >= size
     return index[: size % CHUNK - CHUNK] if is_cut else index

@@ -1,12 +1,13 @@
-"""Gumbel noise from a counter: the same number for the same (seed, position, vocabulary index), wherever it is asked.
+"""Gumbel noise as a function of (seed, position, vocabulary index), not of a generator's state.
 
 argmax_i(logit_i / temperature + g_i) with independent Gumbel g_i is a draw from softmax(logit / temperature) (Gumbel,
-1954; Maddison et al., 2014, arXiv:1411.0030). Without a state to advance, a request's draws depend on neither the
-batch, nor preemption, nor which program computes them (Salmon et al., "Parallel random numbers: as easy as 1, 2, 3",
-2011). The integers are equal in PyTorch and in Triton, bit for bit.
+1954; Maddison et al., 2014, arXiv:1411.0030). There is no state to advance, so a request's draws depend neither on the
+batch, nor on preemption, nor on which program computes them (Salmon et al., "Parallel random numbers: as easy as 1, 2,
+3", 2011). PyTorch and Triton compute the same integers, bit for bit.
 
-Two 32-bit keys are mixed once from seed and position. Each index then passes the two multiply-xorshift steps of
-`lowbias32` (Chris Wellons, hash-prospector, public domain), a key entering before each: 11 integer instructions.
+`noise_keys` mixes two 32-bit keys from seed and position, once for a draw. `noise_bits` then takes each vocabulary
+index through the two multiply-xorshift steps of `lowbias32` (Chris Wellons, hash-prospector, public domain), with one
+key before each step: 11 integer instructions.
 """
 
 from functools import lru_cache
@@ -15,15 +16,15 @@ import torch
 
 from nanovllm.kernels.triton_shim import INTERPRETED, tl, triton
 
-# int32 arithmetic wraps in PyTorch, so that it equals uint32 arithmetic but for the shift, which must be masked.
+# PyTorch's int32 arithmetic wraps, so it equals uint32 arithmetic, except for the right shift, which needs a mask.
 WEYL = 0x9E3779B9  # 2^32 / golden ratio: spreads consecutive indices over all bits
 MULTIPLY_1, MULTIPLY_2 = 0x7FEB352D, 0x846CA68B
 POSITION_0, POSITION_1 = 0x243F6A88, 0x85A308D3  # two streams from one position: digits of pi
-# Bits map to the middle of one of 2^31 intervals of (0, 1). The largest, which float32 would round to 1, is scaled
-# down to 1 - 2^-24, so that -log(1 - v) is always finite and never 0.
+# The bits pick one of 2^31 intervals of (0, 1), and v is its middle. float32 would round the largest v to 1, so all are
+# scaled down to end at 1 - 2^-24: then -log(1 - v) is always finite and never 0.
 TO_UNIT = 2.0**-31 * (1 - 2.0**-24)
-# At a temperature above it the logits are as good as equal. Keeping between MIN_TEMPERATURE and it keeps every product
-# with a finite logit finite.
+# Above it, all logits are as good as equal, so a higher temperature is taken for this one. With a temperature from
+# MIN_TEMPERATURE to this, a finite logit's product with its inverse is finite.
 MAX_TEMPERATURE = 1e30
 MAX_GUMBEL = 22.2  # -log(-log1p(-v)) at the smallest v, 0.5 * TO_UNIT
 
@@ -31,14 +32,14 @@ MAX_GUMBEL = 22.2  # -log(-log1p(-v)) at the smallest v, 0.5 * TO_UNIT
 def noise_keys(
     seed_lo: torch.Tensor, seed_hi: torch.Tensor, position: torch.Tensor
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """Two int32 keys for each (seed, position); int32 tensors that broadcast together."""
+    """Two int32 keys for each (seed, position). The arguments are int32 tensors that broadcast together."""
     key_0 = _lowbias32(_lowbias32(_lowbias32(position ^ _signed(POSITION_0)) ^ seed_hi) ^ seed_lo)
     key_1 = _lowbias32(_lowbias32(_lowbias32(position ^ _signed(POSITION_1)) ^ seed_lo) ^ seed_hi)
     return key_0, key_1
 
 
 def noise_bits(spread: torch.Tensor, key_0: int | torch.Tensor, key_1: int | torch.Tensor) -> torch.Tensor:
-    """31 random bits, as int32, for each vocabulary index, given as `spread_indices`. Keys broadcast."""
+    """31 random bits, as int32, for each vocabulary index of `spread` (see `spread_indices`). The keys broadcast."""
     x = spread ^ key_0
     high = x >> 16
     x.bitwise_xor_(high.bitwise_and_(0xFFFF))
@@ -50,18 +51,18 @@ def noise_bits(spread: torch.Tensor, key_0: int | torch.Tensor, key_1: int | tor
 
 def gumbel(bits: torch.Tensor) -> torch.Tensor:
     """Standard Gumbel values, float32, from `noise_bits`."""
-    # log1p keeps 31 bits of resolution where it matters, at the small v whose Gumbel value is large.
+    # log1p keeps all 31 bits where they matter: at small v, whose Gumbel values are large.
     return bits.float().add_(0.5).mul_(-TO_UNIT).log1p_().neg_().log_().neg_()
 
 
 @lru_cache(maxsize=4)
 def spread_indices(vocab_size: int, device: torch.device) -> torch.Tensor:
-    """`[vocab_size]` int32: every index times WEYL, the part of the hash that no seed changes."""
+    """`[vocab_size]` int32: every index times WEYL, the part of the hash that is the same for all keys."""
     return spread_index(torch.arange(vocab_size, dtype=torch.int32, device=device))
 
 
 def spread_index(index: torch.Tensor) -> torch.Tensor:
-    """What `noise_bits` takes for the vocabulary indices `index`, int32."""
+    """`spread_indices` of some vocabulary indices only, `index` int32."""
     return index * _signed(WEYL)
 
 
@@ -95,7 +96,7 @@ def noise_keys_kernel(seed_lo, seed_hi, position):
 
 @triton.jit
 def noise_bits_kernel(index, key_0, key_1):
-    """`noise_bits` in Triton, of a vocabulary index: int32 and uint32 in, int32 out."""
+    """`noise_bits` in Triton, from the vocabulary index itself: int32 index and uint32 keys in, int32 out."""
     x = index.to(tl.uint32, bitcast=True) * 0x9E3779B9 ^ key_0
     x = (x ^ (x >> 16)) * 0x7FEB352D ^ key_1
     x = (x ^ (x >> 15)) * 0x846CA68B
@@ -104,7 +105,7 @@ def noise_bits_kernel(index, key_0, key_1):
 
 @triton.jit
 def gumbel_kernel(bits):
-    """`gumbel` in Triton, to 3e-6. log1p(-v) by its series where 1 - v would round away the bits of v."""
+    """`gumbel` in Triton, to 3e-6. Where 1 - v would round away bits of v, log1p(-v) is a series."""
     v = (bits.to(tl.float32) + 0.5) * (2.0**-31 * (1 - 2.0**-24))
     series = v * (1 + v * (1 / 2 + v * (1 / 3 + v * (1 / 4 + v * (1 / 5 + v * (1 / 6 + v * (1 / 7)))))))
     minus_log1p = tl.where(v < 2.0**-3, series, fast_log2(1 - v) * -0.6931471805599453)
@@ -113,7 +114,7 @@ def gumbel_kernel(bits):
 
 @triton.jit
 def fast_log2(x):
-    """One instruction, good to 2^-22 (PTX ISA, lg2.approx), where `tl.log2` is a polynomial of thirty."""
+    """log2 in one instruction, good to 2^-22 (PTX ISA, lg2.approx); `tl.log2` is a polynomial of thirty."""
     if INTERPRETED:
         return tl.log2(x)
     return tl.inline_asm_elementwise("lg2.approx.f32 $0, $1;", "=f,f", [x], dtype=tl.float32, is_pure=True, pack=1)

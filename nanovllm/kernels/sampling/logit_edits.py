@@ -1,11 +1,12 @@
-"""What a request changes in its logits before a token is drawn: allowed tokens, bad words, held-back stop ids, biases,
-penalties.
+"""Edits of the logits before the draw: allowed tokens, bad words, held-back stop ids, biases, penalties.
 
-Each is a list of token ids and what happens to their logits, so nothing but those logits is read or written; even the
-penalties look only at the tokens that their sequence has. The lists of a batch are joined, whatever their lengths: a
-handful of launches for any number of rows. Few requests ask for any of this, hence plain PyTorch on GPU and CPU alike.
-It never waits for the device, and its results are exact and repeatable: tokens are counted in integers, and whoever
-writes to a logit a second time writes the same value.
+An edit is a list of token ids and what to do to their logits, so the code reads and writes only those logits; penalties
+look only at the tokens of their sequence. The lists of a batch are joined, whatever their lengths, so any number of
+rows takes a handful of launches. Few requests ask for edits, so one version in plain PyTorch serves GPU and CPU; it
+never waits for the device. `edited_logits` in `reference.py` is the dense formula that the tests hold it to.
+
+Results are exact and repeatable: tokens are counted in integers, and where two threads write to one logit, they write
+the same value.
 
 Penalties as in CTRL (Keskar et al., 2019, arXiv:1909.05858: repetition) and OpenAI's API (frequency and presence).
 """
@@ -22,12 +23,12 @@ class RowEdits:
     """One row's edits. Tensors are on the device.
 
     Attributes:
-        prompt_len: tokens; those after it are the output.
+        prompt_len: tokens of the prompt; those after it are the output.
         repetition, frequency, presence: penalties; 1, 0 and 0 for none.
-        allowed: `[any]` int64, the tokens that may be drawn. None: all.
-        bias_ids, bias: `[any]` int64 and float32, what is added to which logit. None: nothing.
-        bad_words: `[words, longest]` int32, filled up with -1 in front: a word's last token may not follow the others.
-        held_back: `[any]` int64, the tokens that may not be drawn before the length `min_len`. None: none.
+        allowed: `[any]` int64, the only tokens that may be drawn. None: all.
+        bias_ids, bias: `[any]` int64 and float32: add each bias to its token's logit. None: no biases.
+        bad_words: `[words, longest]` int32, shorter words after -1s; a word's last token may not follow the others.
+        held_back: `[any]` int64, tokens that may not be drawn while the sequence is shorter than `min_len`. None: none.
     """
 
     prompt_len: int
@@ -49,14 +50,14 @@ class RowEdits:
 def edit_logits(
     logits: torch.Tensor, edits: list[RowEdits], token_ids: torch.Tensor, seq_lens: torch.Tensor, max_len: int
 ) -> None:
-    """Edit each entry's logits in place: allowed tokens, bad words, held-back ids, biases, then penalties.
+    """Edit each entry's logits in place, in this order: allowed tokens, bad words, held-back ids, biases, penalties.
 
     Args:
         logits: `[entries, vocab]` float32, contiguous.
         edits: one for each entry.
         token_ids: `[entries, any]` int32, prompts and outputs.
-        seq_lens: `[entries]` int32, how many of them there are, at least 1.
-        max_len: no `seq_lens` exceeds this.
+        seq_lens: `[entries]` int32, how many tokens each has, at least 1.
+        max_len: at least the longest of `seq_lens`, which only the device knows.
     """
     device = logits.device
     if any(edit.allowed is not None for edit in edits):
@@ -80,13 +81,13 @@ def edit_logits(
 
 
 def send(values: list, dtype: torch.dtype, device: torch.device) -> torch.Tensor:
-    """Host values as a tensor on the device, which is not waited for."""
+    """Copy host values to a tensor on the device, without waiting for it."""
     is_cpu = device.type == "cpu"
     return torch.tensor(values, dtype=dtype, pin_memory=not is_cpu).to(device, non_blocking=True)
 
 
 def _join(lists: list[torch.Tensor | None]) -> tuple[torch.Tensor, torch.Tensor]:
-    """The lists in one, and of each element whose it is: `[sum]` int64."""
+    """For each element of all lists, the index of its list, `[sum]` int64; and all lists in one."""
     present = [x for x in lists if x is not None]
     counts = [0 if x is None else len(x) for x in lists]
     owner = torch.repeat_interleave(send(counts, torch.int64, present[0].device), output_size=sum(counts))
@@ -116,7 +117,7 @@ def _ban_words(
     tail = token_ids[entry.unsqueeze(1), position.clamp(min=0)]
     start, last = words[:, :-1], words[:, -1]
     is_banned = ((start < 0) | (is_output & (start == tail))).all(1)
-    # Added, since two words may end with one token of which only one is banned here.
+    # Add: two words may end with the same token, and only one of them be banned here.
     logits.view(-1).index_add_(0, entry * logits.shape[1] + last, torch.where(is_banned, -math.inf, 0.0))
 
 
@@ -132,12 +133,12 @@ def _penalize(
     prompt_lens: torch.Tensor,
     seq_lens: torch.Tensor,
 ) -> None:
-    """`factors [entries, 3]`: repetition, frequency, presence."""
+    """Apply `factors [entries, 3]`: repetition, frequency, presence."""
     repetition, frequency, presence = factors.unsqueeze(2).unbind(1)
     position = torch.arange(token_ids.shape[1], device=logits.device)
     is_known = position < seq_lens.unsqueeze(1)
     is_output = is_known & (position >= prompt_lens.unsqueeze(1))
-    # What stands past the end is not this sequence's: its first token takes the place, and gets what it gets anyway.
+    # Past its end a row holds anything. There the sequence's first token stands in: it gets its own edit once more.
     ids = torch.where(is_known, token_ids, token_ids[:, :1]).long()
     histogram = torch.zeros(logits.shape, dtype=torch.int32, device=logits.device)
     count = histogram.scatter_add_(1, ids, is_output.int()).gather(1, ids)

@@ -1,7 +1,7 @@
-"""Log-probabilities of chosen tokens and of the likeliest, from logits as the model gave them.
+"""Log-probabilities of chosen tokens and of the likeliest tokens, from the model's unedited logits.
 
-One pass gives the normalizer and the chosen token's rank: on a GPU a kernel, which reads each logit once, 2 bytes of
-bf16, and stores none. The likeliest are PyTorch's `topk` of the logits. Nothing waits for the device.
+One pass over the logits gives the normalizer and the chosen token's rank. On a GPU a kernel makes it: it reads each
+logit once, 2 bytes of bf16, and stores none. PyTorch's `topk` finds the likeliest. Nothing waits for the device.
 """
 
 import torch
@@ -14,31 +14,31 @@ TILE = 8192  # logits at a time
 
 
 def token_logprobs(logits: torch.Tensor, chosen: torch.Tensor, num_top: int) -> torch.Tensor:
-    """Ids, log-probabilities and ranks in one tensor, so that one copy brings them to the host.
+    """Ids, log-probabilities and ranks, in one tensor, so that a single copy brings them to the host.
 
-    A rank is 1 plus the number of tokens that are likelier; of equally likely tokens any comes first in the top.
+    A rank is 1 plus the number of likelier tokens. Equally likely tokens are in any order among the likeliest.
 
     Args:
-        logits: `[entries, vocab]`, any floating dtype, the last dimension contiguous; computed with in float32.
+        logits: `[entries, vocab]`, any floating dtype, the last dimension contiguous; the arithmetic is in float32.
         chosen: `[entries]` int32 or int64.
-        num_top: how many of the likeliest are asked for besides, from 0 to the vocabulary.
+        num_top: how many of the likeliest tokens to list besides, from 0 to the vocabulary size.
 
     Returns:
         `[entries, 2 * (1 + num_top) + 1]` int32: ids (first the chosen token, then the likeliest in order), their
-        log-probabilities (the bits of float32), and the chosen token's rank. For `unpack`.
+        log-probabilities (the bits of float32), and the chosen token's rank. `unpack` reads it.
     """
     largest, log_mass, rank = (summarize_triton if logits.is_cuda else summarize_reference)(logits, chosen)
     ids, values = chosen.long().unsqueeze(1), logits.gather(1, chosen.long().unsqueeze(1))
     if num_top:
         top = logits.topk(num_top, dim=1)
         ids, values = torch.cat([ids, top.indices], 1), torch.cat([values, top.values], 1)
-    # The largest first, so that large logits do not cost the small differences their digits.
+    # Subtract the largest first: else large logits would cost small differences their digits.
     logprobs = (values.float() - largest.unsqueeze(1)) - log_mass.unsqueeze(1)
     return torch.cat([ids.int(), logprobs.view(torch.int32), rank.unsqueeze(1)], 1)
 
 
 def unpack(packed: torch.Tensor) -> list[tuple[list[int], list[float], list[int]]]:
-    """Of each entry of `token_logprobs`, on the host: ids, log-probabilities, ranks."""
+    """Ids, log-probabilities and ranks of each entry, from the result of `token_logprobs` on the host."""
     width = packed.shape[1] // 2
     ids = packed[:, :width].tolist()
     logprobs = packed[:, width:-1].view(torch.float32).tolist()
@@ -48,9 +48,9 @@ def unpack(packed: torch.Tensor) -> list[tuple[list[int], list[float], list[int]
 
 
 def summarize_reference(logits: torch.Tensor, chosen: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-    """Of each entry: the largest logit, the logarithm of the sum of exp(logit - largest), and the chosen token's rank.
+    """The largest logit, the logarithm of the sum of exp(logit - largest), and the chosen token's rank, of each entry.
 
-    float32, float32 and int32, each `[entries]`.
+    The results are float32, float32 and int32, each `[entries]`. This version serves a CPU too.
     """
     x = logits.float()
     largest = x.amax(1)
@@ -59,7 +59,7 @@ def summarize_reference(logits: torch.Tensor, chosen: torch.Tensor) -> tuple[tor
 
 
 def summarize_triton(logits: torch.Tensor, chosen: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-    """`summarize_reference` as one launch: a program an entry."""
+    """`summarize_reference` in one launch, a program for each entry."""
     num_entries, vocab_size = logits.shape
     largest, log_mass = torch.empty(2, num_entries, dtype=torch.float32, device=logits.device)
     rank = torch.empty(num_entries, dtype=torch.int32, device=logits.device)
@@ -89,7 +89,7 @@ def _summary_kernel(
     logits_ptr += entry * logits_stride
     wait_for_previous(EARLY)
     chosen = tl.load(logits_ptr + tl.load(chosen_ptr + entry)).to(tl.float32)
-    largest = tl.full([TILE], float("-inf"), tl.float32)  # by lane, as are the next two
+    largest = tl.full([TILE], float("-inf"), tl.float32)  # these three are kept for each lane
     mass = tl.zeros([TILE], tl.float32)
     num_likelier = tl.zeros([TILE], tl.int32)
     for start in range(0, vocab_size, TILE):
@@ -97,7 +97,7 @@ def _summary_kernel(
         x = tl.load(logits_ptr + index, mask=index < vocab_size, other=float("-inf")).to(tl.float32)
         num_likelier += (x > chosen).to(tl.int32)
         new_largest = tl.maximum(largest, x)
-        shift = tl.where(new_largest == float("-inf"), 0.0, new_largest)  # a lane that has seen nothing yet
+        shift = tl.where(new_largest == float("-inf"), 0.0, new_largest)  # the lane has seen only -inf
         mass = mass * tl.exp2((largest - shift) * LOG2_E) + tl.exp2((x - shift) * LOG2_E)
         largest = new_largest
     of_all = tl.max(largest, axis=0)

@@ -1,14 +1,14 @@
-"""`sample` on a GPU: two launches, no sort, nothing that the host must know about the batch.
+"""`sample` on a GPU: two launches, no sort, and the host need know nothing about the batch.
 
-_scan_kernel: many programs share a row of logits; each keeps the best of its split. For a row that draws from the whole
-vocabulary that is the best logit / temperature + noise, and all that is left is to compare the splits. Reads the logits
-once (2 bytes an entry of bf16) and spends about 50 instructions on the noise of each.
+_scan_kernel: many programs share an entry's logits, and each keeps the best token of its *range* of the vocabulary. If
+the row draws from the whole vocabulary, the best token has the largest logit / temperature + noise, and only the ranges
+remain to be compared. The kernel reads each logit once (2 bytes in bf16) and spends about 50 instructions on its noise.
 
-_choose_kernel: one program a row. A truncated row (top_k, top_p or min_p) is drawn from the few tokens it keeps, and
-those are found without sorting: the scan left the maxima of many small groups, the k-th largest of which is a floor
-that at least k tokens reach; one pass collects what reaches the floor; bisections over the collected logits find the
-exact thresholds. Where that does not fit (a flat distribution), the same bisections run over the whole row: slower,
-never wrong. Logits are compared as integers of the same order, so that a bisection ends, and ends exactly.
+_choose_kernel: one program for each entry. For a truncated row (top_k, top_p or min_p) it finds the few tokens to draw
+from, without sorting. The scan has left the maxima of many small groups; at least k tokens reach the k-th largest of
+these, which is the *floor*. One pass collects all tokens that reach the floor, and bisections over the collected logits
+find the exact thresholds. If there are too many to collect (a flat distribution), the same bisections run over all
+logits: slower, never wrong. A bisection compares logits as integers of the same order, so it ends, and ends exactly.
 """
 
 import torch
@@ -35,11 +35,12 @@ from nanovllm.kernels.triton_shim import tl, triton
 from nanovllm.sampling_params import MIN_TEMPERATURE, NAN_LOGITS, NO_TOKEN_LEFT
 
 SCAN_TILE, CHOOSE_TILE = 2048, 4096  # logits at a time
-CHOOSE_OPTIONS = {"num_warps": 8, "maxnreg": 128}  # two programs on a multiprocessor: one waits where the other works
-TARGET_PROGRAMS = 1024  # of the scan: 8 on each of an H100's 132 SMs
-GROUPS = 128  # of a split, whose maxima it leaves
-MAX_GROUPS = 4096  # of a row, of those
-MAX_CANDIDATES = 1024  # a row's collected tokens
+# Two programs fit on a multiprocessor: while one waits, the other works.
+CHOOSE_OPTIONS = {"num_warps": 8, "maxnreg": 128}
+TARGET_PROGRAMS = 1024  # of the scan: 8 on each of an H100's 132 multiprocessors
+GROUPS = 128  # whose maxima the scan of a range leaves
+MAX_GROUPS = 4096  # of an entry, that the choice tells apart
+MAX_CANDIDATES = 1024  # most tokens of an entry to collect
 
 
 def sample_triton(
@@ -50,17 +51,17 @@ def sample_triton(
     token_ids: torch.Tensor,
     out: torch.Tensor,
 ) -> None:
-    """`sample` as two launches: a scan by many programs, a choice by one program an entry."""
+    """`sample` in two launches: a scan by many programs for each entry, and a choice by one."""
     num_entries, vocab_size = logits.shape
     whole = max(triton.next_power_of_2(vocab_size), 16)
     scan_tile = min(SCAN_TILE, whole)
     groups = min(GROUPS, scan_tile)
-    max_splits = triton.cdiv(vocab_size, scan_tile)
-    tiles_each = triton.cdiv(max_splits * num_entries, TARGET_PROGRAMS)
-    num_splits = triton.cdiv(max_splits, max(tiles_each, 1))
-    # [entry, split]: best score, its index, mass; [entry, split, group]: maximum; [entry, candidate]: logit, index
+    max_ranges = triton.cdiv(vocab_size, scan_tile)
+    tiles_each = triton.cdiv(max_ranges * num_entries, TARGET_PROGRAMS)
+    num_ranges = triton.cdiv(max_ranges, max(tiles_each, 1))
+    # [entry, range]: best score, its index, mass; [entry, range, group]: maximum; [entry, candidate]: logit, index
     scratch = torch.empty(
-        num_entries * (num_splits * (3 + groups) + 2 * MAX_CANDIDATES), dtype=torch.float32, device=logits.device
+        num_entries * (num_ranges * (3 + groups) + 2 * MAX_CANDIDATES), dtype=torch.float32, device=logits.device
     )
     per_row = (
         params.temperature,
@@ -82,7 +83,7 @@ def sample_triton(
         params.stop_ids,
         params.stop_ids.stride(),
         scratch,
-        num_splits,
+        num_ranges,
     )
     constants = {
         "MIN_TEMPERATURE": MIN_TEMPERATURE,
@@ -92,17 +93,17 @@ def sample_triton(
         "GROUPS": groups,
         **early_launch(logits),
     }
-    _scan_kernel[(num_entries, num_splits)](*arguments, tiles_each, TILE=scan_tile, num_warps=8, **constants)
+    _scan_kernel[(num_entries, num_ranges)](*arguments, tiles_each, TILE=scan_tile, num_warps=8, **constants)
     _choose_kernel[(num_entries,)](
         *arguments,
         token_ids,
         token_ids.stride(),
         out,
         TILE=min(CHOOSE_TILE, whole),
-        TILE_SPLITS=triton.next_power_of_2(max_splits),
-        TILE_GROUPS=min(MAX_GROUPS, triton.next_power_of_2(max_splits * groups)),
+        TILE_RANGES=triton.next_power_of_2(max_ranges),
+        TILE_GROUPS=min(MAX_GROUPS, triton.next_power_of_2(max_ranges * groups)),
         MAX_CANDIDATES=MAX_CANDIDATES,
-        # Bits of a float32 in which no two logits of this dtype differ.
+        # The low bits of float32 that are 0 in every logit of this dtype.
         LOW_BITS={torch.bfloat16: 16, torch.float16: 13}.get(logits.dtype, 0),
         NAN_LOGITS=NAN_LOGITS,
         NO_TOKEN_LEFT=NO_TOKEN_LEFT,
@@ -111,7 +112,7 @@ def sample_triton(
     )
 
 
-@triton.jit(do_not_specialize=["num_splits", "tiles_each"])
+@triton.jit(do_not_specialize=["num_ranges", "tiles_each"])
 def _scan_kernel(
     logits_ptr,
     logits_stride,
@@ -123,7 +124,7 @@ def _scan_kernel(
     stop_ids_ptr,
     stop_ids_strides,
     scratch_ptr,
-    num_splits,
+    num_ranges,
     tiles_each,
     MIN_TEMPERATURE: tl.constexpr,
     MAX_TEMPERATURE: tl.constexpr,
@@ -133,10 +134,10 @@ def _scan_kernel(
     GROUPS: tl.constexpr,
     EARLY: tl.constexpr,
 ):
-    """Leave of one split of a row: its best score (NaN: a logit is), whose index that is, its mass; groups' maxima."""
+    """Store, for one range of an entry: the best score (NaN if a logit is), its token, the mass, the groups' maxima."""
     wait_for_previous(EARLY)
     entry = tl.program_id(0).to(tl.int64)
-    split = tl.program_id(1)
+    range_index = tl.program_id(1)
     row = tl.load(rows_ptr + entry).to(tl.int64)
     if row < 0:
         return
@@ -157,7 +158,7 @@ def _scan_kernel(
     mass = tl.zeros([TILE], tl.float32)
     is_nan = tl.zeros([TILE], tl.int32)
     for i in range(tiles_each):
-        index = (split * tiles_each + i) * TILE + lane
+        index = (range_index * tiles_each + i) * TILE + lane
         raw = load_raw_logits(logits_ptr, index, vocab_size)
         is_nan |= (raw != raw).to(tl.int32)
         score = mask_stop_ids(raw, index, stop_ids_ptr, stop_ids_strides[1], num_stop_ids)
@@ -167,13 +168,13 @@ def _scan_kernel(
             mass = mass * tl.exp2((best - shift) * to_exponent) + tl.exp2((score - shift) * to_exponent)
         elif not is_greedy:
             score = score * inverse_temperature + gumbel_kernel(noise_bits_kernel(index, key_0, key_1))
-        is_better = score > best  # of equal scores a lane keeps the first; NaN is never better
+        is_better = score > best  # a lane keeps the first of equal scores; NaN is never better
         best_index = tl.where(is_better, index, best_index)
         best = tl.where(is_better, score, best)
 
     top = tl.max(best, axis=0)
-    program = entry * num_splits + split
-    num_programs = tl.num_programs(0).to(tl.int64) * num_splits
+    program = entry * num_ranges + range_index
+    num_programs = tl.num_programs(0).to(tl.int64) * num_ranges
     tl.store(scratch_ptr + program, tl.where(tl.max(is_nan, axis=0) > 0, float("nan"), top))
     token = tl.min(tl.where(best == top, best_index, 0x7FFFFFFF), axis=0)
     tl.store(scratch_ptr + num_programs + program, token.to(tl.float32, bitcast=True))
@@ -184,7 +185,7 @@ def _scan_kernel(
         tl.store(scratch_ptr + (3 * num_programs + program * GROUPS) + tl.arange(0, GROUPS), group_max)
 
 
-@triton.jit(do_not_specialize=["num_splits"])
+@triton.jit(do_not_specialize=["num_ranges"])
 def _choose_kernel(
     logits_ptr,
     logits_stride,
@@ -196,7 +197,7 @@ def _choose_kernel(
     stop_ids_ptr,
     stop_ids_strides,
     scratch_ptr,
-    num_splits,
+    num_ranges,
     token_ids_ptr,
     token_ids_strides,
     out_ptr,
@@ -206,7 +207,7 @@ def _choose_kernel(
     TILE_STOP_IDS: tl.constexpr,
     TILE: tl.constexpr,
     GROUPS: tl.constexpr,
-    TILE_SPLITS: tl.constexpr,
+    TILE_RANGES: tl.constexpr,
     TILE_GROUPS: tl.constexpr,
     MAX_CANDIDATES: tl.constexpr,
     LOW_BITS: tl.constexpr,
@@ -214,7 +215,7 @@ def _choose_kernel(
     NO_TOKEN_LEFT: tl.constexpr,
     EARLY: tl.constexpr,
 ):
-    """Compare the splits of a row, or draw from what its truncations leave; write the token."""
+    """Compare an entry's ranges, or draw from the tokens that its truncations leave; store the token."""
     wait_for_previous(EARLY)
     entry = tl.program_id(0).to(tl.int64)
     row = tl.load(rows_ptr + entry).to(tl.int64)
@@ -226,10 +227,10 @@ def _choose_kernel(
         row, position, per_row, per_row_strides, vocab_size, MIN_TEMPERATURE, MAX_TEMPERATURE
     )
     inverse_temperature = tl.math.div_rn(1.0, tl.maximum(temperature, MIN_TEMPERATURE))
-    split = tl.arange(0, TILE_SPLITS)
-    inside = split < num_splits
-    program = entry * num_splits + split
-    num_programs = tl.num_programs(0).to(tl.int64) * num_splits
+    ranges = tl.arange(0, TILE_RANGES)
+    inside = ranges < num_ranges
+    program = entry * num_ranges + ranges
+    num_programs = tl.num_programs(0).to(tl.int64) * num_ranges
     scores = tl.load(scratch_ptr + program, mask=inside, other=float("-inf"))
     is_nan = tl.max((scores != scores).to(tl.int32), axis=0)
     scores = tl.where(scores == scores, scores, float("-inf"))
@@ -251,19 +252,19 @@ def _choose_kernel(
             least = order(top + temperature * tl.log(min_p))
             threshold = tl.maximum(threshold, (least + ((1 << LOW_BITS) - 1)) >> LOW_BITS)
 
-        # A floor under the threshold from the maxima of groups. For top_p alone how many tokens are needed is a guess.
+        # The floor, from the groups' maxima. For top_p alone, how many tokens it needs is a guess.
         wanted = tl.where(has_top_k, top_k, tl.where(has_min_p, 0x3FFFFFFF, 128))
         floor = threshold
-        if 2 * wanted <= tl.minimum(num_splits * GROUPS, TILE_GROUPS):
-            maxima_ptr = scratch_ptr + (3 * num_programs + entry * num_splits * GROUPS)
+        if 2 * wanted <= tl.minimum(num_ranges * GROUPS, TILE_GROUPS):
+            maxima_ptr = scratch_ptr + (3 * num_programs + entry * num_ranges * GROUPS)
             group_max = tl.full([TILE_GROUPS], float("-inf"), tl.float32)
-            for base in range(0, num_splits * GROUPS, TILE_GROUPS):  # groups past the tile join one in it
+            for base in range(0, num_ranges * GROUPS, TILE_GROUPS):  # groups past the tile are merged with those in it
                 group = base + tl.arange(0, TILE_GROUPS)
-                inside_group = group < num_splits * GROUPS
+                inside_group = group < num_ranges * GROUPS
                 group_max = tl.maximum(group_max, tl.load(maxima_ptr + group, mask=inside_group, other=float("-inf")))
             floor = tl.maximum(floor, kth_largest(order(group_max) >> LOW_BITS, wanted, LOWEST))
 
-        # Collect what reaches the floor.
+        # Collect the tokens that reach the floor.
         collected_ptr = scratch_ptr + (3 + GROUPS) * num_programs + entry * (2 * MAX_CANDIDATES)
         lane = tl.arange(0, TILE)
         num_tokens = tl.full([], 0, tl.int32)
@@ -276,7 +277,7 @@ def _choose_kernel(
             tl.store(collected_ptr + place, x, mask=fits)
             tl.store(collected_ptr + MAX_CANDIDATES + place, (start + lane).to(tl.float32, bitcast=True), mask=fits)
             num_tokens += tl.sum(reaches, axis=0)
-        tl.debug_barrier()  # other threads' stores are read from here on
+        tl.debug_barrier()  # from here on, threads read what other threads stored
         is_collected = num_tokens <= MAX_CANDIDATES
         num_tokens = tl.where(is_collected, num_tokens, vocab_size)
         source = (
@@ -287,7 +288,7 @@ def _choose_kernel(
         total = tl.sum(tl.where(masses > 0, masses * tl.exp2((scores - top) * to_exponent), 0.0), axis=0)
         count, mass = count_and_mass_from(floor, source, num_tokens, is_collected, LOW_BITS, MAX_CANDIDATES, TILE)
         highest = (order(top) >> LOW_BITS) + 1
-        none = 0.0  # what reaches it
+        none = 0.0  # the mass that reaches `highest`
         if has_top_k:
             if count > top_k:
                 threshold = bisect(
@@ -311,7 +312,7 @@ def _choose_kernel(
                 highest = floor
                 count = vocab_size
                 mass_low, mass_high = total, mass
-            # Even if all tokens were below this, they would not have half of what top_p may leave out.
+            # Even all tokens together, were they below this, would not have half of the mass that top_p may leave out.
             least = tl.log2(0.5 * (1.0 - top_p) * total / vocab_size) / to_exponent
             low = tl.minimum(tl.maximum(low, order(top + least) >> LOW_BITS), highest - 1)
             threshold = bisect(

@@ -1,4 +1,4 @@
-"""What one row asks of the sampler's kernels, and its logits as they are after that. For `sample_kernel.py`."""
+"""How `sample_kernel.py` loads a row's parameters, and an entry's logits with the stop ids masked."""
 
 from nanovllm.kernels.sampling.gumbel_noise import noise_keys_kernel
 from nanovllm.kernels.triton_shim import tl, triton
@@ -8,7 +8,7 @@ from nanovllm.kernels.triton_shim import tl, triton
 def load_row_params(
     row, position, per_row, per_row_strides, vocab_size, MIN_TEMPERATURE: tl.constexpr, MAX_TEMPERATURE: tl.constexpr
 ):
-    """A row's parameters, and the keys of its noise at this position."""
+    """Load a row's parameters; make the keys of its noise at this position."""
     temperature = tl.load(per_row[0] + row * per_row_strides[0])
     top_k = tl.load(per_row[1] + row * per_row_strides[1])
     top_p = tl.load(per_row[2] + row * per_row_strides[2])
@@ -28,7 +28,7 @@ def count_stop_ids(
     row, position, per_row, per_row_strides, stop_ids_ptr, stop_ids_stride,
     NUM_STOP_IDS: tl.constexpr, TILE_STOP_IDS: tl.constexpr,
 ):  # fmt: skip
-    """How many of the row's stop ids are masked at this position: none once it has its minimal length."""
+    """How many of the row's stop ids to mask at this position: none once the row has its minimal length."""
     min_len = tl.load(per_row[6] + row * per_row_strides[6])
     place = tl.arange(0, TILE_STOP_IDS)
     stop_ids = tl.load(stop_ids_ptr + place * stop_ids_stride, mask=place < NUM_STOP_IDS, other=-1)
@@ -37,13 +37,13 @@ def count_stop_ids(
 
 @triton.jit
 def load_raw_logits(logits_ptr, index, vocab_size):
-    """float32 logits as the model gave them; -inf past the vocabulary."""
+    """Load logits as float32; -inf past the vocabulary."""
     return tl.load(logits_ptr + index, mask=index < vocab_size, other=float("-inf")).to(tl.float32)
 
 
 @triton.jit
 def mask_stop_ids(x, index, stop_ids_ptr, stop_ids_stride, num_stop_ids):
-    """-inf for the stop ids that are masked."""
+    """Set the first `num_stop_ids` stop ids to -inf."""
     for i in range(num_stop_ids):
         x = tl.where(index == tl.load(stop_ids_ptr + i * stop_ids_stride), float("-inf"), x)
     return x
@@ -51,6 +51,6 @@ def mask_stop_ids(x, index, stop_ids_ptr, stop_ids_stride, num_stop_ids):
 
 @triton.jit
 def load_logits(logits_ptr, index, vocab_size, stop_ids_ptr, stop_ids_stride, num_stop_ids):
-    """float32 logits; -inf for masked stop ids, and past the vocabulary."""
+    """Load logits as float32; -inf for masked stop ids and past the vocabulary."""
     x = load_raw_logits(logits_ptr, index, vocab_size)
     return mask_stop_ids(x, index, stop_ids_ptr, stop_ids_stride, num_stop_ids)

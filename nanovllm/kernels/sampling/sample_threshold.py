@@ -1,20 +1,21 @@
-"""Which logits of a row a truncation keeps: everything from a threshold on, found by bisection instead of a sort.
+"""The threshold from which on a truncation keeps logits, found by bisection instead of a sort. For `sample_kernel.py`.
 
-A threshold is an integer of the same order as float32 logits, shortened to the bits that the logits' dtype has, so a
-bisection ends, and ends exactly: after at most 16 or 32 passes over the tokens in question, some more for masses, which
-as a rule take 6. For `sample_kernel.py`.
+A threshold is an integer of the same order as float32 logits, shortened to the bits that the logits' dtype has. So a
+bisection ends, and ends exactly, after at most 16 or 32 passes over the tokens. A bisection for a mass may take some
+more; usually it takes 6.
 """
 
 from nanovllm.kernels.sampling.sample_row import load_logits
 from nanovllm.kernels.triton_shim import tl, triton
 
-# A bisection for a mass is guided by the masses, then halves logits, and then integers, which ends it in any case.
+# A bisection for a mass first picks its middle by the masses, then halves the interval of logits, and after that the
+# interval of integers, which ends in any case.
 PASSES_BY_MASS, PASSES_BY_VALUE = tl.constexpr(8), tl.constexpr(20)
 
 
 @triton.jit
 def load_tokens(place, source, num_tokens, is_collected, MAX_CANDIDATES: tl.constexpr):
-    """Logits and indices of the collected tokens, or of the whole vocabulary."""
+    """Load logits and indices of the collected tokens, or of the whole vocabulary."""
     logits_ptr, vocab_size, stop_ids_ptr, stop_ids_stride, num_stop_ids, collected_ptr, top, to_exponent = source
     if is_collected:
         inside = place < num_tokens
@@ -28,7 +29,7 @@ def load_tokens(place, source, num_tokens, is_collected, MAX_CANDIDATES: tl.cons
 
 @triton.jit
 def order(x):
-    """int32 in the order of the float32 x, -0 and 0 equal; as many low bits are 0 as in x."""
+    """int32 of the same order as the float32 x, with -0 equal to 0; the low bits that are 0 in x stay 0."""
     bits = x.to(tl.int32, bitcast=True)
     return tl.where(bits < 0, -(bits & 0x7FFFFFFF), bits)
 
@@ -40,7 +41,7 @@ def _middle(low, high):
 
 @triton.jit
 def least_logit(key, LOW_BITS: tl.constexpr):
-    """The least logit whose `order`, shortened, is the key: what is as large reaches the key, and nothing else does."""
+    """The least logit whose shortened `order` is the key: exactly the logits from it on reach the key."""
     bits = tl.where(key < 0, -key, key) << LOW_BITS
     value = bits.to(tl.float32, bitcast=True)
     return tl.where(key < 0, -value, value)
@@ -48,8 +49,11 @@ def least_logit(key, LOW_BITS: tl.constexpr):
 
 @triton.jit
 def _middle_by_value(low, high, mass_low, mass_high, wanted_mass, widest, LOW_BITS: tl.constexpr):
-    """Where the mass would be as wanted if it fell evenly with the logit; then a little nearer to the middle, so that
-    both ends come closer (the ITP method: Oliveira & Takahashi, 2020, ACM TOMS 47(1)). `widest` 0: the very middle."""
+    """The next threshold to try (ITP method: Oliveira & Takahashi, 2020, ACM TOMS 47(1)).
+
+    It is where the mass would be as wanted if it fell evenly with the logit, moved a little towards the middle, so that
+    both ends come closer. With `widest` 0 it is the very middle.
+    """
     first, last = least_logit(low, LOW_BITS), least_logit(high, LOW_BITS)
     half = 0.5 * first + 0.5 * last
     width = last - first
@@ -62,7 +66,7 @@ def _middle_by_value(low, high, mass_low, mass_high, wanted_mass, widest, LOW_BI
 
 @triton.jit
 def kth_largest(orders, k, LOWEST: tl.constexpr):
-    """A lower bound of the k-th largest that at most 2 k reach, or the k-th largest itself."""
+    """The k-th largest of `orders`, or a lower bound of it that at most 2 k of them reach."""
     low = tl.full([], LOWEST, tl.int32)
     high = tl.max(orders, axis=0) + 1
     while high > low + 1:
@@ -78,7 +82,7 @@ def count_and_mass_from(
     threshold, source, num_tokens, is_collected,
     LOW_BITS: tl.constexpr, MAX_CANDIDATES: tl.constexpr, TILE: tl.constexpr,
 ):  # fmt: skip
-    """How many tokens reach the threshold, and their mass, in which the likeliest token weighs 1."""
+    """How many tokens reach the threshold, and their mass, where the likeliest token weighs 1."""
     logits_ptr, vocab_size, stop_ids_ptr, stop_ids_stride, num_stop_ids, collected_ptr, top, to_exponent = source
     limit = least_logit(threshold, LOW_BITS)
     if is_collected:
@@ -105,9 +109,9 @@ def bisect(
     low, high, count_low, mass_low, mass_high, wanted_count, wanted_mass, source, num_tokens, is_collected,
     BY_MASS: tl.constexpr, LOW_BITS: tl.constexpr, MAX_CANDIDATES: tl.constexpr, TILE: tl.constexpr,
 ):  # fmt: skip
-    """The highest threshold that still as many tokens, or as much mass, reach as wanted. `low` is reached by enough.
+    """The highest threshold that enough tokens, or enough mass, reach. The caller knows that enough reach `low`.
 
-    The count and the masses that are given need be right only roughly, the count not too small.
+    `count_low`, `mass_low` and `mass_high` may be rough, but `count_low` not too small.
     """
     count_high = tl.full([], 0, tl.int32)
     num_passes = tl.full([], 0, tl.int32)
