@@ -98,6 +98,12 @@ def test_the_picture_of_a_step_is_what_the_script_draws() -> None:
     ElementTree.fromstring(draw_step.draw())
 
 
+def test_every_file_in_the_picture_exists() -> None:
+    files = [box.file for box in draw_step.BOXES if box.file]
+    assert len(files) > 5
+    assert not [file for file in files if not (ROOT / "nanovllm" / file).exists()]
+
+
 def test_a_picture_whose_boxes_overlap_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
     moved = draw_step.Box(draw_step.ROWS.x + 10, draw_step.ROWS.y + 10, 100, 40, draw_step.HOST, "moved")
     monkeypatch.setattr(draw_step, "BOXES", [*draw_step.BOXES, moved])
