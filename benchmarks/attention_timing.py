@@ -150,9 +150,10 @@ def time_decode(
     else:
         own = (qkv, weight, weight, 1e-6, cos_sin, k_cache, v_cache)
         heads = (shape.num_heads, shape.num_kv_heads, shape.head_dim)
-        plan = split_contexts(seq_lens, shape.num_kv_heads, DecodeSplits.allocate(len(lengths), *heads, device, **cut))
+        splits = DecodeSplits.allocate(len(lengths), *heads, device, **cut)
+        split_contexts(seq_lens, shape.num_kv_heads, splits)
         launches = [
-            partial(paged_decode_triton, *own, table, rows, seq_lens, plan, shape.scale, out, config)
+            partial(paged_decode_triton, *own, table, rows, seq_lens, splits, shape.scale, out, config)
             for table in tables
         ]
     return median_seconds(in_one_go(launches, device), device) / len(tables)

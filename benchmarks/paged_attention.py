@@ -83,15 +83,15 @@ def bench_decode(pool: Pool, bandwidth: float, quick: bool) -> list[dict]:
     return results
 
 
-def bench_plan() -> dict:
-    """Seconds of the plan, once a step, inside a CUDA graph."""
+def bench_splits() -> dict:
+    """Seconds of `split_contexts`, once a step, inside a CUDA graph."""
     result = {}
     for num_seqs in (1, 256, 1024):
         seq_lens = torch.randint(1, 2048, (num_seqs,), dtype=torch.int32, device="cuda")
-        plan = decode_splits.DecodeSplits.allocate(num_seqs, 16, SHAPE.num_kv_heads, SHAPE.head_dim, "cuda")
-        launch = partial(decode_splits.split_contexts, seq_lens, SHAPE.num_kv_heads, plan)
+        splits = decode_splits.DecodeSplits.allocate(num_seqs, 16, SHAPE.num_kv_heads, SHAPE.head_dim, "cuda")
+        launch = partial(decode_splits.split_contexts, seq_lens, SHAPE.num_kv_heads, splits)
         result[num_seqs] = median_seconds(in_one_go([launch] * 50, "cuda"), "cuda") / 50 * 1e6
-    print("\nplan_decode: " + ", ".join(f"{us:.1f} us for {n} sequences" for n, us in result.items()))
+    print("\nsplit_contexts: " + ", ".join(f"{us:.1f} us for {n} sequences" for n, us in result.items()))
     return result
 
 
@@ -168,7 +168,7 @@ def main() -> None:
     pool = Pool(SHAPE, POOL_TOKENS, "cuda")
     if arguments.only != "prefill":
         result["decode_us"] = bench_decode(pool, result["read_bytes_per_s"], arguments.quick)
-        result["plan_us"] = bench_plan()
+        result["split_us"] = bench_splits()
     if arguments.only != "decode":
         result["prefill_tflop_per_s"] = bench_prefill(pool, result["matmul_flop_per_s"], arguments.quick)
     result["seconds"] = time.perf_counter() - began

@@ -19,7 +19,7 @@ from nanovllm.kernels.attention.contract import AttentionSpec, ChunkBatch, Decod
 from nanovllm.kernels.linear import silu_mul, skinny_linear
 from nanovllm.kernels.norm import rms_norm
 from nanovllm.kernels.sampling import sample
-from nanovllm.kernels.sampling.sample import SamplingTensors
+from nanovllm.kernels.sampling.tensors import SamplingTensors
 from nanovllm.sampling_params import MIN_TEMPERATURE
 
 

@@ -20,7 +20,7 @@ KINDS = {  # part of a kernel's name -> what it is, in the order of the search
     "_one_shot_kernel": "all-reduce, one-shot",
     "nccl": "gather",
     "_decode_kernel": "attention",
-    "_plan_kernel": "attention: plan",
+    "_split_kernel": "attention: splits",
     "rms_norm": "norms",
     "qk_norm_rope": "QK-norm, RoPE, store",
     "silu": "SiLU·mul",

@@ -11,10 +11,11 @@ from typing import Any
 import pytest
 import torch
 from checkpoints import VOCAB_SIZE, Reference, random_prompts
-from plain_sampling import assert_drawn_from, distribution_asked, edited_logits
+from drawn_from import assert_drawn_from
 
 from nanovllm import LLM, SamplingParams
 from nanovllm.engine.sequence import Sequence
+from nanovllm.kernels.sampling.reference import distribution, edited_logits
 from nanovllm.outputs import TokenLogprobs
 from nanovllm.worker import logit_extras
 
@@ -74,6 +75,10 @@ def run(llm: LLM, requests: list[tuple[list[int], SamplingParams]], bad_words: B
     while engine.has_unfinished_requests:
         engine.step()
     return seqs
+
+
+def distribution_asked(logits: torch.Tensor, params: SamplingParams) -> torch.Tensor:
+    return distribution(logits, params.temperature, params.top_k, params.top_p, params.min_p)
 
 
 def draws(llm: LLM, prompt: list[int], params: dict[str, Any]) -> list[tuple[int, ...]]:

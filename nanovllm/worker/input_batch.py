@@ -7,7 +7,7 @@ request's tokens and parameters, one more block of an old one), are pairs (index
 import numpy as np
 import torch
 
-from nanovllm.kernels.sampling.sample import SamplingTensors
+from nanovllm.kernels.sampling.tensors import SamplingTensors
 from nanovllm.sampling_params import MAX_STOP_IDS
 from nanovllm.step_plan import NewRow, StepPlan
 from nanovllm.worker.cuda_graph import MAX_CHUNKS, StepShape

@@ -23,8 +23,8 @@ from nanovllm.kernels.norm.all_reduce import PeerBuffers, make_inboxes, one_shot
 from nanovllm.kernels.norm.rms_norm import add_rms_norm_triton, rms_norm_triton
 from nanovllm.kernels.prepare_inputs import StepInputs, prepare_inputs_triton
 from nanovllm.kernels.sampling.logprobs import summarize_triton
-from nanovllm.kernels.sampling.sample import SamplingTensors
 from nanovllm.kernels.sampling.sample_kernel import sample_triton
+from nanovllm.kernels.sampling.tensors import SamplingTensors
 
 HOPPER = GPUTarget("cuda", 90, 32)
 SEQS, VOCAB = 3, 1000
@@ -96,9 +96,9 @@ def call_attention_kernels(head_dim: int, block_size: int, dtype: torch.dtype, h
     slots = zeros(SEQS, dtype=torch.int64)
     q = qk_norm_rope_store_triton(qkv, *norms, ints(SEQS), cos_sin, slots, *cache, heads)
     paged_prefill_triton(q, *cache, table, rows, starts, lens, 0.1, torch.empty_like(q))
-    plan = DecodeSplits.allocate(SEQS, heads, kv_heads, head_dim, "cpu", target_splits=8, min_split=128)
-    split_contexts_triton(lens, kv_heads, plan)
-    paged_decode_triton(qkv, *norms, cos_sin, *cache, table, rows, lens, plan, 0.1, torch.empty_like(q))
+    splits = DecodeSplits.allocate(SEQS, heads, kv_heads, head_dim, "cpu", target_splits=8, min_split=128)
+    split_contexts_triton(lens, kv_heads, splits)
+    paged_decode_triton(qkv, *norms, cos_sin, *cache, table, rows, lens, splits, 0.1, torch.empty_like(q))
     inputs = StepInputs(ints(SEQS), ints(SEQS), slots, lens)
     prepare_inputs_triton(rows, starts, ints(4, 9), ints(4), table, block_size, inputs)
 

@@ -1,12 +1,12 @@
-"""Where to cut the sequences of a decode step, so that programs of equal work fill the device.
+"""Cuts the contexts of a decode step into splits, so that programs of equal work fill the device.
 
-Lengths differ by orders of magnitude and are known on the device only. Once a step `split_contexts` cuts every sequence
-into splits of one size there, and writes them into a fixed number of slots. `paged_decode` launches a program per (kv
-head, slot) in every layer: its grid depends on shapes alone, and one captured CUDA graph serves every mix of lengths.
-The device takes slots in order, so long splits come before short ones, which fill up the end (Graham, 1969, "Bounds on
-multiprocessing timing anomalies": longest processing time first).
+The lengths of sequences differ by orders of magnitude, and only the device knows them. Once a step, `split_contexts`
+cuts every sequence into splits of one size, on the device, and writes them into a table of fixed size. In every layer
+`paged_decode` launches a program for each kv head and table entry: its grid depends on shapes alone, and one captured
+CUDA graph serves every mix of lengths. The device starts the entries in order, so long splits come first, and short
+ones fill up the end (Graham, 1969, "Bounds on multiprocessing timing anomalies": longest processing time first).
 
-Bytes: 4 per sequence read by each program, 24 per slot written; a few microseconds a step.
+Bytes: each program reads 4 per sequence, and writes 24 per table entry; a few microseconds a step.
 """
 
 from dataclasses import dataclass
@@ -18,28 +18,29 @@ from nanovllm.kernels.early_launch import early_launch, wait_for_previous
 from nanovllm.kernels.triton_shim import tl, triton
 
 # Measured on an H100: docs/performance.md; benchmarks/paged_attention.py measures alternatives.
-PROGRAMS_PER_SM = 3  # splits * kv_heads a multiprocessor to aim for: as many as run at a time, to merge few
-MIN_SPLIT = 512  # tokens; smaller splits give few streams more programs, at more fixed costs and merging
-SPLIT_MULTIPLE = 64  # tokens; a multiple of every tile, so that only the end of a sequence is a partial tile
+PROGRAMS_PER_SM = 3  # the aim for splits * kv_heads on a multiprocessor: as many as run at a time; more cost merging
+MIN_SPLIT = 512  # tokens; smaller splits give few sequences more programs, but cost more launching and merging
+SPLIT_MULTIPLE = 64  # tokens; every tile divides it, so that only the end of a sequence is a partial tile
 
-# Sequence (-1: idle), begin, end; where its partial result goes, where the sequence's first one is, how many it has.
+# A table entry: sequence (-1: idle), begin and end of the split in tokens, index of its partial result, index of the
+# sequence's first partial result, number of the sequence's splits.
 SPLIT_FIELDS = 6
 
 
 @dataclass(slots=True)
 class DecodeSplits:
-    """How a decode step's KV is cut, and the workspace of its partial results. Allocated once, refilled every step.
+    """The splits of a decode step, and the workspace for their partial results. Allocated once, refilled every step.
 
-    A step of S sequences uses the first `S + target_splits` split slots; all layers share the workspace, since each
-    layer's launch leaves `arrivals` at zero and reads no partial result that it has not written.
+    A step of S sequences uses the first `S + target_splits` entries. All layers share the workspace: each layer's
+    launch leaves `arrivals` at zero, and reads only partial results that it has written itself.
     """
 
-    target_splits: int  # split slots beyond one a sequence
+    target_splits: int  # table entries beyond one a sequence
     min_split: int  # tokens
-    multiprocessors: int  # which steps of few sequences would leave idle, so that their splits may be smaller; 0: no
-    splits: torch.Tensor  # [slots, SPLIT_FIELDS] int32
-    partial_out: torch.Tensor  # [slots, heads, head_dim] float32, each split normalised by itself
-    partial_lse: torch.Tensor  # [slots, heads] float32, log2 of the sum of exponentials
+    multiprocessors: int  # of the device: a step with fewer programs may make its splits smaller; 0: it may not
+    table: torch.Tensor  # [entries, SPLIT_FIELDS] int32
+    partial_out: torch.Tensor  # [entries, heads, head_dim] float32, each split's softmax normalized by itself
+    partial_lse: torch.Tensor  # [entries, heads] float32, log2 of the sum of exponentials
     arrivals: torch.Tensor  # [max_seqs, kv_heads] int32
 
     @classmethod
@@ -54,10 +55,10 @@ class DecodeSplits:
         target_splits: int | None = None,
         min_split: int | None = None,
     ) -> "DecodeSplits":
-        """Workspace for steps of up to `max_seqs` sequences.
+        """Allocate for steps of up to `max_seqs` sequences.
 
-        `target_splits` defaults to what gives every multiprocessor PROGRAMS_PER_SM programs, `min_split` to
-        MIN_SPLIT, or less in steps whose sequences are too few to give every one a program.
+        By default `target_splits` gives every multiprocessor PROGRAMS_PER_SM programs, and `min_split` is MIN_SPLIT, or
+        less in steps with too few sequences to give every multiprocessor a program.
         Raises ValueError when `min_split` is not a positive multiple of SPLIT_MULTIPLE or `target_splits` < 1.
         """
         device = torch.device(device)
@@ -70,46 +71,52 @@ class DecodeSplits:
             raise ValueError(f"target_splits={target_splits}: must be at least 1")
         if min_split <= 0 or min_split % SPLIT_MULTIPLE:
             raise ValueError(f"min_split={min_split}: must be a positive multiple of {SPLIT_MULTIPLE} tokens")
-        slots = max_seqs + target_splits
+        entries = max_seqs + target_splits
         return cls(
             target_splits=target_splits,
             min_split=min_split,
             multiprocessors=num_multiprocessors,
-            splits=torch.full((slots, SPLIT_FIELDS), -1, dtype=torch.int32, device=device),
-            partial_out=torch.zeros(slots, num_heads, head_dim, dtype=torch.float32, device=device),
-            partial_lse=torch.zeros(slots, num_heads, dtype=torch.float32, device=device),
+            table=torch.full((entries, SPLIT_FIELDS), -1, dtype=torch.int32, device=device),
+            partial_out=torch.zeros(entries, num_heads, head_dim, dtype=torch.float32, device=device),
+            partial_lse=torch.zeros(entries, num_heads, dtype=torch.float32, device=device),
             arrivals=torch.zeros(max_seqs, num_kv_heads, dtype=torch.int32, device=device),
         )
 
     def require(self, num_seqs: int, num_kv_heads: int) -> None:
-        """Raises ValueError when this is for fewer sequences or other heads."""
+        """Raise ValueError if these were allocated for fewer sequences or for other heads."""
         max_seqs, heads = self.arrivals.shape
         if num_seqs > max_seqs or num_kv_heads != heads:
             raise ValueError(
-                f"plan is for up to {max_seqs} sequences of {heads} kv heads, the step has {num_seqs} of {num_kv_heads}"
+                f"splits are for up to {max_seqs} sequences of {heads} kv heads, the step has {num_seqs} of "
+                f"{num_kv_heads}"
             )
 
 
-def split_contexts(seq_lens: torch.Tensor, num_kv_heads: int, plan: DecodeSplits) -> DecodeSplits:
-    """Cut the KV of a step's sequences into splits; once a step, before any layer's `paged_decode`.
+def split_contexts(seq_lens: torch.Tensor, num_kv_heads: int, splits: DecodeSplits) -> DecodeSplits:
+    """Cut the contexts of a step's sequences, once a step, before the first layer's `paged_decode`. Returns `splits`.
 
-    At least one launch must lie between the two: `paged_decode` reads the plan before it waits (`early_launch.py`).
-    seq_lens `[S] int32` (0 for a padding entry, which gets one empty split). Fills the first `S + target_splits` slots
-    of `plan`, zeroes the arrivals and returns `plan`. All splits have the same multiple of SPLIT_MULTIPLE tokens, the
-    end of a sequence excepted: the total spread over `target_splits`, but at least `min_split`. They always fit, since
-    sum(ceil(len / size)) <= S + total / size.
-    Raises ValueError when `plan` was allocated for fewer sequences or other heads.
+    At least one launch must lie between the two: `paged_decode` reads the table before it waits (`early_launch.py`).
+
+    Fills the first `S + target_splits` entries of the table and zeroes the arrivals. All splits have the same number of
+    tokens, a multiple of SPLIT_MULTIPLE, except the last of each sequence: the total spread over `target_splits`, but
+    at least `min_split`. They always fit, since sum(ceil(len / size)) <= S + total / size.
+
+    Args:
+        seq_lens: `[S]` int32; 0 for padding, which gets one empty split.
+
+    Raises:
+        ValueError: `splits` were allocated for fewer sequences or for other heads.
     """
-    plan.require(seq_lens.shape[0], num_kv_heads)
-    return (split_contexts_triton if seq_lens.is_cuda else split_contexts_reference)(seq_lens, num_kv_heads, plan)
+    splits.require(seq_lens.shape[0], num_kv_heads)
+    return (split_contexts_triton if seq_lens.is_cuda else split_contexts_reference)(seq_lens, num_kv_heads, splits)
 
 
-def split_contexts_reference(seq_lens: torch.Tensor, num_kv_heads: int, plan: DecodeSplits) -> DecodeSplits:
+def split_contexts_reference(seq_lens: torch.Tensor, num_kv_heads: int, splits: DecodeSplits) -> DecodeSplits:
     """`split_contexts` in PyTorch."""
     num_seqs, device = seq_lens.shape[0], seq_lens.device
     lens = seq_lens.long()
-    share = -(-lens.sum() // plan.target_splits)
-    size = (-(-share // SPLIT_MULTIPLE) * SPLIT_MULTIPLE).clamp(min=_min_split(plan, num_seqs))
+    share = -(-lens.sum() // splits.target_splits)
+    size = (-(-share // SPLIT_MULTIPLE) * SPLIT_MULTIPLE).clamp(min=_min_split(splits, num_seqs))
     counts = (-(-lens // size)).clamp(min=1)
     firsts = counts.cumsum(0) - counts
     seq = torch.repeat_interleave(torch.arange(num_seqs, device=device), counts)
@@ -120,31 +127,31 @@ def split_contexts_reference(seq_lens: torch.Tensor, num_kv_heads: int, plan: De
     # Whole splits first, then the ends of the sequences.
     order = torch.argsort(torch.where(is_last, end - begin, size + 1), descending=True, stable=True)
     used = torch.stack([seq, begin, end, partial, firsts[seq], counts[seq]], dim=1)[order]
-    plan.splits[: num_seqs + plan.target_splits] = -1
-    plan.splits[: used.shape[0]] = used.int()
-    plan.arrivals[:num_seqs] = 0
-    return plan
+    splits.table[: num_seqs + splits.target_splits] = -1
+    splits.table[: used.shape[0]] = used.int()
+    splits.arrivals[:num_seqs] = 0
+    return splits
 
 
-def _min_split(plan: DecodeSplits, num_seqs: int) -> int:
-    """Half of `plan.min_split` where there are no more heads of sequences than multiprocessors, and so on."""
-    programs, split = num_seqs * plan.arrivals.shape[1], plan.min_split
-    while 0 < programs <= plan.multiprocessors and split > SPLIT_MULTIPLE:
+def _min_split(splits: DecodeSplits, num_seqs: int) -> int:
+    """The least tokens of a split: `splits.min_split`, halved while the multiprocessors outnumber the programs."""
+    programs, split = num_seqs * splits.arrivals.shape[1], splits.min_split
+    while 0 < programs <= splits.multiprocessors and split > SPLIT_MULTIPLE:
         programs, split = 2 * programs, split // 2
     return split
 
 
-def split_contexts_triton(seq_lens: torch.Tensor, num_kv_heads: int, plan: DecodeSplits) -> DecodeSplits:
-    """`split_contexts` in one launch: a program per sequence and one for the idle slots."""
+def split_contexts_triton(seq_lens: torch.Tensor, num_kv_heads: int, splits: DecodeSplits) -> DecodeSplits:
+    """`split_contexts` in one launch: a program for each sequence, and one that fills the idle entries."""
     num_seqs = seq_lens.shape[0]
-    _plan_kernel[(num_seqs + 1,)](
+    _split_kernel[(num_seqs + 1,)](
         seq_lens,
-        plan.splits,
-        plan.arrivals,
+        splits.table,
+        splits.arrivals,
         num_seqs,
-        num_seqs + plan.target_splits,
-        plan.target_splits,
-        _min_split(plan, num_seqs),
+        num_seqs + splits.target_splits,
+        splits.target_splits,
+        _min_split(splits, num_seqs),
         num_kv_heads,
         SPLIT_MULTIPLE=SPLIT_MULTIPLE,
         SPLIT_FIELDS=SPLIT_FIELDS,
@@ -152,16 +159,16 @@ def split_contexts_triton(seq_lens: torch.Tensor, num_kv_heads: int, plan: Decod
         num_warps=4,
         **early_launch(seq_lens),
     )
-    return plan
+    return splits
 
 
-@triton.jit(do_not_specialize=["num_seqs", "num_slots", "target_splits", "min_split", "num_kv_heads"])
-def _plan_kernel(
+@triton.jit(do_not_specialize=["num_seqs", "num_entries", "target_splits", "min_split", "num_kv_heads"])
+def _split_kernel(
     seq_lens_ptr,
     splits_ptr,
     arrivals_ptr,
     num_seqs,
-    num_slots,
+    num_entries,
     target_splits,
     min_split,
     num_kv_heads,
@@ -171,7 +178,7 @@ def _plan_kernel(
     EARLY: tl.constexpr,
 ):
     wait_for_previous(EARLY)
-    # Every program redoes the sums over all sequences (4 KB from L2), so that none waits for another.
+    # Every program sums over all sequences itself (4 KB from L2), so that none waits for another.
     seq = tl.program_id(0)
     lanes = tl.arange(0, CHUNK)
     total = 0
@@ -182,9 +189,9 @@ def _plan_kernel(
     length = tl.load(seq_lens_ptr + seq, mask=seq < num_seqs, other=0)
     count = tl.maximum(tl.cdiv(length, size), 1)
     end_length = length - (count - 1) * size
-    first = 0  # of this sequence's partial results
+    first = 0  # index of this sequence's first partial result
     num_splits = 0  # of all sequences
-    num_ends = 0  # that come before this sequence's
+    num_ends = 0  # ends of other sequences that come before this one's
     for base in range(0, num_seqs, CHUNK):
         other = base + lanes
         lens = tl.load(seq_lens_ptr + other, mask=other < num_seqs, other=0)
@@ -199,17 +206,17 @@ def _plan_kernel(
         for base in range(0, count, CHUNK):
             index = base + lanes
             is_last = index == count - 1
-            slot = tl.where(is_last, num_splits - num_seqs + num_ends, first - seq + index)
-            split = splits_ptr + slot * SPLIT_FIELDS
+            entry = tl.where(is_last, num_splits - num_seqs + num_ends, first - seq + index)
+            place = splits_ptr + entry * SPLIT_FIELDS
             inside = index < count
-            tl.store(split, tl.zeros_like(index) + seq, mask=inside)
-            tl.store(split + 1, index * size, mask=inside)
-            tl.store(split + 2, tl.minimum(index * size + size, length), mask=inside)
-            tl.store(split + 3, first + index, mask=inside)
-            tl.store(split + 4, tl.zeros_like(index) + first, mask=inside)
-            tl.store(split + 5, tl.zeros_like(index) + count, mask=inside)
+            tl.store(place, tl.zeros_like(index) + seq, mask=inside)
+            tl.store(place + 1, index * size, mask=inside)
+            tl.store(place + 2, tl.minimum(index * size + size, length), mask=inside)
+            tl.store(place + 3, first + index, mask=inside)
+            tl.store(place + 4, tl.zeros_like(index) + first, mask=inside)
+            tl.store(place + 5, tl.zeros_like(index) + count, mask=inside)
         for head in range(0, num_kv_heads, CHUNK):
             tl.store(arrivals_ptr + seq * num_kv_heads + head + lanes, 0, mask=head + lanes < num_kv_heads)
     else:
-        for base in range(num_splits * SPLIT_FIELDS, num_slots * SPLIT_FIELDS, CHUNK):
-            tl.store(splits_ptr + base + lanes, -1, mask=base + lanes < num_slots * SPLIT_FIELDS)
+        for base in range(num_splits * SPLIT_FIELDS, num_entries * SPLIT_FIELDS, CHUNK):
+            tl.store(splits_ptr + base + lanes, -1, mask=base + lanes < num_entries * SPLIT_FIELDS)

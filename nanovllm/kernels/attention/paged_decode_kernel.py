@@ -23,13 +23,13 @@ from nanovllm.kernels.attention.decode_merge import MERGE_ELEMENTS, merge_splits
 from nanovllm.kernels.attention.decode_splits import SPLIT_FIELDS, SPLIT_MULTIPLE, DecodeSplits
 from nanovllm.kernels.attention.own_token import own_token
 from nanovllm.kernels.attention.paged_kv import (
-    LOG2_E,
     check_caches,
     fetch_tile,
     kv_offsets,
     next_power_of_2,
     tile_blocks,
 )
+from nanovllm.kernels.constants import LOG2_E
 from nanovllm.kernels.device import is_hopper, multiprocessors, shared_memory_bytes
 from nanovllm.kernels.early_launch import LINE_BYTES, early_launch, wait_for_previous
 from nanovllm.kernels.triton_shim import TensorDescriptor, tl, triton
@@ -80,22 +80,22 @@ def paged_decode_triton(
     block_table: torch.Tensor,
     rows: torch.Tensor,
     seq_lens: torch.Tensor,
-    plan: DecodeSplits,
+    splits: DecodeSplits,
     scale: float,
     out: torch.Tensor,
     config: DecodeConfig | None = None,
 ) -> None:
     """`paged_decode` in one launch; `config` overrides the default launch parameters.
 
-    Raises ValueError for caches whose layouts differ or are not contiguous within a block, for one norm of two, for a
-    plan of fewer sequences or other heads, and for a tile that does not divide all splits.
+    Raises ValueError for caches whose layouts differ or are not contiguous within a block, for one norm of two, for
+    splits of fewer sequences or other heads, and for a tile that does not divide all splits.
     """
     check_caches(out, k_cache, v_cache)
     if (q_weight is None) != (k_weight is None):
         raise ValueError("q_weight and k_weight must both be given, or neither")
     num_seqs, num_heads, head_dim = out.shape
     _, num_kv_heads, block_size, _ = k_cache.shape
-    plan.require(num_seqs, num_kv_heads)
+    splits.require(num_seqs, num_kv_heads)
     load = num_seqs * num_kv_heads / multiprocessors(qkv.device)
     if config is None:
         config = decode_config(head_dim, qkv.element_size(), shared_memory_bytes(qkv.device), is_many=load >= MANY)
@@ -107,9 +107,9 @@ def paged_decode_triton(
     k_tiles, v_tiles = (_tiles(cache, config.tile) for cache in (k_cache, v_cache))
     # The kv head varies fastest: programs that run together read neighbouring heads of the same blocks, and the idle
     # slots, which are the last, start when the device is draining anyway.
-    _decode_kernel[(num_kv_heads, num_seqs + plan.target_splits)](
+    _decode_kernel[(num_kv_heads, num_seqs + splits.target_splits)](
         qkv, q_weight, k_weight, cos_sin, k_cache, v_cache, k_tiles, v_tiles, out, block_table, rows, seq_lens,
-        plan.splits, plan.partial_out, plan.partial_lse, plan.arrivals, eps, scale * LOG2_E,
+        splits.table, splits.partial_out, splits.partial_lse, splits.arrivals, eps, scale * LOG2_E,
         qkv.stride(0), cos_sin.stride(0), out.stride(0), out.stride(1), k_cache.stride(0), block_table.stride(0),
         GROUP=group,
         PADDED_GROUP=padded_group,

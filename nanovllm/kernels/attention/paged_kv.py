@@ -10,8 +10,6 @@ import torch
 from nanovllm.kernels.early_launch import fetch
 from nanovllm.kernels.triton_shim import tl, triton
 
-LOG2_E = 1.4426950408889634  # kernels use exp2, the instruction there is; the factor goes into the softmax scale
-
 
 def next_power_of_2(n: int) -> int:
     """The smallest power of two that is at least n: what a kernel pads n to."""

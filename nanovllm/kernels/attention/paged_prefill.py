@@ -23,13 +23,13 @@ import torch
 from nanovllm.kernels.attention.contract import AttentionSpec, ChunkBatch, KVCache
 from nanovllm.kernels.attention.cpu_attention import paged_prefill_cpu
 from nanovllm.kernels.attention.paged_kv import (
-    LOG2_E,
     check_caches,
     gather_kv,
     kv_offsets,
     next_power_of_2,
     tile_blocks,
 )
+from nanovllm.kernels.constants import LOG2_E
 from nanovllm.kernels.device import shared_memory_bytes
 from nanovllm.kernels.triton_shim import tl, triton
 

@@ -1,1 +1,1 @@
-"""Products with a weight at the speed of memory: few rows on a GPU, packed weights on a CPU; and SwiGLU."""
+"""Products with a weight, as fast as memory is read: few rows on a GPU, packed weights on a CPU. And SwiGLU's gate."""

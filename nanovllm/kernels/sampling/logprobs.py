@@ -6,7 +6,7 @@ bf16, and stores none. The likeliest are PyTorch's `topk` of the logits. Nothing
 
 import torch
 
-from nanovllm.kernels.attention.paged_kv import LOG2_E
+from nanovllm.kernels.constants import LOG2_E
 from nanovllm.kernels.early_launch import early_launch, wait_for_previous
 from nanovllm.kernels.triton_shim import tl, triton
 

@@ -11,8 +11,6 @@ exact thresholds. Where that does not fit (a flat distribution), the same bisect
 never wrong. Logits are compared as integers of the same order, so that a bisection ends, and ends exactly.
 """
 
-from typing import TYPE_CHECKING
-
 import torch
 
 from nanovllm.kernels.early_launch import early_launch, wait_for_previous
@@ -32,11 +30,9 @@ from nanovllm.kernels.sampling.sample_threshold import (
     load_tokens,
     order,
 )
+from nanovllm.kernels.sampling.tensors import SamplingTensors
 from nanovllm.kernels.triton_shim import tl, triton
 from nanovllm.sampling_params import MIN_TEMPERATURE, NAN_LOGITS, NO_TOKEN_LEFT
-
-if TYPE_CHECKING:
-    from nanovllm.kernels.sampling.sample import SamplingTensors
 
 SCAN_TILE, CHOOSE_TILE = 2048, 4096  # logits at a time
 CHOOSE_OPTIONS = {"num_warps": 8, "maxnreg": 128}  # two programs on a multiprocessor: one waits where the other works
@@ -50,7 +46,7 @@ def sample_triton(
     logits: torch.Tensor,
     rows: torch.Tensor,
     seq_lens: torch.Tensor,
-    params: "SamplingTensors",
+    params: SamplingTensors,
     token_ids: torch.Tensor,
     out: torch.Tensor,
 ) -> None:

@@ -1,4 +1,4 @@
-"""Promises of the decode plan and of decode attention, kept by the kernel (interpreted on a CPU) and the reference."""
+"""Promises of the splits and of decode attention, kept by the kernel (interpreted on a CPU) and the reference."""
 
 import random
 from functools import partial
@@ -57,9 +57,9 @@ def decode_inputs(case: PagedCase, group: int, seed: int) -> tuple[torch.Tensor,
     return wide.to(out.device).flatten(1)[:, : (num_heads + 2 * num_kv_heads) * head_dim], out
 
 
-def make_plan(case: PagedCase, group: int, target_splits: int, min_split: int = SPLIT) -> DecodeSplits:
+def make_splits(case: PagedCase, group: int, target_splits: int, min_split: int = SPLIT) -> DecodeSplits:
     num_kv_heads, head_dim = case.k_cache.shape[1], case.k_cache.shape[3]
-    plan = DecodeSplits.allocate(
+    splits = DecodeSplits.allocate(
         len(case.keys) + 3,
         num_kv_heads * group,
         num_kv_heads,
@@ -68,10 +68,10 @@ def make_plan(case: PagedCase, group: int, target_splits: int, min_split: int = 
         target_splits=target_splits,
         min_split=min_split,
     )
-    plan.partial_out.fill_(float("nan"))
-    plan.partial_lse.fill_(float("nan"))
-    plan.arrivals.fill_(12345)
-    return plan
+    splits.partial_out.fill_(float("nan"))
+    splits.partial_lse.fill_(float("nan"))
+    splits.arrivals.fill_(12345)
+    return splits
 
 
 def assert_decode_is_dense_attention(case: PagedCase, qkv: torch.Tensor, out: torch.Tensor, scale: float) -> None:
@@ -84,11 +84,11 @@ def assert_decode_is_dense_attention(case: PagedCase, qkv: torch.Tensor, out: to
             assert_within_rounding(out[i : i + 1], expected, bound)
 
 
-def run(case: PagedCase, qkv: torch.Tensor, plan: DecodeSplits, scale: float, out: torch.Tensor) -> None:
+def run(case: PagedCase, qkv: torch.Tensor, splits: DecodeSplits, scale: float, out: torch.Tensor) -> None:
     """Without norms, and no dimension is rotated."""
-    torch.zeros(1, device=qkv.device)  # a launch between this one and the plan's, which `split_contexts` asks for
+    torch.zeros(1, device=qkv.device)  # a launch between this one and the splits', which `split_contexts` asks for
     cache = (case.k_cache, case.v_cache, case.block_table, case.rows, case.seq_lens)
-    paged_decode_triton(qkv, None, None, 0.0, torch.empty(1, 0, device=qkv.device), *cache, plan, scale, out)
+    paged_decode_triton(qkv, None, None, 0.0, torch.empty(1, 0, device=qkv.device), *cache, splits, scale, out)
 
 
 # Each seed takes the next of every list, whose lengths make the pairings differ. The interpreter is slow: fewer there.
@@ -100,12 +100,12 @@ def test_kernel_equals_dense_attention(seed: int, device: str) -> None:
     case = make_case(seed, lengths, rng.randint(1, 2), HEAD_DIMS[seed % 7], block_size, DTYPES[seed % 3], device)
     qkv, out = decode_inputs(case, group, seed)
     smallest_splits = sum(-(-length // SPLIT) for length in lengths)
-    plan = make_plan(case, group, target_splits=smallest_splits)
-    plan = split_contexts_triton(case.seq_lens, case.k_cache.shape[1], plan)
+    splits = make_splits(case, group, target_splits=smallest_splits)
+    splits = split_contexts_triton(case.seq_lens, case.k_cache.shape[1], splits)
     scale = HEAD_DIMS[seed % 7] ** -0.5
-    run(case, qkv, plan, scale, out)
+    run(case, qkv, splits, scale, out)
     assert_decode_is_dense_attention(case, qkv, out, scale)
-    assert not plan.arrivals[: len(lengths)].any(), "the next layer must find the arrival counts at zero"
+    assert not splits.arrivals[: len(lengths)].any(), "the next layer must find the arrival counts at zero"
 
 
 @pytest.mark.parametrize("seed", range(12))
@@ -164,9 +164,9 @@ def test_newest_token_is_normalized_rotated_stored_and_attended_to(
         decodes = DecodeBatch(case.rows, case.seq_lens, case.block_table, gather=gather, places=places)
         paged_decode(qkv, spec, KVCache(*caches), decodes, out)
     else:
-        plan = split_contexts_triton(case.seq_lens, 2, make_plan(case, group, target_splits=4))
+        splits = split_contexts_triton(case.seq_lens, 2, make_splits(case, group, target_splits=4))
         torch.zeros(1, device=device)
-        paged_decode_triton(qkv, *norms, cos_sin, *caches, *where, plan, 0.1, out)
+        paged_decode_triton(qkv, *norms, cos_sin, *caches, *where, splits, 0.1, out)
     tolerance = {"rtol": 2 * torch.finfo(dtype).eps + 5e-6, "atol": 4 * torch.finfo(dtype).eps + 5e-6}
     torch.testing.assert_close(out, expected, **tolerance)
     torch.testing.assert_close(caches, expected_caches, **tolerance, equal_nan=True)
@@ -177,20 +177,20 @@ def test_one_norm_of_two_is_refused() -> None:
     qkv, out = decode_inputs(case, 1, 0)
     cache = (case.k_cache, case.v_cache, case.block_table, case.rows, case.seq_lens)
     with pytest.raises(ValueError, match="k_weight must both"):
-        paged_decode_triton(qkv, torch.ones(8), None, 0.0, qkv, *cache, make_plan(case, 1, 1), 0.1, out)
+        paged_decode_triton(qkv, torch.ones(8), None, 0.0, qkv, *cache, make_splits(case, 1, 1), 0.1, out)
 
 
 def test_layers_share_a_workspace_however_sequences_are_cut(device: str) -> None:
     case = make_case(3, [3 * SPLIT, 0, SPLIT + 1, 7], 2, 64, 64, torch.float32, device)
     qkv, out = decode_inputs(case, 3, 3)
     for target_splits, min_split in ((1, SPLIT), (6, 2 * SPLIT), (6, SPLIT)):
-        plan = make_plan(case, 3, target_splits, min_split)
-        plan = split_contexts_triton(case.seq_lens, 2, plan)
+        splits = make_splits(case, 3, target_splits, min_split)
+        splits = split_contexts_triton(case.seq_lens, 2, splits)
         for layer in range(2):
             out.fill_(float("nan"))
             queries = qkv.clone()
             queries[:, : out[0].numel()] *= 1 + layer
-            run(case, queries, plan, 0.125, out)
+            run(case, queries, splits, 0.125, out)
             assert_decode_is_dense_attention(case, queries, out, 0.125)
 
 
@@ -198,8 +198,8 @@ def test_more_splits_than_one_step_of_the_merge(device: str, monkeypatch: pytest
     monkeypatch.setattr(paged_decode_kernel, "MERGE_ELEMENTS", 1)  # two splits at a time
     case = make_case(4, [7 * SPLIT - 3], 1, 24, 64, torch.float32, device)
     qkv, out = decode_inputs(case, 5, 4)
-    plan = split_contexts_triton(case.seq_lens, 1, make_plan(case, 5, target_splits=7))
-    run(case, qkv, plan, 0.2, out)
+    splits = split_contexts_triton(case.seq_lens, 1, make_splits(case, 5, target_splits=7))
+    run(case, qkv, splits, 0.2, out)
     assert_decode_is_dense_attention(case, qkv, out, 0.2)
 
 
@@ -215,10 +215,10 @@ def test_offsets_past_two_to_the_31_elements(block_size: int, device: str) -> No
     k_cache[2], v_cache[2] = small.k_cache[source], small.v_cache[source]
     table = torch.full_like(small.block_table, 2)
     qkv, out = decode_inputs(small, 2, 0)
-    plan = split_contexts_triton(small.seq_lens, num_kv_heads, make_plan(small, 2, target_splits=1))
+    splits = split_contexts_triton(small.seq_lens, num_kv_heads, make_splits(small, 2, target_splits=1))
     where = (table, small.rows, small.seq_lens)
     paged_decode_triton(
-        qkv, None, None, 0.0, torch.empty(1, 0, device=device), k_cache, v_cache, *where, plan, 0.2, out
+        qkv, None, None, 0.0, torch.empty(1, 0, device=device), k_cache, v_cache, *where, splits, 0.2, out
     )
     assert_decode_is_dense_attention(small, qkv, out, 0.2)
     torch.testing.assert_close(k_cache[2, :, 12].cpu(), small.keys[0][-1], rtol=0, atol=0)
@@ -235,12 +235,12 @@ def test_tiles_past_two_to_the_31_elements(device: str) -> None:
     k_cache[last], v_cache[last] = small.k_cache[source], small.v_cache[source]
     table = torch.full_like(small.block_table, last)
     qkv, out = decode_inputs(small, 2, 0)
-    plan = split_contexts_triton(
-        small.seq_lens, num_kv_heads, make_plan(small, 2, target_splits=1, min_split=2 * SPLIT)
+    splits = split_contexts_triton(
+        small.seq_lens, num_kv_heads, make_splits(small, 2, target_splits=1, min_split=2 * SPLIT)
     )
     where = (table, small.rows, small.seq_lens)
     paged_decode_triton(
-        qkv, None, None, 0.0, torch.empty(1, 0, device=device), k_cache, v_cache, *where, plan, 0.2, out
+        qkv, None, None, 0.0, torch.empty(1, 0, device=device), k_cache, v_cache, *where, splits, 0.2, out
     )
     assert_decode_is_dense_attention(small, qkv, out, 0.2)
 
@@ -250,11 +250,11 @@ def test_one_captured_graph_serves_every_length_mix(device: str) -> None:
         pytest.skip("CUDA graphs need CUDA")
     case = make_case(5, [9 * SPLIT, 3 * SPLIT, 5, 0], 2, 128, 64, torch.bfloat16, device)
     qkv, out = decode_inputs(case, 2, 5)
-    plan = make_plan(case, 2, target_splits=8)
+    splits = make_splits(case, 2, target_splits=8)
     full = case.seq_lens.clone()
 
     def step() -> None:
-        run(case, qkv, split_contexts(case.seq_lens, 2, plan), 0.1, out)
+        run(case, qkv, split_contexts(case.seq_lens, 2, splits), 0.1, out)
 
     step()  # compiles outside the capture
     graph = torch.cuda.CUDAGraph()
@@ -275,33 +275,33 @@ def test_one_captured_graph_serves_every_length_mix(device: str) -> None:
     assert bool((case.seq_lens <= full).all())
 
 
-def check_plan(plan: DecodeSplits, lengths: list[int]) -> None:
-    slots = plan.splits[: len(lengths) + plan.target_splits].tolist()
-    used = [slot for slot in slots if slot[0] >= 0]
-    assert slots[: len(used)] == used, "idle slots must be the last"
+def check_splits(splits: DecodeSplits, lengths: list[int]) -> None:
+    entries = splits.table[: len(lengths) + splits.target_splits].tolist()
+    used = [entry for entry in entries if entry[0] >= 0]
+    assert entries[: len(used)] == used, "idle entries must be the last"
     is_end = [end == lengths[seq] for seq, _, end, *_ in used]
     assert is_end == sorted(is_end), "whole splits must come first"
     ends = [end - begin for seq, begin, end, *_ in used if end == lengths[seq]]
     assert ends == sorted(ends, reverse=True), "short splits must come last"
-    assert sorted(slot[3] for slot in used) == list(range(len(used))), "each needs a place for its partial result"
+    assert sorted(entry[3] for entry in used) == list(range(len(used))), "each needs a place for its partial result"
     whole_sizes = set()
     for seq, length in enumerate(lengths):
-        own = sorted(slot for slot in used if slot[0] == seq)
-        assert [slot[1] for slot in own] == [0] + [slot[2] for slot in own][:-1], "splits must follow each other"
+        own = sorted(entry for entry in used if entry[0] == seq)
+        assert [entry[1] for entry in own] == [0] + [entry[2] for entry in own][:-1], "splits must follow each other"
         assert own[-1][2] == length, "splits must reach the end"
-        assert [slot[3] for slot in own] == [own[0][4] + i for i in range(len(own))]
-        assert all(slot[4] == own[0][4] and slot[5] == len(own) for slot in own)
+        assert [entry[3] for entry in own] == [own[0][4] + i for i in range(len(own))]
+        assert all(entry[4] == own[0][4] and entry[5] == len(own) for entry in own)
         assert length == 0 or own[-1][2] > own[-1][1], "no split of a sequence is empty"
-        whole_sizes |= {slot[2] - slot[1] for slot in own[:-1]}
+        whole_sizes |= {entry[2] - entry[1] for entry in own[:-1]}
     assert len(whole_sizes) <= 1, "all splits but the last of a sequence have the same size"
-    assert all(size % SPLIT == 0 and size >= plan.min_split for size in whole_sizes)
+    assert all(size % SPLIT == 0 and size >= splits.min_split for size in whole_sizes)
 
 
-def empty_plan(max_seqs: int, target_splits: int, min_split: int, device: str = "cpu") -> DecodeSplits:
-    plan = DecodeSplits.allocate(max_seqs, 2, 1, 8, device, target_splits=target_splits, min_split=min_split)
-    plan.splits.fill_(777)
-    plan.arrivals.fill_(777)
-    return plan
+def empty_splits(max_seqs: int, target_splits: int, min_split: int, device: str = "cpu") -> DecodeSplits:
+    splits = DecodeSplits.allocate(max_seqs, 2, 1, 8, device, target_splits=target_splits, min_split=min_split)
+    splits.table.fill_(777)
+    splits.arrivals.fill_(777)
+    return splits
 
 
 @settings(max_examples=300, deadline=None)
@@ -311,44 +311,44 @@ def empty_plan(max_seqs: int, target_splits: int, min_split: int, device: str = 
     min_split=st.integers(1, 8).map(lambda n: n * SPLIT),
 )
 def test_splits_cover_every_sequence_and_always_fit(lengths: list[int], target_splits: int, min_split: int) -> None:
-    plan = empty_plan(len(lengths), target_splits, min_split)
-    plan = split_contexts(torch.tensor(lengths, dtype=torch.int32), 1, plan)
-    check_plan(plan, lengths)
-    assert not plan.arrivals[: len(lengths)].any()
+    splits = empty_splits(len(lengths), target_splits, min_split)
+    splits = split_contexts(torch.tensor(lengths, dtype=torch.int32), 1, splits)
+    check_splits(splits, lengths)
+    assert not splits.arrivals[: len(lengths)].any()
 
 
 @pytest.mark.parametrize("seed", range(12))
-def test_plan_kernel_equals_its_reference(seed: int, device: str) -> None:
+def test_split_kernel_equals_its_reference(seed: int, device: str) -> None:
     rng = random.Random(seed)
     most = rng.choice([10, 1000, 100_000])
     num_seqs = rng.randint(1, 20) if device == "cpu" or seed % 3 else 1024 + seed  # past one chunk of the kernel's sums
     seq_lens = torch.tensor([rng.randint(0, most) for _ in range(num_seqs)], dtype=torch.int32, device=device)
     target_splits, min_split = rng.randint(1, 300), rng.randint(1, 4) * SPLIT
-    expected = empty_plan(num_seqs + 2, target_splits, min_split, device)
-    actual = empty_plan(num_seqs + 2, target_splits, min_split, device)
+    expected = empty_splits(num_seqs + 2, target_splits, min_split, device)
+    actual = empty_splits(num_seqs + 2, target_splits, min_split, device)
     split_contexts_reference(seq_lens, 1, expected)
     split_contexts_triton(seq_lens, 1, actual)
-    assert torch.equal(actual.splits, expected.splits)
+    assert torch.equal(actual.table, expected.table)
     assert torch.equal(actual.arrivals, expected.arrivals)
 
 
 @pytest.mark.parametrize(("num_seqs", "split"), [(1, 64), (4, 64), (5, 128), (8, 128), (16, 256), (17, 512), (64, 512)])
 def test_few_sequences_are_cut_finer_so_that_every_multiprocessor_has_a_split(num_seqs: int, split: int) -> None:
-    plan = DecodeSplits.allocate(num_seqs, 16, 8, 8, "cpu", target_splits=1000)
-    split_contexts(torch.full((num_seqs,), 4096, dtype=torch.int32), 8, plan)
-    assert plan.splits[0, 1:3].tolist() == [0, split]
+    splits = DecodeSplits.allocate(num_seqs, 16, 8, 8, "cpu", target_splits=1000)
+    split_contexts(torch.full((num_seqs,), 4096, dtype=torch.int32), 8, splits)
+    assert splits.table[0, 1:3].tolist() == [0, split]
 
 
 def test_what_does_not_fit_is_refused() -> None:
-    plan = empty_plan(2, 4, SPLIT)
+    splits = empty_splits(2, 4, SPLIT)
     with pytest.raises(ValueError, match="up to 2 sequences"):
-        split_contexts(torch.ones(3, dtype=torch.int32), 1, plan)
+        split_contexts(torch.ones(3, dtype=torch.int32), 1, splits)
     with pytest.raises(ValueError, match="kv heads"):
-        split_contexts(torch.ones(2, dtype=torch.int32), 2, plan)
+        split_contexts(torch.ones(2, dtype=torch.int32), 2, splits)
     with pytest.raises(ValueError, match="min_split=100"):
-        empty_plan(2, 4, 100)
+        empty_splits(2, 4, 100)
     with pytest.raises(ValueError, match="target_splits=0"):
-        empty_plan(2, 0, SPLIT)
+        empty_splits(2, 0, SPLIT)
     qkv, out = torch.zeros(1, 64), torch.empty(1, 4, 8)
     cache = torch.zeros(3, 2, 16, 8)
     lens = torch.ones(1, dtype=torch.int32)
@@ -360,10 +360,10 @@ def test_what_does_not_fit_is_refused() -> None:
         (torch.zeros(3, 3, 16, 8), torch.zeros(3, 3, 16, 8)),  # 4 heads on 3
     ):
         with pytest.raises(ValueError, match="cache"):
-            paged_decode_triton(qkv, None, None, 0.0, qkv, k_cache, v_cache, table, lens - 1, lens, plan, 1.0, out)
+            paged_decode_triton(qkv, None, None, 0.0, qkv, k_cache, v_cache, table, lens - 1, lens, splits, 1.0, out)
     launch = partial(paged_decode_triton, qkv, None, None, 0.0, qkv, cache, cache, table, lens - 1, lens)
     with pytest.raises(ValueError, match="of 1 kv heads, the step has 1 of 2"):
-        launch(plan, 1.0, out)
+        launch(splits, 1.0, out)
     with pytest.raises(ValueError, match="up to 0 sequences"):
         launch(DecodeSplits.allocate(0, 4, 2, 8, "cpu"), 1.0, out)
     for tile in (0, 8, 48, 2 * SPLIT):

@@ -5,10 +5,10 @@ import random
 
 import pytest
 import torch
-from plain_sampling import edited_logits
 
 from nanovllm import SamplingParams
 from nanovllm.kernels.sampling.logit_edits import edit_logits
+from nanovllm.kernels.sampling.reference import edited_logits
 from nanovllm.step_plan import LogitEdits
 from nanovllm.worker.logit_extras import row_edits
 

@@ -1,18 +1,21 @@
-"""Promises of the sampler, kept by the kernels (interpreted on a CPU) and the reference."""
+"""Promises of the sampler, kept by the kernels (interpreted on a CPU), the CPU's version and the reference."""
 
 import math
 import random
 
 import pytest
 import torch
-from plain_sampling import assert_drawn_from, distribution
+from drawn_from import assert_drawn_from
 
-from nanovllm.kernels.sampling import gumbel_noise as noise
-from nanovllm.kernels.sampling import sample as kernels
-from nanovllm.kernels.sampling import sample_kernel
+from nanovllm.kernels.sampling import cpu_sample, sample_kernel
+from nanovllm.kernels.sampling.cpu_sample import sample_cpu
+from nanovllm.kernels.sampling.reference import distribution, sample_reference
+from nanovllm.kernels.sampling.sample import sample
+from nanovllm.kernels.sampling.sample_kernel import sample_triton
+from nanovllm.kernels.sampling.tensors import SamplingTensors
 from nanovllm.sampling_params import MAX_STOP_IDS, MIN_TEMPERATURE, NAN_LOGITS, NO_TOKEN_LEFT
 
-FUNCTIONS = [kernels.sample_triton, kernels.sample_reference, kernels.sample]
+FUNCTIONS = [sample_triton, sample_cpu, sample_reference]
 POISON = -77
 DEFAULTS = {
     "temperature": 1.0,
@@ -55,7 +58,7 @@ class Rows:
             name: (floats if isinstance(default, float) else table)[:, column]
             for column, (name, default) in enumerate(DEFAULTS.items())
         }
-        self.params = kernels.SamplingTensors(**{**columns, "stop_ids": table[:, len(DEFAULTS) - 1 :]})
+        self.params = SamplingTensors(**{**columns, "stop_ids": table[:, len(DEFAULTS) - 1 :]})
         self.token_ids = torch.full((len(asked), 2 * width), POISON, dtype=torch.int32, device=device)[:, ::2]
         self.device = device
 
@@ -98,7 +101,8 @@ def exact_distribution(logits: torch.Tensor, asked: dict, is_short: bool = False
 
 @pytest.mark.parametrize("asked", [{}, {"temperature": 0.5}, {"temperature": 3.0}, *TRUNCATIONS])
 @pytest.mark.parametrize("vary", ["position", "seed"])
-def test_draws_have_the_distribution_that_was_asked_for(asked: dict, vary: str, device: str):
+@pytest.mark.parametrize("function", [sample_triton] if torch.cuda.is_available() else [sample_cpu, sample_reference])
+def test_draws_have_the_distribution_that_was_asked_for(function, asked: dict, vary: str, device: str):
     num_draws = 40_000 if device == "cuda" else 2000
     logits = draw_logits(3, 1, 50, torch.float32, 1.5, device)
     num_rows = num_draws if vary == "seed" else 1
@@ -107,7 +111,6 @@ def test_draws_have_the_distribution_that_was_asked_for(asked: dict, vary: str, 
         rows.token_ids = rows.token_ids[:, :10]
     numbers = list(range(num_draws))
     which = (numbers, [7] * num_draws) if vary == "seed" else ([0] * num_draws, numbers)
-    function = kernels.sample_triton if device == "cuda" else kernels.sample_reference
     tokens = rows.sample(function, logits.expand(num_draws, -1), *which)
     assert_drawn_from(tokens, exact_distribution(logits[0], asked))
 
@@ -125,7 +128,7 @@ def test_draws_have_the_distribution_that_was_asked_for(asked: dict, vary: str, 
         (5001, torch.float32, 4.0),
     ],
 )
-def test_kernels_draw_what_the_reference_draws(vocab_size: int, scale: float, dtype: torch.dtype, device: str):
+def test_fast_versions_draw_what_the_reference_draws(vocab_size: int, scale: float, dtype: torch.dtype, device: str):
     rng = random.Random(vocab_size)
     asked = [{"temperature": 0.0}, {"temperature": 1.0}, *TRUNCATIONS, {"top_k": 150}]
     for of_row in asked:
@@ -133,11 +136,11 @@ def test_kernels_draw_what_the_reference_draws(vocab_size: int, scale: float, dt
         stop_ids = rng.sample(range(vocab_size), min(3, vocab_size))
         logits = draw_logits(vocab_size, 2, vocab_size, dtype, scale, device)
         drawn = []
-        for function in (kernels.sample_triton, kernels.sample_reference):
+        for function in FUNCTIONS:
             rows = Rows([of_row, of_row | {"stop_ids": stop_ids, "min_len": 9}], device)
             all_masked = len(stop_ids) == vocab_size
             drawn.append(rows.sample(function, logits, [1, 0], [8, 30], may_lack=all_masked))
-        assert drawn[0] == drawn[1], of_row
+        assert drawn[0] == drawn[1] == drawn[2], of_row
 
 
 @pytest.mark.parametrize("scale", [0.0, 0.5, 6.0])
@@ -155,9 +158,9 @@ def test_a_program_with_many_tiles_draws_what_the_reference_draws(
         Rows([{"temperature": temperature}], device, width=600).sample(
             function, logits.expand(entries, -1), [0] * entries, list(range(entries))
         )
-        for function in (kernels.sample_triton, kernels.sample_reference)
+        for function in FUNCTIONS
     ]
-    assert drawn[0] == drawn[1]
+    assert drawn[0] == drawn[1] == drawn[2]
     assert temperature < 0.5 or len(set(drawn[0])) > 1
 
 
@@ -245,15 +248,12 @@ def test_a_threshold_between_two_bfloat16_numbers_is_not_rounded_to_one(function
 
 
 @pytest.mark.parametrize("asked", [{"min_p": 0.1}, {"min_p": 0.05, "top_p": 0.8}, {"top_k": 1300}, {"top_p": 0.7}])
-def test_kernels_draw_what_the_reference_draws_when_more_is_kept_than_collected(asked: dict, device: str):
+def test_fast_versions_draw_what_the_reference_draws_when_more_is_kept_than_collected(asked: dict, device: str):
     logits = draw_logits(9, 1, 8200, torch.bfloat16, 0.8, device)
     assert int((exact_distribution(logits[0], asked) > 0).sum()) > sample_kernel.MAX_CANDIDATES
     numbers = list(range(4))
-    drawn = [
-        Rows([asked], device).sample(function, logits.expand(4, -1), [0] * 4, numbers)
-        for function in (kernels.sample_triton, kernels.sample_reference)
-    ]
-    assert drawn[0] == drawn[1]
+    drawn = [Rows([asked], device).sample(function, logits.expand(4, -1), [0] * 4, numbers) for function in FUNCTIONS]
+    assert drawn[0] == drawn[1] == drawn[2]
 
 
 @pytest.mark.parametrize("function", FUNCTIONS)
@@ -298,25 +298,22 @@ def test_a_row_whose_every_token_is_masked_has_none_to_draw(function, asked: dic
     assert rows.sample(function, logits, [0], [2])[0] in (7, 9)
 
 
-@pytest.mark.parametrize("function", FUNCTIONS)
+@pytest.mark.parametrize("function", [*FUNCTIONS, sample])
 def test_no_entries(function, device: str):
     Rows([{}], device).sample(function, torch.zeros(0, 300, device=device), [], [])
 
 
 @pytest.mark.parametrize("scale", [0.2, 1.0, 3.0, 10.0])
-@pytest.mark.parametrize("likely_chunks", [kernels.LIKELY_CHUNKS, 1])  # with one, most draws need a second look
+@pytest.mark.parametrize("likely_chunks", [cpu_sample.LIKELY_CHUNKS, 1])  # with one, most draws need a second look
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])
-def test_looking_at_few_tokens_draws_what_looking_at_all_does(scale, dtype, likely_chunks: int, monkeypatch):
-    monkeypatch.setattr(kernels, "LIKELY_CHUNKS", likely_chunks)
+def test_the_cpu_looks_at_few_tokens_and_draws_what_looking_at_all_does(scale, dtype, likely_chunks: int, monkeypatch):
+    monkeypatch.setattr(cpu_sample, "LIKELY_CHUNKS", likely_chunks)
     vocab_size, num_draws = 20_011, 12
     logits = draw_logits(4, 1, vocab_size, dtype, scale, "cpu")
     rows = Rows([{"seed_lo": 5, "temperature": 0.6}], "cpu")
     positions = list(range(num_draws))
-    tokens = rows.sample(kernels.sample_reference, logits.expand(num_draws, -1), [0] * num_draws, positions)
-    keys = noise.noise_keys(*(torch.tensor(x, dtype=torch.int32) for x in ([5], [0], positions)))
-    bits = noise.noise_bits(noise.spread_indices(vocab_size, logits.device), keys[0][:, None], keys[1][:, None])
-    scores = logits.double() / 0.6 + noise.gumbel(bits)
-    assert tokens == scores.argmax(1).tolist()
+    arguments = (logits.expand(num_draws, -1), [0] * num_draws, positions)
+    assert rows.sample(sample_cpu, *arguments) == rows.sample(sample_reference, *arguments)
 
 
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="too large for the interpreter")
@@ -330,10 +327,10 @@ def test_a_real_vocabulary(num_entries: int, scale: float, dtype: torch.dtype, d
     asked = [{"seed_lo": i, **choices[i % len(choices)]} for i in range(num_entries)]
     order = random.Random(num_entries).sample(range(num_entries), num_entries)
     drawn = []
-    for function in (kernels.sample_triton, kernels.sample_reference):
+    for function in (sample_triton, sample_reference):
         drawn.append(Rows(asked, device).sample(function, logits, order, [i % 40 for i in range(num_entries)]))
     differing = [(i, a, b) for i, (a, b) in enumerate(zip(*drawn, strict=True)) if a != b]
-    # Sums and logarithms differ in their last bit, so that now and then two tokens this close change places.
+    # The reference's numbers are float64, so that now and then two tokens this close change places.
     for i, *tokens in differing:
         p = exact_distribution(logits[i], asked[order[i]])
         assert min(p[tokens]) > 0 or abs(p[tokens[0]] - p[tokens[1]]) < 1e-4 * max(p[tokens])
@@ -348,15 +345,15 @@ def test_a_captured_draw_reads_its_rows_and_parameters_anew(device: str):
     )
     rows, seq_lens, out = (torch.zeros(4, dtype=torch.int32, device=device) for _ in range(3))
     arguments = (logits, rows, seq_lens, state.params, state.token_ids, out)
-    kernels.sample(*arguments)
+    sample(*arguments)
     torch.cuda.synchronize()
     graph = torch.cuda.CUDAGraph()
     with torch.cuda.graph(graph):
-        kernels.sample(*arguments)
+        sample(*arguments)
     for batch, positions in (([2, 1, 0, -1], [3, 1, 4, 0]), ([-1, 0, 1, 2], [0, 5, 6, 7])):
         rows.copy_(torch.tensor(batch))
         seq_lens.copy_(torch.tensor(positions))
         state.params.top_p[0] = 0.5 + 0.1 * positions[1]
         out.fill_(POISON)
         graph.replay()
-        assert out.tolist() == state.sample(kernels.sample_reference, logits, batch, positions)
+        assert out.tolist() == state.sample(sample_reference, logits, batch, positions)
