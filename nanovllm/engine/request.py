@@ -14,7 +14,8 @@ from typing import NamedTuple
 from nanovllm.engine.sequence import Sequence
 from nanovllm.outputs import CompletionOutput, Logprob, RequestMetrics, RequestOutput, TokenLogprobs
 from nanovllm.sampling_params import RequestOutputKind, SamplingParams
-from nanovllm.text.detokenizer import NUM_CONTEXT, Detokenizer, TokenDecoder
+from nanovllm.text.detokenizer import Detokenizer, decode_all
+from nanovllm.text.token_decoder import NUM_CONTEXT, TokenDecoder
 
 
 class Progress(NamedTuple):
@@ -122,7 +123,7 @@ class Request:
         if self.decoder is not None and pending:
             context = self.decoder.context(self.prompt_token_ids, self.params)
             ids = [completion.readable_ids() for completion in pending]
-            for completion, text in zip(pending, self.decoder.decode_all(ids, context, self.params), strict=True):
+            for completion, text in zip(pending, decode_all(self.decoder, ids, context, self.params), strict=True):
                 completion.text = text
 
     def _completion(self, index: int, completion: Completion, now: Progress, is_delta: bool) -> CompletionOutput:

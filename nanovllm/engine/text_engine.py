@@ -18,8 +18,9 @@ from nanovllm.engine.sequence import Sequence
 from nanovllm.outputs import RequestMetrics
 from nanovllm.sampling_params import RequestOutputKind, SamplingParams
 from nanovllm.text.bad_words import bad_word_ids
-from nanovllm.text.detokenizer import NO_CONTEXT, Detokenizer, TokenDecoder
+from nanovllm.text.detokenizer import Detokenizer
 from nanovllm.text.surrogates import refuse_surrogates
+from nanovllm.text.token_decoder import NO_CONTEXT, TokenDecoder
 
 Prompt = str | list[int] | dict[str, Any]
 
