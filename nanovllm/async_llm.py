@@ -19,8 +19,8 @@ from nanovllm.async_stream import FairSemaphore, LoopWaker, Stream
 from nanovllm.config import Config
 from nanovllm.engine import weights_and_sleep
 from nanovllm.engine.engine_thread import EngineThread
-from nanovllm.engine.llm_engine import StepStats
 from nanovllm.engine.request import Request, is_last
+from nanovllm.engine.stats import StepStats
 from nanovllm.engine.text_engine import Prompt, TextEngine, as_request_ids, own_copy, own_params
 from nanovllm.errors import EngineDeadError
 from nanovllm.outputs import RequestOutput
@@ -301,7 +301,7 @@ class AsyncLLM(AsyncLLMMethods):
         text_engine = self._thread.text_engine
         if text_engine is None:
             raise EngineDeadError("this AsyncLLM is closed")
-        text_engine.engine.require_own_process()
+        text_engine.engine.health.require_own_process()
         return text_engine
 
     def _waker_of_this_loop(self) -> LoopWaker:

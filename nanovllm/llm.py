@@ -12,9 +12,10 @@ from typing import Any
 
 from nanovllm.config import Config
 from nanovllm.engine import weights_and_sleep
-from nanovllm.engine.llm_engine import LLMEngine, StepStats
+from nanovllm.engine.llm_engine import LLMEngine
 from nanovllm.engine.one_caller import OneCaller
 from nanovllm.engine.request import Request
+from nanovllm.engine.stats import StepStats
 from nanovllm.engine.text_engine import Prompt, TextEngine, as_list_of_prompts, as_request_ids, one_for_each, own_params
 from nanovllm.errors import EngineDeadError
 from nanovllm.output_stream import OutputStream
@@ -289,7 +290,7 @@ class LLM(LLMMethods):
     def _enter(self) -> TextEngine:
         """The text_engine, for who has come in alone: whole, and rid of requests for which nobody waits any more."""
         text_engine = self._open()
-        text_engine.engine.require_own_process()
+        text_engine.engine.health.require_own_process()
         text_engine.abort(self._started)
         self._started = {}
         self._end_left_streams()

@@ -8,13 +8,17 @@ from typing import Any
 
 from nanovllm.vllm_defaults import SAMPLING_FIELDS, check
 
-# Below it the sampler takes a temperature for 0: noise never wins over a difference of logits. It is the same number in
-# float32, so that all agree on which temperature is below it.
+# The sampler treats a lower temperature as 0, since its noise could not outweigh any difference of logits. A power of
+# two is exact in float32, so that host and device agree on which temperature is lower.
 MIN_TEMPERATURE = 2.0**-17
 MAX_N = 16384
-MAX_STOP_IDS = 64  # stop ids that a device-resident row can hold back; of more it takes the way of logit edits
-# What the sampler gives instead of a token where it has none to draw: a logit is NaN, or all are -inf.
+MAX_STOP_IDS = 64  # stop ids that a row on the device can hold back; a request with more edits its logits instead
+# The sampler returns one of these instead of a token if a logit is NaN, or if all are -inf.
 NAN_LOGITS, NO_TOKEN_LEFT = -1, -2
+WHY_NO_TOKEN = {
+    NAN_LOGITS: "the model's logits are NaN: its weights are damaged, or its numbers overflow in this dtype",
+    NO_TOKEN_LEFT: "no token is left to draw: the request's parameters, or the model's logits, rule out all",
+}
 
 
 class RequestOutputKind(Enum):

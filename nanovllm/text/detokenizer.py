@@ -57,7 +57,7 @@ class TextStream:
         return text[self._num_given :]
 
     def _move_window(self, text: str) -> str:
-        """Shorten the window to its context. Returns what `text` had kept back and the context no longer does: final."""
+        """Shorten the window to its context. Returns what `text` kept back and the context no longer does: final."""
         del self._ids[:-NUM_CONTEXT]
         context = self._decoder.decode(self._ids)
         self._num_given = len(context) - context.endswith(BROKEN)
