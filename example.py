@@ -9,7 +9,7 @@ from time import perf_counter
 
 from nanovllm import LLM, SamplingParams, demo_model
 
-PROMPTS = [  # the demo model has read the standard library, and little else
+PROMPTS = [  # the demo model was trained on Python's standard library, and little else
     "class Stack:\n",
     "def connect(host, port):\n",
     "def load(file):\n",

@@ -27,7 +27,7 @@ __all__ = [
 
 
 def __getattr__(name: str) -> Any:
-    """vLLM's other names, EngineArgs for one: they are made when they are asked for."""
+    """vLLM's other names, as EngineArgs: made on first use."""
     if name in vllm.__all__:
         return getattr(vllm, name)
     raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

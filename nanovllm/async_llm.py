@@ -1,12 +1,11 @@
-"""The asyncio front of the engine, for many callers at once: a server, or rollouts that come and go.
+"""The asyncio front, for many callers at once: a server, or rollouts that start and end at any time.
 
-The engine runs in a thread of its own (`engine/engine_thread.py`), tokenizers in another; neither blocks the event
-loop, which only builds the outputs that are taken. A reader who comes late gets one output for all that there is by
-then: it holds nobody up, and costs no memory (`async_stream.py`).
+The engine runs in its own thread (`engine/engine_thread.py`), and the tokenizer in another. Neither blocks the event
+loop, which only builds the outputs that readers take. A slow reader gets one output for all tokens that it has missed:
+it delays no other request, and costs no memory (`async_stream.py`).
 """
 
 import asyncio
-import gc
 import os
 import weakref
 from collections.abc import AsyncIterator, Callable, Iterable
@@ -19,9 +18,10 @@ from nanovllm.async_stream import FairSemaphore, LoopWaker, Stream
 from nanovllm.config import Config
 from nanovllm.engine import weights_and_sleep
 from nanovllm.engine.engine_thread import EngineThread
-from nanovllm.engine.llm_engine import StepStats
+from nanovllm.engine.prompts import Prompt, as_request_ids, copy_containers, copy_params
 from nanovllm.engine.request import Request, is_last
-from nanovllm.engine.text_engine import Prompt, TextEngine, as_request_ids, own_copy, own_params
+from nanovllm.engine.stats import StepStats
+from nanovllm.engine.text_engine import TextEngine, free_device_memory
 from nanovllm.errors import EngineDeadError
 from nanovllm.outputs import RequestOutput
 from nanovllm.sampling_params import SamplingParams
@@ -37,13 +37,13 @@ class AsyncLLM(AsyncLLMMethods):
             async for output in llm.generate("Hello", SamplingParams(max_tokens=64)):
                 print(output.outputs[0].text)
 
-    As a context manager it takes no more requests when the block is left, and lets those end that have begun, also the
-    ones that still wait for their turn. When an exception leaves the block, it aborts them.
+    At the end of the block it takes no more requests, and finishes those that have begun, including those that wait
+    for their turn. If an exception ends the block, it aborts them.
 
     Args:
-        max_waiting: how many requests may wait for their first token; `generate` of further ones waits for its turn.
+        max_waiting: this many requests may wait for their first token; `generate` of a further one waits for its turn.
             None: any number.
-        options: those of `nanovllm.config.Config`.
+        options: see `nanovllm.config.Config`.
 
     Raises: as `LLM`.
     """
@@ -57,12 +57,12 @@ class AsyncLLM(AsyncLLMMethods):
         self._streams: dict[str, Stream] = {}
         self._waker: LoopWaker | None = None
         self._thread = EngineThread(TextEngine(Config.from_options(model, options)))
-        # The threads know nothing of this object: dropping it, or leaving the interpreter, ends them.
+        # The threads hold no reference to this object: they end when it is dropped, or the interpreter ends.
         weakref.finalize(self, _shut_down, self._thread, self._tokenizing)
         try:
             self._thread.start()
         except BaseException:
-            self.close()  # the error's traceback keeps it alive
+            self.close()  # dropping it is not enough: the error's traceback holds it
             raise
 
     def generate(
@@ -72,28 +72,28 @@ class AsyncLLM(AsyncLLMMethods):
         request_id: str | None = None,
         **vllm_arguments: Any,
     ) -> AsyncIterator[RequestOutput]:
-        """Complete a prompt: yields outputs with all that there is so far, the last with `finished`.
+        """Complete a prompt. Yields outputs with all tokens so far; the last has `finished` set.
 
-        With `output_kind=RequestOutputKind.DELTA` each has what is new since the one before, and of several
-        completions only those of which something is; with FINAL_ONLY there is but the last.
+        `output_kind=RequestOutputKind.DELTA`: an output has only what is new, and only the completions that have
+        something new. FINAL_ONLY: only the last output comes.
 
         Leaving the loop early, closing the iterator or cancelling the task aborts the request.
 
         Args:
             prompt: a string, a list of token ids, `{"prompt": …}` or `{"prompt_token_ids": …}`.
-            sampling_params: as they are at this call; None: see `get_default_sampling_params`.
-            request_id: a name by which to abort it; default: a random one.
-            vllm_arguments: vLLM's further ones (`lora_request`, …), where they ask for nothing: see `vllm_defaults`.
+            sampling_params: copied at this call; None: see `get_default_sampling_params`.
+            request_id: for `abort`; None: a random one.
+            vllm_arguments: vLLM's further arguments (`lora_request`, …), if they ask for nothing: see `vllm_defaults`.
 
         Raises:
-            TypeError, ValueError: the prompt cannot run, or a request of that id is running; or, at this call and not
-                at the first output, the parameters are refused.
-            RuntimeError: the engine failed under the request, which the `__cause__` explains.
-            EngineDeadError: it is closed, or has failed for good.
+            TypeError, ValueError: the prompt cannot run, or a running request has this id. Refused parameters raise at
+                this call, not at the first output.
+            RuntimeError: the engine failed during the request; `__cause__` is the failure.
+            EngineDeadError: the engine is closed, or has failed for good.
         """
         check_arguments(AsyncLLM.generate, vllm_arguments)
-        prompt = own_copy(prompt)
-        params = None if sampling_params is None else own_params(sampling_params)
+        prompt = copy_containers(prompt)
+        params = None if sampling_params is None else copy_params(sampling_params)
         return self._run(lambda: prompt, params, request_id)
 
     def chat(
@@ -110,8 +110,8 @@ class AsyncLLM(AsyncLLMMethods):
         chat_template_kwargs: dict[str, Any] | None = None,
         **vllm_arguments: Any,
     ) -> AsyncIterator[RequestOutput]:
-        """Answer one conversation; the arguments are those of `LLM.chat`, the rest is as in `generate`."""
-        messages, tools, chat_template_kwargs = map(own_copy, (messages, tools, chat_template_kwargs))
+        """Answer one conversation. The arguments are those of `LLM.chat`; the rest is as in `generate`."""
+        messages, tools, chat_template_kwargs = map(copy_containers, (messages, tools, chat_template_kwargs))
 
         def make_prompt() -> Prompt:
             return chat_prompt(
@@ -126,7 +126,7 @@ class AsyncLLM(AsyncLLMMethods):
             )
 
         check_arguments(AsyncLLM.chat, vllm_arguments)
-        params = None if sampling_params is None else own_params(sampling_params)
+        params = None if sampling_params is None else copy_params(sampling_params)
         return self._run(make_prompt, params, request_id)
 
     async def _run(
@@ -169,10 +169,10 @@ class AsyncLLM(AsyncLLMMethods):
                 del self._streams[request_id]
             if request is not None and not is_finished:
                 self._thread.abort(request)
-        yield output  # the last: nothing is left of the request, whether the reader comes back or not
+        yield output  # the last, after the cleanup: the reader may never resume this generator
 
     def _register(self, request_id: str, stream: Stream) -> None:
-        """Raises ValueError if a request of that id is running for a reader who may still come."""
+        """Raises ValueError if a request with this id is running, unless its event loop was closed."""
         other = self._streams.setdefault(request_id, stream)
         if other is stream:
             return
@@ -181,22 +181,22 @@ class AsyncLLM(AsyncLLMMethods):
         self._semaphore.leave(other)
         other.has_entered.cancel()
         if other.abandon is not None:
-            other.abandon()  # before the engine hears of the new one
+            other.abandon()  # the engine aborts it before it gets the new one
         self._streams[request_id] = stream
 
     async def abort(self, request_id: str | Iterable[str]) -> None:
-        """End requests before their time; their readers get a last output, which says so. Unknown ids are passed by.
+        """End requests early. Their readers get a last output with finish_reason "abort". Ignores unknown ids.
 
-        On return the requests' blocks are free.
+        When this returns, the requests' blocks are free.
         """
         ids = as_request_ids(request_id)
         for i in ids:
             if i in self._streams:
-                self._streams[i].must_abort = True  # it may not have come to the engine yet
+                self._streams[i].must_abort = True  # the engine may not have it yet
         await asyncio.wrap_future(self._thread.abort_ids(ids))
 
     async def encode_prompt(self, prompt: Prompt) -> list[int]:
-        """The token ids as which `generate` takes a prompt."""
+        """The token ids of a prompt, as `generate` makes them."""
         return (await self._in_tokenizer_thread(partial(self._text_engine.encode, prompt)))[1]
 
     async def get_tokenizer(self) -> Any:
@@ -213,11 +213,11 @@ class AsyncLLM(AsyncLLMMethods):
         return True
 
     async def load_weights(self, named_tensors: Iterable[tuple[str, "torch.Tensor"]]) -> None:  # noqa: F821
-        """As `LLM.load_weights`: requests must have ended."""
+        """As `LLM.load_weights`: all requests must have ended."""
         await self._between_steps(weights_and_sleep.load_weights, named_tensors)
 
     async def sleep(self, level: int = 1) -> None:
-        """As `LLM.sleep`: requests must have ended."""
+        """As `LLM.sleep`: all requests must have ended."""
         await self._between_steps(weights_and_sleep.sleep, level)
 
     async def wake_up(self, tags: list[str] | None = None) -> None:
@@ -228,65 +228,65 @@ class AsyncLLM(AsyncLLMMethods):
         return self._text_engine.engine.runner.sleep_level > 0
 
     def stats(self) -> StepStats:
-        """Counters since the engine started, and the state of its cache and queue. May be called in any thread."""
+        """Counters since the engine started, and the state of its cache and queue. Any thread may call this."""
         return self._text_engine.engine.current_stats()
 
     @property
     def is_running(self) -> bool:
-        """Whether it takes requests."""
+        """Whether the engine takes requests."""
         return self._thread.is_running and not self._is_closing
 
     @property
     def is_stopped(self) -> bool:
-        """Whether it takes no requests: it was closed, or has failed for good."""
+        """Whether the engine takes no requests: it was closed, or has failed for good."""
         return not self.is_running
 
     @property
     def errored(self) -> bool:
-        """Whether it has failed for good. After a step that fails it serves the next request: see `generate`."""
+        """Whether the engine has failed for good. After a failed step it still serves the next request."""
         return self.dead_error is not None
 
     @property
     def dead_error(self) -> EngineDeadError | None:
-        """What each request gets since the engine has failed for good; None if it has not."""
+        """The error that every request raises once the engine has failed for good; None if it has not."""
         return self._thread.error
 
     async def check_health(self) -> None:
-        """Raises EngineDeadError if it takes no requests."""
+        """Raises EngineDeadError if the engine takes no requests."""
         self._thread.check()
 
     def close(self, drain: bool = False) -> None:
-        """Abort all requests, or with `drain` let those end that the engine has been given; then give the memory back.
+        """Abort all requests, or with `drain` finish those that the engine has; then give the memory back.
 
-        Blocks; may be called again.
+        It blocks. You may call it again.
         """
-        if self._thread.is_elsewhere:
-            return  # it is the parent's, and so are its threads
+        if self._thread.is_in_forked_child:
+            return  # engine and threads are the parent's
         self._is_closing = True
         _shut_down(self._thread, self._tokenizing, drain)
         self._tokenizing.shutdown()
         self._give_back()
 
     async def aclose(self, drain: bool = False) -> None:
-        """`close` that does not block the event loop.
+        """`close` without blocking the event loop.
 
-        With `drain` all requests come to their end whose iteration has begun, also those that wait for their turn.
+        With `drain` it finishes every request whose iteration has begun, including those that wait for their turn.
         """
-        if self._thread.is_elsewhere:
+        if self._thread.is_in_forked_child:
             return
         try:
             if drain:
-                await asyncio.sleep(0)  # tasks that were made just before begin
+                await asyncio.sleep(0)  # lets tasks that were just created begin
             self._is_closing = True
             if drain:
-                self._thread.end_pauses()  # with max_waiting, none who waits for its turn would ever come in
+                self._thread.end_pauses()  # in a pause, waiting requests would never get their turn
                 for stream in list(self._streams.values()):
                     await stream.entered_or_gone()
             self._thread.close(drain)
-            # shielded: others may wait for the same end
+            # shielded, since other tasks may wait for the same future
             await asyncio.shield(asyncio.wrap_future(self._thread.ended))
         except asyncio.CancelledError:
-            self._thread.close()  # whoever would have waited for the requests does no longer
+            self._thread.close()  # this task no longer waits for the requests: abort them
             raise
         self.close()
 
@@ -301,7 +301,7 @@ class AsyncLLM(AsyncLLMMethods):
         text_engine = self._thread.text_engine
         if text_engine is None:
             raise EngineDeadError("this AsyncLLM is closed")
-        text_engine.engine.require_own_process()
+        text_engine.engine.health.require_own_process()
         return text_engine
 
     def _waker_of_this_loop(self) -> LoopWaker:
@@ -328,15 +328,11 @@ class AsyncLLM(AsyncLLMMethods):
         is_cuda = text_engine.engine.runner.is_cuda
         text_engine.engine.close()
         del text_engine
-        gc.collect()
-        if is_cuda:
-            import torch
-
-            torch.cuda.empty_cache()
+        free_device_memory(is_cuda)
 
 
 def _shut_down(thread: EngineThread, tokenizing: ThreadPoolExecutor, drain: bool = False) -> None:
-    if thread.is_elsewhere:
+    if thread.is_in_forked_child:
         return
     thread.close(drain)
     thread.join()

@@ -1,7 +1,7 @@
-"""Between the engine's thread and the tasks that read: streams, the event loops they wake, and whose turn it is.
+"""Carries progress from the engine's thread to the tasks that read it, wakes their event loops, and queues requests.
 
-A stream keeps the latest of what the engine's thread has said, which counts all that there is; the output is built
-when it is taken. So the engine's thread does the same few things for a token whether anybody reads or not.
+A stream keeps only the latest `Progress`, which counts all tokens so far; the reader builds the output when it takes
+it. So the engine's thread does the same little work for each token, whether a task reads or not.
 """
 
 import asyncio
@@ -15,7 +15,7 @@ from nanovllm.sampling_params import RequestOutputKind
 
 
 class LoopWaker:
-    """An event loop that reads streams, and how the engine's thread wakes it: once for all that a step has brought."""
+    """Lets the engine's thread wake an event loop: once for all streams that a step has news for."""
 
     def __init__(self, loop: asyncio.AbstractEventLoop) -> None:
         self.loop = loop
@@ -23,28 +23,28 @@ class LoopWaker:
         self._is_called = False
 
     def wake(self, stream: "Stream") -> None:
-        """Called in the engine's thread."""
+        """The engine's thread calls this."""
         self._to_wake.append(stream)
         if not self._is_called:
             self._is_called = True
             try:
                 self.loop.call_soon_threadsafe(self._wake_all)
             except RuntimeError:
-                pass  # the loop has been closed over its tasks: nobody reads any more
+                pass  # the loop was closed while its tasks ran: no task reads any more
 
     def _wake_all(self) -> None:
-        self._is_called = False  # before looking: whoever comes after that calls again
+        self._is_called = False  # first, so that a stream added during this loop schedules another call
         while self._to_wake:
             self._to_wake.popleft().wake()
 
 
 class Stream:
-    """The way of one request's news from the engine's thread to the task that reads them.
+    """Carries one request's progress from the engine's thread to the task that reads it.
 
     Attributes:
-        must_abort: somebody has asked for it before the engine was given the request.
-        has_entered: done when the engine has been given the request, cancelled if it never will be.
-        abandon: ends the request, once the engine has been given it.
+        must_abort: `abort` was called before the engine had the request.
+        has_entered: done when the engine has the request, cancelled if it will never have it.
+        abandon: aborts the request; None until the engine has it.
     """
 
     def __init__(self, waker: LoopWaker, semaphore: "FairSemaphore", output_kind: RequestOutputKind) -> None:
@@ -61,16 +61,16 @@ class Stream:
 
     @property
     def is_abandoned(self) -> bool:
-        """Whether its event loop was closed over the task that reads it, which therefore never comes to its end."""
+        """Whether its event loop was closed while the reading task ran, which therefore never ends."""
         return self.waker.loop.is_closed()
 
     async def entered_or_gone(self) -> None:
-        """Wait until the engine has been given the request, or never will be."""
+        """Wait until the engine has the request, or will never have it."""
         if not self.is_abandoned:
             await asyncio.wait([asyncio.wrap_future(self.has_entered)])
 
     def put(self, item: list[Progress] | BaseException) -> None:
-        """Called in the engine's thread. What has not been taken yet is replaced."""
+        """The engine's thread calls this. The item replaces one that the reader has not taken yet."""
         if not self._has_begun:
             self._has_begun = True
             self._semaphore.leave(self)
@@ -85,11 +85,11 @@ class Stream:
             self.waker.wake(self)
 
     def wake(self) -> None:
-        self._is_announced = False  # before the event: what is put after that is announced again
+        self._is_announced = False  # first, so that an item put during this call is announced again
         self._has_news.set()
 
     async def take(self) -> list[Progress]:
-        """The latest progress, when there is one that has not been taken. Raises the request's error."""
+        """Wait for a new progress and return the latest. Raises the request's error."""
         while not self._latest:
             self._has_news.clear()
             await self._has_news.wait()
@@ -100,7 +100,7 @@ class Stream:
 
 
 class FairSemaphore:
-    """Lets so many streams in at once, and the others in the order in which they came, whatever loops they are of."""
+    """Lets at most so many streams in at once, in their order of arrival, also when their event loops differ."""
 
     def __init__(self, most: int | None) -> None:
         self._most = float("inf") if most is None else most
@@ -109,7 +109,7 @@ class FairSemaphore:
         self._outside: dict[Stream, Future[None]] = {}
 
     async def enter(self, stream: Stream) -> None:
-        """Wait for the stream's turn. Call `leave` at any time thereafter, also if this is cancelled."""
+        """Wait for the stream's turn. Call `leave` afterwards, also if this is cancelled."""
         turn: Future[None] = Future()
         with self._lock:
             self._outside[stream] = turn
@@ -117,14 +117,14 @@ class FairSemaphore:
         await asyncio.wrap_future(turn)
 
     def leave(self, stream: Stream) -> None:
-        """Give the turn to the next. May be called in any thread, and again."""
+        """Give the turn to the next stream. Any thread may call this, also again."""
         with self._lock:
             self._outside.pop(stream, None)
             self._inside.discard(stream)
             self._let_in()
 
     def _let_in(self) -> None:
-        if len(self._inside) >= self._most:  # a loop that was closed over its tasks keeps no turn
+        if len(self._inside) >= self._most:  # streams of a closed loop never leave by themselves
             self._inside = {stream for stream in self._inside if not stream.is_abandoned}
         while self._outside and len(self._inside) < self._most:
             stream = next(iter(self._outside))

@@ -1,4 +1,4 @@
-"""Every option of an engine, validated before anything is loaded."""
+"""Every option of an engine, checked before anything is loaded."""
 
 import os
 from dataclasses import dataclass, fields
@@ -9,47 +9,47 @@ from nanovllm.vllm_defaults import ENGINE_OPTIONS, SAME_OPTIONS, check
 Dtype = Literal["auto", "bfloat16", "float16", "float32"]
 Device = Literal["auto", "cuda", "cpu"]
 LoadFormat = Literal["auto", "safetensors", "dummy", "sharded_state"]
-OTHER_NAMES = {"half": "float16", "float": "float32"}  # of dtypes
+OTHER_NAMES = {"half": "float16", "float": "float32"}  # vLLM's further names of dtypes
 
 
 @dataclass(slots=True, kw_only=True)
 class Config:
-    """The options of `LLM`. None is the default of each.
+    """The options of `LLM`. None stands for an option's default.
 
-    `LLM` knows vLLM's other names for them too, and takes those values of vLLM's further options that ask for nothing:
-    see `vllm_defaults`.
+    `LLM` also accepts vLLM's other names for them, and vLLM's further options if their values ask for nothing: see
+    `vllm_defaults`.
 
     Args:
         model: a local directory in the Hugging Face layout, or a hub id; a string or a path.
-        tokenizer: directory or hub id of the tokenizer, if not the model's.
-        skip_tokenizer_init: run on token ids alone; outputs carry no text.
+        tokenizer: directory or hub id of the tokenizer; default: the model's.
+        skip_tokenizer_init: load no tokenizer; prompts are token ids, and outputs have no text.
         trust_remote_code: let `transformers` run code that comes with the model's tokenizer.
         revision: branch, tag or commit on the hub.
-        dtype: of weights, activations and cache, by its name or PyTorch's object; "half" is float16, "float" float32,
-            "auto" the checkpoint's.
-        device: "auto" is CUDA where there is one.
-        max_model_len: prompt and output tokens of one request; default or -1: the model's, cut to what the cache holds.
+        dtype: of weights, activations and cache: a name or PyTorch's object. "half" is float16, "float" is float32,
+            "auto" is the checkpoint's.
+        device: "auto" is CUDA if there is a GPU, otherwise the CPU.
+        max_model_len: prompt and output tokens of a request; default or -1: the model's, cut to what the cache holds.
         max_num_seqs: sequences that run at once; the others wait.
-        max_num_batched_tokens: tokens in one step; longer prompts are computed in chunks.
-        gpu_memory_utilization: the share of the device's memory that this engine may fill.
+        max_num_batched_tokens: tokens in one step; the scheduler cuts longer prompts into chunks.
+        gpu_memory_utilization: the share of the device's memory that this engine may use.
         kvcache_block_size: tokens in a block, a multiple of 16; default 256 on CUDA, 64 on the CPU.
         num_kvcache_blocks: blocks in the cache; default or -1: as many as fit.
         kvcache_memory_bytes: bytes for the cache instead of a profiling run; default 4 GiB on the CPU.
-        enable_prefix_caching: share the blocks of equal prefixes.
+        enable_prefix_caching: let requests with equal prefixes share blocks.
         enforce_eager: no CUDA graphs. The tokens are the same.
-        tensor_parallel_size: processes, on CUDA with a device each, over which the layers are cut.
-        tensor_parallel_timeout: seconds that one of them waits for another in a step before it gives up.
-        load_format: "auto" and "safetensors" read the folder's files; "dummy" fills the config's shapes with random
-            weights, for benchmarks; "sharded_state" reads what each rank has written, see `models/sharded_state.py`.
-        generation_config: where the sampling comes from of requests without parameters, and the EOS ids: "auto" is the
-            model's generation_config.json; "vllm" takes only its EOS ids; otherwise a directory that has one.
-        override_generation_config: {key of that file: value}, as {"temperature": 0.5}, over what it says of sampling.
-        seed: makes requests without a seed of their own repeatable.
-        hf_overrides: {key: value} over those of the model's config.json, as {"rope_parameters": {…}}.
-        profiler_config: {"profiler": "torch", "torch_profiler_dir": folder}, where `stop_profile()` writes the trace.
-        logits_processors: classes that change logits by vLLM's protocol, or "module:Class" of them: see
+        tensor_parallel_size: processes that share each layer's work; on CUDA each has its own device.
+        tensor_parallel_timeout: seconds that one of them waits for another in a step before it raises an error.
+        load_format: "auto" and "safetensors" read the folder's files; "dummy" makes random weights of the config's
+            shapes, for benchmarks; "sharded_state" reads the files that each rank wrote: `models/sharded_state.py`.
+        generation_config: the source of EOS ids and of the parameters of requests without any. "auto": the model's
+            generation_config.json; "vllm": only the EOS ids of that file; otherwise a directory with such a file.
+        override_generation_config: {key: value} pairs that replace sampling values of that file: {"temperature": 0.5}.
+        seed: makes requests without their own seed repeatable.
+        hf_overrides: {key: value} pairs that replace values of the model's config.json: {"rope_parameters": {…}}.
+        profiler_config: {"profiler": "torch", "torch_profiler_dir": folder}; `stop_profile()` writes the trace there.
+        logits_processors: classes that change logits by vLLM's protocol, or their names "module:Class": see
             `nanovllm.vllm.logits_processors`.
-        max_logprobs: log-probabilities of likeliest tokens that a request may ask for at each position; -1: any number.
+        max_logprobs: how many likeliest tokens a request may ask log-probabilities of at a position; -1: any number.
 
     Raises:
         TypeError, ValueError: naming the option, its value and what is allowed.
@@ -84,11 +84,12 @@ class Config:
 
     @classmethod
     def from_options(cls, model: str, options: dict[str, Any]) -> "Config":
-        """Like the constructor, with vLLM's words besides: its other names, and its options that ask for nothing.
+        """Like the constructor, but also accepts vLLM's other names, and its further options that ask for nothing.
 
         Raises:
-            TypeError: neither we nor vLLM have such an option; the nearest known one is named. ValueError: it asks for
-                what is not here, or two names for one option have different values.
+            TypeError: neither nano-vLLM nor vLLM has such an option; the error names the nearest one.
+            ValueError: an option asks for something that nano-vLLM lacks, or two names of one option have different
+                values.
         """
         known = [f.name for f in fields(cls)]
         own: dict[str, Any] = {}
@@ -105,7 +106,7 @@ class Config:
 
     @property
     def has_checkpoint(self) -> bool:
-        """Whether the weights come from a checkpoint's tensors, by its names."""
+        """Whether the weights come from a checkpoint with its own tensor names."""
         return self.load_format in ("auto", "safetensors")
 
     def __post_init__(self) -> None:
@@ -149,12 +150,12 @@ class Config:
             raise ValueError(f"max_logprobs={self.max_logprobs} must be at least 0, or -1 for any number")
 
     def _normalize(self) -> None:
-        """One form for what can be said in several."""
+        """Bring each value that has several forms into one of them."""
         for option in fields(self):
             value = getattr(self, option.name)
             if value is None and option.name != "model":
                 value = option.default
-            elif type(value).__module__ == "torch":  # a dtype or a device, told without loading PyTorch
+            elif type(value).__module__ == "torch":  # a dtype or a device, recognized without loading PyTorch
                 value = str(value).removeprefix("torch.")
             elif isinstance(value, os.PathLike):
                 value = os.fspath(value)

@@ -1,4 +1,4 @@
-"""The small trained model that ships with the package, so that a fresh clone generates text with no download."""
+"""The small trained model in the package: with it a fresh clone generates text without a download."""
 
 from pathlib import Path
 
@@ -10,7 +10,7 @@ def demo_model() -> str:
     """The directory of the demo model, in the Hugging Face layout: for `LLM(demo_model())` or transformers.
 
     Raises:
-        FileNotFoundError: naming the files which this installation lacks.
+        FileNotFoundError: this installation lacks some of its files, which the error names.
     """
     missing = [name for name in FILES if not (DIRECTORY / name).is_file()]
     if missing:

@@ -1,9 +1,9 @@
-"""Errors of ours that callers may want to catch by name."""
+"""The errors that a caller may want to catch by name."""
 
 
 class EngineDeadError(RuntimeError):
-    """The engine serves nothing any more: it has failed for good, was closed, or is another process's."""
+    """The engine serves nothing any more: it has failed for good, was closed, or belongs to another process."""
 
 
 class RankError(EngineDeadError):
-    """Another rank has died, raised or stalled. All ranks have been ended: make a new LLM."""
+    """A rank has died, raised an error or stalled, and all ranks were ended: make a new LLM."""

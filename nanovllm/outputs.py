@@ -1,4 +1,4 @@
-"""What a request gives back, while it runs and when it has ended."""
+"""What a caller gets for a request, while it runs and when it has ended: plain data."""
 
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
@@ -6,27 +6,27 @@ from typing import Any, NamedTuple
 
 
 class Logprob(NamedTuple):
-    """How likely the model found a token: before temperature and truncation."""
+    """How likely the model found a token, before temperature and truncation."""
 
     logprob: float
-    rank: int | None = None  # 1 is the likeliest of the vocabulary
-    # The text that it adds within a text: of a character that several tokens make, all comes with the last of them.
+    rank: int | None = None  # 1: the likeliest of the vocabulary
+    # The text that it adds to the text before it. Of several tokens that share a character, the last adds all of it.
     decoded_token: str | None = None  # None without a tokenizer, or with detokenize=False
 
 
 @dataclass(slots=True)
 class TokenLogprobs:
-    """Log-probabilities at one position: first of the token that is there, then of the likeliest, best first."""
+    """Log-probabilities at one position: first the token there, then the likeliest tokens, best first."""
 
     token_ids: list[int]
     logprobs: list[float]
-    ranks: list[int]  # 1 is the likeliest
+    ranks: list[int]  # 1: the likeliest
 
 
-class _OwnCopy:
-    """A field that is given a list of the request's, which its outputs share, and shows a copy of its own.
+class _CopiedOnRead:
+    """A dataclass field that holds a list shared with the request, and copies it when the reader first looks at it.
 
-    It is made when somebody looks, which few do: a prompt may be long, and each of its tokens has an output.
+    Few readers look, and copying would be slow: a prompt may be long, and a stream has an output for each token.
     """
 
     def __init__(self, copy: Callable[[Any], Any], **default: Any) -> None:
@@ -36,7 +36,7 @@ class _OwnCopy:
         self._name = name
 
     def __get__(self, output: Any, owner: type) -> Any:
-        if output is None:  # a dataclass asks for the default, and takes this error for none
+        if output is None:  # a dataclass asks for the default; this error means that there is none
             if not self._default:
                 raise AttributeError(self._name)
             return self._default["default"]
@@ -56,19 +56,19 @@ def _copy_logprobs(logprobs: list[dict[int, Logprob] | None]) -> list[dict[int, 
 
 @dataclass
 class CompletionOutput:
-    """One continuation of the prompt. A snapshot: it does not change once it has been handed out.
+    """One completion of the prompt: a snapshot, which the engine no longer changes, and the reader may.
 
-    What is in it is the reader's. The fields without a comment are vLLM's, and None.
+    vLLM's other fields are there, too, and always None.
     """
 
-    index: int  # among the request's n
-    text: str  # goes on where the prompt's ends; "" without a tokenizer, or with detokenize=False
+    index: int  # among the request's n completions
+    text: str  # continues the prompt's text; "" without a tokenizer, or with detokenize=False
     token_ids: list[int]
     cumulative_logprob: float | None = None
-    logprobs: list[dict[int, Logprob]] | None = _OwnCopy(_copy_logprobs, default=None)  # one for each of token_ids
+    logprobs: list[dict[int, Logprob]] | None = _CopiedOnRead(_copy_logprobs, default=None)  # one for each of token_ids
     routed_experts: None = field(default=None, repr=False)
     finish_reason: str | None = None  # "stop" | "length" | "abort" | "error"; None while it runs
-    stop_reason: int | str | None = None  # the stop token id or the stop string, None if it was an EOS; or the error
+    stop_reason: int | str | None = None  # the stop token id (None for the EOS), the stop string, or the error
     lora_request: None = field(default=None, repr=False)
 
     def finished(self) -> bool:
@@ -80,14 +80,20 @@ class LogLikelihood:
     """How likely the model finds a text."""
 
     token_ids: list[int]
-    logprobs: list[float | None]  # of each token, given those before it; of the first, None
+    logprobs: list[float | None]  # of each token, given the tokens before it; None for the first
+
+    @classmethod
+    def of_prompt(cls, output: "RequestOutput") -> "LogLikelihood":
+        """From the output of a request with prompt_logprobs=0."""
+        token_ids, values = output.prompt_token_ids, output.prompt_logprobs or []
+        return cls(token_ids, [of_token and of_token[i].logprob for i, of_token in zip(token_ids, values, strict=True)])
 
 
 @dataclass
 class RequestMetrics:
-    """When things happened to a request: seconds of `time.monotonic()`, None if they have not by then.
+    """When a request reached each stage, in seconds of `time.monotonic()`; None if it has not yet.
 
-    The properties are the names of vLLM's second engine.
+    The properties have the names of vLLM's V1 engine.
     """
 
     arrival_time: float
@@ -125,28 +131,27 @@ class RequestMetrics:
 
 @dataclass
 class RequestOutput:
-    """A request and its completions: vLLM's object, which can also be read as upstream nano-vLLM's dict is.
+    """A request and its completions: vLLM's object, which also reads like upstream nano-vLLM's dict.
 
-    What is in it is the reader's: a change to it changes nothing that comes later. The fields without a comment after
-    `metrics` are vLLM's, and None.
+    It belongs to the reader: changing it changes no later output. vLLM's other fields are there, too, and always None.
     """
 
     request_id: str
     prompt: str | None
-    prompt_token_ids: list[int] = _OwnCopy(list)
-    # Of each prompt token; of the first, None.
-    prompt_logprobs: list[dict[int, Logprob] | None] | None = _OwnCopy(_copy_logprobs)
+    prompt_token_ids: list[int] = _CopiedOnRead(list)
+    # For each prompt token; None for the first.
+    prompt_logprobs: list[dict[int, Logprob] | None] | None = _CopiedOnRead(_copy_logprobs)
     outputs: list[CompletionOutput]
     finished: bool
     metrics: RequestMetrics | None = None
     lora_request: None = field(default=None, repr=False)
     encoder_prompt: None = field(default=None, repr=False)
     encoder_prompt_token_ids: None = field(default=None, repr=False)
-    num_cached_tokens: int = 0  # prompt tokens whose keys and values came from the prefix cache
+    num_cached_tokens: int = 0  # prompt tokens found in the prefix cache
     kv_transfer_params: None = field(default=None, repr=False)
 
     def keys(self) -> tuple[str, ...]:
-        """What it has as a dict, of its first completion."""
+        """The keys of the dict, whose values are those of the first completion."""
         return ("text", "token_ids", "finish_reason")
 
     def __getitem__(self, key: str) -> Any:

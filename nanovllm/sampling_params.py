@@ -1,4 +1,4 @@
-"""What a request asks of the sampler, when it ends, and how its text comes back."""
+"""A request's parameters: how the sampler draws its tokens, when it ends, and what its outputs contain."""
 
 import math
 from collections.abc import Callable
@@ -8,62 +8,67 @@ from typing import Any
 
 from nanovllm.vllm_defaults import SAMPLING_FIELDS, check
 
-# Below it the sampler takes a temperature for 0: noise never wins over a difference of logits. It is the same number in
-# float32, so that all agree on which temperature is below it.
+# The sampler treats a lower temperature as 0, since its noise could not outweigh any difference of logits. A power of
+# two is exact in float32, so that host and device agree on which temperature is lower.
 MIN_TEMPERATURE = 2.0**-17
 MAX_N = 16384
-MAX_STOP_IDS = 64  # stop ids that a device-resident row can hold back; of more it takes the way of logit edits
-# What the sampler gives instead of a token where it has none to draw: a logit is NaN, or all are -inf.
+MAX_STOP_IDS = 64  # stop ids that a row on the device can hold back; a request with more edits its logits instead
+# The sampler returns one of these instead of a token if a logit is NaN, or if all are -inf.
 NAN_LOGITS, NO_TOKEN_LEFT = -1, -2
+WHY_NO_TOKEN = {
+    NAN_LOGITS: "the model's logits are NaN: its weights are damaged, or its numbers overflow in this dtype",
+    NO_TOKEN_LEFT: "no token is left to draw: the request's parameters, or the model's logits, rule out all",
+}
 
 
 class RequestOutputKind(Enum):
-    """What each output of a stream has."""
+    """What each output of a stream contains."""
 
-    CUMULATIVE = 0  # all there is so far
-    DELTA = 1  # what is new since the last one
-    FINAL_ONLY = 2  # all; and there is but one, at the end
+    CUMULATIVE = 0  # all tokens so far
+    DELTA = 1  # only what is new since the last output
+    FINAL_ONLY = 2  # all tokens, in a single output at the end
 
 
 @dataclass(init=False, kw_only=True)
 class SamplingParams:
     """How to draw a request's tokens. Names, meanings and limits are vLLM's.
 
-    Parameters may be assigned to. A request has those that were there when it was made: they are checked anew, and
-    later assignments change nothing under it. None is the default of each parameter, except for `max_tokens`. vLLM's
-    further fields are taken where they ask for nothing: see `vllm_defaults`.
+    You may assign to parameters. A new request checks and copies them; later assignments do not change it. None stands
+    for a parameter's default, except in `max_tokens`. vLLM's further fields are accepted if they ask for nothing: see
+    `vllm_defaults`.
 
-    Logits are edited in this order: allowed_token_ids, bad_words, min_tokens, logit_bias, repetition, frequency and
-    presence penalty. Greedy is the argmax of what this leaves. Then temperature, min_p, top_k, top_p, and the draw.
+    The sampler edits logits in this order: allowed_token_ids, bad_words, min_tokens, logit_bias, repetition, frequency
+    and presence penalty. Greedy takes the argmax of the result. Otherwise temperature, min_p, top_k and top_p follow,
+    then the draw.
 
     Args:
-        n: continuations of the prompt, at most 16384.
-        presence_penalty: taken off the logits of tokens that the output has, in [-2, 2].
-        frequency_penalty: as often as the output has them, in [-2, 2].
-        repetition_penalty: > 0; what the logits of tokens of prompt and output are divided by where they are positive,
-            and multiplied by where they are not.
-        temperature: 0 is greedy; otherwise logits are divided by it, however small it is.
+        n: completions of the prompt, at most 16384.
+        presence_penalty: subtracted from the logit of each token that occurs in the output, in [-2, 2].
+        frequency_penalty: the same, once for each occurrence, in [-2, 2].
+        repetition_penalty: > 0; divides the positive logits, and multiplies the others, of tokens that occur in prompt
+            or output.
+        temperature: 0 is greedy; otherwise it divides the logits, however small it is.
         top_k: sample among the k most likely tokens; 0 or -1 for all.
         top_p: sample among the most likely tokens whose probabilities add up to this, in (0, 1].
         min_p: drop tokens less likely than this times the likeliest, in [0, 1].
-        seed: equal seeds draw equal tokens for equal prompts, whoever shares the batch. None or -1: a fresh seed.
+        seed: equal seeds draw equal tokens for equal prompts, whatever else is in the batch. None or -1: a fresh seed.
         stop: strings that end the request.
         stop_token_ids: further ids that end the request.
-        include_stop_str_in_output: leave the stop string at the end of the text.
-        ignore_eos: go on past the model's end-of-sequence tokens.
-        min_tokens: neither EOS nor `stop_token_ids` are drawn before this many tokens.
-        max_tokens: tokens to generate at the most; None: up to the model's length.
+        include_stop_str_in_output: keep the stop string at the end of the text.
+        ignore_eos: continue past the model's end-of-sequence tokens.
+        min_tokens: draw neither EOS nor `stop_token_ids` before this many tokens.
+        max_tokens: generate at most this many tokens; None: up to the model's length.
         logit_bias: added to the logits of these tokens; ids may be strings of digits.
-        allowed_token_ids: no other token is drawn.
-        bad_words: the last token of such a word is not drawn where the output ends with the others.
-        logprobs: of each token drawn and of so many likeliest tokens, as the model gave them, before any of the above
-            changed them. 0: of the drawn tokens alone; True: 1; -1: of the whole vocabulary.
-        prompt_logprobs: the same of the prompt's tokens.
-        detokenize: give text.
+        allowed_token_ids: draw no other tokens.
+        bad_words: do not draw the last token of such a word when the output ends with its other tokens.
+        logprobs: return log-probabilities of each drawn token and of this many likeliest tokens, from the model's own
+            logits, before any of the above. 0: of the drawn tokens alone; True: 1; -1: of the whole vocabulary.
+        prompt_logprobs: the same for the prompt's tokens.
+        detokenize: return text.
         skip_special_tokens: leave special tokens out of the text.
         spaces_between_special_tokens: put spaces between them.
-        output_kind: what each output of a stream has; `LLM.generate` and `LLM.chat` give the final ones whatever it is.
-        truncate_prompt_tokens: keep only so many of the prompt's last tokens; -1: as many as the model takes.
+        output_kind: what each output of a stream contains. `LLM.generate` and `LLM.chat` ignore it.
+        truncate_prompt_tokens: keep only this many of the prompt's last tokens; -1: as many as the model takes.
 
     Raises:
         ValueError: a value out of range, or values that contradict each other; TypeError: a value of the wrong type.
@@ -104,24 +109,24 @@ class SamplingParams:
 
     @staticmethod
     def from_optional(**values: Any) -> "SamplingParams":
-        """Like the constructor, with OpenAI's limit for biases: they are cut to [-100, 100]."""
+        """Like the constructor, but clips biases to OpenAI's limits, [-100, 100]."""
         params = SamplingParams(**values)
         if params.logit_bias:
             params.logit_bias = {token: min(100.0, max(-100.0, bias)) for token, bias in params.logit_bias.items()}
         return params
 
     def clone(self) -> "SamplingParams":
-        """A copy that shares nothing with this one. Raises, as the constructor, if what was assigned is refused."""
+        """A copy that shares nothing with this object. Checks the values, and raises as the constructor."""
         return SamplingParams(**vars(self))
 
     def __getattr__(self, name: str) -> None:
-        """vLLM's further fields, where they have not been assigned."""
+        """None for vLLM's further fields, unless assigned."""
         if name in SAMPLING_FIELDS:
             return
         raise AttributeError(f"SamplingParams has no {name!r}", name=name, obj=self)
 
     def _normalize(self) -> None:
-        """One form for what can be said in several, and own copies of the lists."""
+        """Bring each value that has several forms into one of them, and copy the lists."""
         mine = vars(self)
         for name, default in _DEFAULTS.items():
             if mine[name] is None and name != "max_tokens":
@@ -149,13 +154,13 @@ class SamplingParams:
             check("SamplingParams", SAMPLING_FIELDS, others, list(_DEFAULTS))
         for name, (has_type, in_range, allowed) in _RULES.items():
             value = mine[name]
-            if value is _DEFAULTS[name]:  # most are, and a request should not wait for them
+            if value is _DEFAULTS[name]:  # most are defaults: checking them would slow every request down
                 continue
             if value is None and allowed.startswith("None or"):
                 continue
             if not has_type(value):
                 raise TypeError(f"{name}={value!r} must be {allowed}")
-            if not in_range(value):  # written so that NaN, which compares false with everything, is refused
+            if not in_range(value):  # so that NaN, which compares false with everything, is refused
                 raise ValueError(f"{name}={value!r} must be {allowed}")
         if self.max_tokens is not None and self.min_tokens > self.max_tokens:
             raise ValueError(f"min_tokens={self.min_tokens} must not exceed max_tokens={self.max_tokens}")
@@ -194,7 +199,7 @@ def _all_biases(value: dict[int, float]) -> bool:
 
 
 _INT64 = range(-(2**63), 2**63)
-# name: (type, range, what is allowed)
+# name: (has the right type, is in range, what the error says is allowed)
 _RULES: dict[str, tuple[Callable[[Any], bool], Callable[[Any], bool], str]] = {
     "n": (_is_int, lambda v: 1 <= v <= MAX_N, f"an integer in [1, {MAX_N}]"),
     "presence_penalty": (_is_number, lambda v: -2.0 <= v <= 2.0, "a number in [-2, 2]"),

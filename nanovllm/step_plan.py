@@ -1,11 +1,11 @@
-"""What the host tells the device to do in one step: plain data, only what changed since the step before."""
+"""What the host tells the device to do in one step: plain data, and only what changed since the last step."""
 
 from dataclasses import dataclass, field
 
 
 @dataclass(slots=True)
 class LogitEdits:
-    """What a row changes in its logits, beyond what every row may ask of the sampler."""
+    """How a sequence edits its logits before sampling. Few do; what every row has is in `NewRow`."""
 
     prompt_len: int
     repetition_penalty: float = 1.0
@@ -14,7 +14,7 @@ class LogitEdits:
     logit_bias: dict[int, float] | None = None
     allowed_token_ids: list[int] | None = None
     bad_words: tuple[tuple[int, ...], ...] = ()
-    held_back: tuple[int, ...] = ()  # stop ids that are not drawn before `min_len`: more than a row has room for
+    held_back: tuple[int, ...] = ()  # stop ids not drawn before `min_len`, when they are too many for the row
     min_len: int = 0
 
     @property
@@ -26,7 +26,7 @@ class LogitEdits:
 
 @dataclass(slots=True)
 class NewRow:
-    """A sequence that enters the batch: everything the device must know of it."""
+    """A sequence that enters the batch: all that the device needs to know about it."""
 
     row: int
     token_ids: list[int]
@@ -37,27 +37,27 @@ class NewRow:
     top_p: float
     min_p: float
     seed: int  # 64 bits
-    min_len: int  # prompt tokens + min_tokens: shorter than this, `stop_ids` are not drawn
+    min_len: int  # prompt tokens + min_tokens: a shorter sequence does not draw `stop_ids`
     stop_ids: list[int]
     edits: LogitEdits | None = None
 
 
 @dataclass(slots=True)
 class PromptSpan:
-    """Tokens of a prompt whose log-probabilities are asked for: those that a chunk of the step predicts."""
+    """Prompt tokens whose log-probabilities the step returns: those that one chunk predicts."""
 
     index: int  # of the chunk in the batch
     start: int  # position of the chunk's first token, which predicts the token after it
     num_tokens: int
-    num_top: int  # of the likeliest tokens besides; -1: the vocabulary
+    num_top: int  # likeliest tokens to return besides; -1: the whole vocabulary
 
 
 @dataclass(slots=True)
 class StepPlan:
-    """One forward pass.
+    """One step: one forward pass over one batch.
 
-    The batch lists decodes first (one token each), then prefill chunks that reach the end of what is known of their
-    sequence, then those that don't. The first two sample a token each, the last do not.
+    The batch lists decodes first (one token each), then chunks that reach the end of their sequence's known tokens,
+    then a chunk that does not. The first `num_samples` entries sample a token each: all but that last chunk.
     """
 
     new_rows: list[NewRow] = field(default_factory=list)

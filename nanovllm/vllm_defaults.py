@@ -1,10 +1,10 @@
-"""vLLM's options, fields and arguments that are not here: which of their values are taken, and why others are not.
+"""vLLM's options, fields and arguments that nano-vLLM lacks: which values it accepts, and why it refuses the others.
 
 A program written for vLLM passes many words whose values ask for nothing: `quantization=None`, `enable_lora=False`.
-Those are taken. A value that asks for what is not here is refused, with the reason. None, and what is empty, asks for
-nothing whatever the word. Of a word that vLLM does not have either, the nearest known one is named.
+nano-vLLM accepts those. It refuses a value that asks for something it lacks, and says why. None and empty values ask
+for nothing, whatever the word. For a word that vLLM lacks, too, the error names the nearest known one.
 
-From vLLM 0.8 to 0.33. A word that comes to be supported leaves this table for the class that it belongs to.
+The tables cover vLLM 0.8 to 0.33. A word that becomes supported moves from its table to the class that it belongs to.
 """
 
 import difflib
@@ -14,27 +14,27 @@ from typing import Any, NamedTuple, NoReturn
 
 
 class Absent(NamedTuple):
-    """A word that is not here."""
+    """A word that nano-vLLM lacks."""
 
-    nothing: tuple[Any, ...]  # the values that ask for nothing, besides None
-    why: str
+    nothing: tuple[Any, ...]  # values that ask for nothing, besides None
+    why: str  # it refuses the others
 
 
-ANY = (...,)  # any value: it says how to compute and not what, or tunes what another word must ask for
+ANY = (...,)  # any value: the word says how to compute, not what; or it tunes what another word must ask for
 NONE = ()
 OFF = (False,)
 ONE = (1,)
 
-# Names of ours that vLLM has another one for.
+# vLLM's name of an option, and ours.
 SAME_OPTIONS = {
     "block_size": "kvcache_block_size",
     "num_gpu_blocks_override": "num_kvcache_blocks",
     "kv_cache_memory_bytes": "kvcache_memory_bytes",
 }
 
-# Of `LLM`, `AsyncLLM`, `EngineArgs` and `AsyncEngineArgs`.
+# Options of `LLM`, `AsyncLLM`, `EngineArgs` and `AsyncEngineArgs`.
 _ENGINE_OPTIONS = {
-    "how a step is scheduled is not to be chosen: prompts that exceed it are always computed in chunks": {
+    "prompts that exceed a step are always computed in chunks": {
         "enable_chunked_prefill": (True,),
     },
     "requests are served in the order in which they come": {
@@ -42,7 +42,7 @@ _ENGINE_OPTIONS = {
         "scheduler_cls": ("vllm.core.scheduler.Scheduler", "vllm.v1.core.sched.scheduler.Scheduler"),
         "max_num_queued_reqs max_num_queued_tokens": NONE,
     },
-    "another way to the same tokens": {
+    "it chooses another way to the same tokens": {
         """
         async_scheduling attention_backend attention_config compilation_config cuda_graph_sizes
         cudagraph_capture_sizes disable_async_output_proc disable_cascade_attn disable_custom_all_reduce
@@ -69,7 +69,7 @@ _ENGINE_OPTIONS = {
         "kv_cache_dtype_skip_layers": ANY,
         "override_attention_dtype quantization quantization_config": NONE,
     },
-    "the model is what its folder says, as safetensors and with the tokenizer of transformers": {
+    "the model comes from one folder: its config, its safetensors files, its tokenizer for transformers": {
         """
         code_revision hf_config_path model_class_overrides model_weights rope_scaling rope_theta
         tokenizer_revision
@@ -84,7 +84,7 @@ _ENGINE_OPTIONS = {
     "the chat template is the tokenizer's, or the argument of chat()": {
         "chat_template": NONE,
     },
-    "models generate text: none are for pooling": {
+    "all models generate text; there are none for pooling": {
         "convert": ("auto", "none"),
         "override_pooler_config pooler_config": NONE,
         "runner task": ("auto", "generate"),
@@ -130,7 +130,7 @@ _ENGINE_OPTIONS = {
         video_pruning_rate
         """: NONE,
     },
-    "layers are cut over processes of this machine, whose devices CUDA_VISIBLE_DEVICES chooses": {
+    "all ranks are processes of this machine, and CUDA_VISIBLE_DEVICES chooses their devices": {
         """
         cp_kv_cache_interleave_size cpu_distributed_timeout_seconds data_parallel_address data_parallel_backend
         data_parallel_rpc_port dcp_comm_backend dcp_kv_cache_interleave_size dcp_q_replicate
@@ -162,7 +162,7 @@ _ENGINE_OPTIONS = {
         """: OFF,
         "num_redundant_experts ubatch_size": (0,),
     },
-    "there are no models with a state besides the cache": {
+    "there are no models with a state besides the KV cache": {
         """
         enable_mamba_cache_stochastic_rounding enable_mamba_shared_prefix_checkpoint gdn_prefill_backend
         kda_decode_backend kda_prefill_backend mamba_backend mamba_block_size mamba_cache_dtype mamba_cache_mode
@@ -171,7 +171,7 @@ _ENGINE_OPTIONS = {
         "engram_config": NONE,
         "kv_sharing_fast_prefill use_replayssm": OFF,
     },
-    "weights and cache stay on the device, or all weights go with sleep()": {
+    "weights and cache stay on the device, except during sleep()": {
         "cpu_offload_gb offload_group_size": (0,),
         """
         cpu_offload_params ec_manager_config kv_offloading_backend offload_backend offload_num_in_group
@@ -182,7 +182,7 @@ _ENGINE_OPTIONS = {
         weight_transfer_config
         """: NONE,
     },
-    "nothing is logged or traced; stats() has the counters": {
+    "the engine logs and traces nothing; stats() has the counters": {
         """
         aggregate_engine_logging cudagraph_metrics enable_layerwise_nvtx_tracing enable_log_requests
         enable_logging_iteration_details enable_mfu_metrics enable_mm_processor_stats enable_trace_replay
@@ -199,13 +199,13 @@ _ENGINE_OPTIONS = {
         "per_request_spec_decode_metrics": ("none",),
         "stream_interval": ONE,
     },
-    "it is for devices or plugins that are not here": {
+    "it is for devices or plugins that nano-vLLM lacks": {
         "additional_config override_neuron_config": NONE,
     },
 }
 
 _SAMPLING_FIELDS = {
-    "there is no beam search, and n completions are drawn for n": {
+    "there is no beam search, and the request returns all n completions that it draws": {
         "best_of length_penalty": ONE,
         "early_stopping use_beam_search": OFF,
     },
@@ -222,24 +222,24 @@ _SAMPLING_FIELDS = {
         "logprob_token_ids prompt_logprob_token_ids": NONE,
         "prompt_logprob_start": (0,),
     },
-    "outputs have what there is when they are taken": {
+    "an output has all tokens so far when the reader takes it": {
         "stream_interval": ONE,
     },
-    "the engine decides what it reads of the prefix cache": {
+    "the engine decides when to use the prefix cache": {
         "skip_reading_prefix_cache": OFF,
     },
     "there are no models with experts": {
         "routed_experts_prompt_start": ANY,
     },
-    "it is for the engine's logits_processors, which look at it": {
+    "it is for the engine's logits_processors, which read it": {
         "extra_args": ANY,
     },
-    "it is vLLM's own business": {
+    "it is internal to vLLM": {
         "output_text_buffer_length skip_clone": ANY,
     },
 }
 
-# Of `generate`, `chat` and `add_request`.
+# Arguments of `generate`, `chat` and `add_request`.
 _ARGUMENTS = {
     "there are no LoRA or prompt adapters": {
         "lora_request prompt_adapter_request": NONE,
@@ -257,27 +257,27 @@ _ARGUMENTS = {
         "mm_processor_kwargs prompt_token_ids": NONE,
         "prompt_text": ANY,
     },
-    "there is one engine, and nothing is traced": {
+    "there is one engine, and it traces nothing": {
         "data_parallel_rank": (0,),
         "kv_hints session_id": ANY,
         "trace_headers": NONE,
     },
 }
 
-# Methods of `LLM` and `AsyncLLM`: what they would take, and what there is instead.
+# Methods of vLLM's `LLM` and `AsyncLLM`: why they are missing, or what to call instead.
 _METHODS = {
-    "score": "the relevance of documents is told by a model for pooling; LLM.log_likelihood(prompts), or "
+    "score": "it needs a model for pooling; LLM.log_likelihood(prompts), or "
     "SamplingParams(prompt_logprobs=0), tells how likely this model finds a text",
-    "embed": "it takes a model for pooling",
-    "encode": "it takes a model for pooling; encode_prompt(prompt) gives token ids",
-    "classify": "it takes a model for pooling",
-    "reward": "it takes a model for pooling",
+    "embed": "it needs a model for pooling",
+    "encode": "it needs a model for pooling; encode_prompt(prompt) returns token ids",
+    "classify": "it needs a model for pooling",
+    "reward": "it needs a model for pooling",
     "beam_search": "SamplingParams(n=…) draws several completions",
 }
 
 
 class AbsentMethods:
-    """vLLM's methods for which there is nothing here: they raise NotImplementedError, with what there is instead."""
+    """vLLM's methods that nano-vLLM lacks: they raise NotImplementedError, which says what to call instead."""
 
 
 def _absent(name: str, instead: str) -> Callable[..., NoReturn]:
@@ -292,7 +292,7 @@ for _name, _instead in _METHODS.items():
 
 
 def _by_word(reasons: dict[str, dict[str, tuple[Any, ...]]]) -> dict[str, Absent]:
-    """From {why: {words: values}}."""
+    """A table {word: Absent}, made from {why: {words: values}}."""
     return {
         word: Absent(nothing, why)
         for why, words in reasons.items()
@@ -305,15 +305,15 @@ ENGINE_OPTIONS, SAMPLING_FIELDS, ARGUMENTS = map(_by_word, (_ENGINE_OPTIONS, _SA
 
 
 def check(owner: str, table: dict[str, Absent], given: dict[str, Any], known: list[str]) -> None:
-    """Let pass what asks for nothing.
+    """Accept words of vLLM whose values ask for nothing.
 
     Args:
-        owner: whose words these are, for the message.
-        table: one of the above.
+        owner: the class or method that got the words, for the error.
+        table: one of the tables above.
         known: the words that the owner itself has.
 
     Raises:
-        TypeError: neither it nor vLLM has such a word; ValueError: a value asks for what is not here.
+        TypeError: neither the owner nor vLLM has such a word. ValueError: a value asks for what nano-vLLM lacks.
     """
     for name, value in given.items():
         if name not in table:
@@ -327,14 +327,14 @@ def check(owner: str, table: dict[str, Absent], given: dict[str, Any], known: li
 
 
 def check_arguments(method: Callable[..., Any], given: dict[str, Any]) -> None:
-    """`check` for the arguments that a method has in `**vllm_arguments`."""
+    """`check` for the `**vllm_arguments` of a method."""
     if given:
         known = [name for name in inspect.signature(method).parameters if name not in ("self", "vllm_arguments")]
         check(method.__qualname__, ARGUMENTS, given, known)
 
 
 def asks_for_nothing(value: Any, nothing: tuple[Any, ...]) -> bool:
-    """Whether a value is None, empty, or one of those in the table (True is not 1), or a list of such."""
+    """Whether a value is None, empty, one of `nothing` (True is not 1), or a list of such values."""
     if value is None or nothing is ANY:
         return True
     if isinstance(value, str | int | float):

@@ -468,7 +468,7 @@ class TestFailure:
     ) -> None:
         async def main() -> None:
             engine = llm._text_engine.engine
-            for owner, name in ((engine.runner, "launch"), (engine, "_read_tokens"), (llm._text_engine, "_follow")):
+            for owner, name in ((engine.runner, "launch"), (engine, "_read_tokens"), (llm._text_engine, "_detokenize")):
                 cause = RuntimeError(f"{name} failed")
                 generators = [llm.generate(prompt, LONG) for prompt in PROMPTS * 3]  # some of them wait
                 tasks = [asyncio.create_task(last(generator)) for generator in generators]

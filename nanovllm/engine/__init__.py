@@ -1,1 +1,1 @@
-"""The decisions, in plain Python: who runs, who holds which block, what is refused. It never imports torch."""
+"""The decisions, in plain Python: which sequences run, which blocks they hold, what is refused. Never imports torch."""

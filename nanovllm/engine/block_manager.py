@@ -1,9 +1,8 @@
-"""The paged KV cache as plain bookkeeping: which block belongs to whom, and what it contains.
+"""The paged KV cache as plain bookkeeping: which sequences hold a block, and which tokens it contains.
 
-The device holds one array of blocks; a sequence's *logical* blocks are mapped to *physical* ones by its
-`block_table`, so its memory need not be contiguous, is taken as it grows, and can be shared with every sequence that
-begins with the same tokens. PagedAttention: Kwon et al., 2023 (arXiv:2309.06180). How many blocks there are is
-measured by `worker/memory.py`.
+The device holds one array of blocks. A sequence's `block_table` maps its *logical* blocks to *physical* ones. So its
+memory need not be contiguous, it takes blocks as it grows, and it shares them with every sequence that begins with the
+same tokens. PagedAttention: Kwon et al., 2023 (arXiv:2309.06180). `worker/memory.py` measures how many blocks fit.
 """
 
 from array import array
@@ -18,16 +17,16 @@ from nanovllm.engine.sequence import Sequence
 class CacheStats:
     """Counters since the engine started."""
 
-    prefix_queries: int = 0  # tokens that looked for a cached prefix
+    prefix_queries: int = 0  # tokens of admitted sequences, whose prefix was looked up
     prefix_hits: int = 0  # of these, tokens found
-    evictions: int = 0  # blocks whose content was dropped for a new owner
+    evictions: int = 0  # cached blocks whose content a new owner replaced
 
 
 class BlockManager:
-    """Hands out the KV cache in blocks, and remembers full blocks by content so that equal prefixes share them.
+    """Hands out the KV cache in blocks, and finds full blocks by content, so that equal prefixes share them.
 
-    Invariant: every block is in exactly one state: free (in LRU order, content still revivable)
-    or used (ref_count >= 1). A block's digest commits to all tokens before it.
+    Invariant: every block is either used (ref_count >= 1) or free. Free blocks stand in LRU order, and their content
+    can be revived until they are taken. A block's digest commits to its own tokens and to all tokens before them.
     """
 
     def __init__(self, num_blocks: int, block_size: int, enable_prefix_caching: bool = True) -> None:
@@ -36,7 +35,7 @@ class BlockManager:
         self.enable_prefix_caching = enable_prefix_caching
         self.stats = CacheStats()
         self._ref_count = [0] * num_blocks
-        # Oldest release first. A dict that keeps its order gives O(1) take, return and removal from the middle.
+        # Oldest release first. An ordered dict takes, returns and removes from the middle in O(1).
         self._free: OrderedDict[int, None] = OrderedDict.fromkeys(range(num_blocks))
         self._digest_of: list[bytes | None] = [None] * num_blocks
         self._block_with: dict[bytes, int] = {}
@@ -47,16 +46,16 @@ class BlockManager:
 
     @property
     def usage(self) -> float:
-        """Share of the blocks that some sequence holds."""
+        """Share of the blocks in use."""
         return 1 - len(self._free) / self.num_blocks
 
     def num_blocks_for(self, num_tokens: int) -> int:
         return -(-num_tokens // self.block_size)
 
     def find_prefix(self, seq: Sequence) -> list[int]:
-        """The cached blocks with which `seq` begins, longest run first token on. Takes nothing.
+        """The longest run of cached blocks that `seq` begins with. It does not take them.
 
-        The last token is always left to compute, since its logits are what is asked for.
+        It never covers the last token: the device must compute that one, since the sampler needs its logits.
         """
         if not self.enable_prefix_caching:
             return []
@@ -70,12 +69,12 @@ class BlockManager:
         return blocks
 
     def num_free_blocks_needed(self, seq: Sequence, prefix: list[int]) -> int:
-        """How many free blocks `admit` will use up, those revived from the free list included."""
+        """How many blocks `admit` will take off the free list, including those of the prefix that it revives."""
         revived = sum(self._ref_count[block] == 0 for block in prefix)
         return self.num_blocks_for(len(seq.token_ids)) - len(prefix) + revived
 
     def admit(self, seq: Sequence, prefix: list[int]) -> None:
-        """Give `seq`, which holds nothing, the blocks of all its tokens: the shared `prefix`, then fresh ones."""
+        """Give `seq`, which holds none, blocks for all its tokens: the shared `prefix`, then fresh ones."""
         for block in prefix:
             if self._ref_count[block] == 0:
                 del self._free[block]
@@ -90,7 +89,7 @@ class BlockManager:
             seq.block_table.append(self._take())
 
     def grow(self, seq: Sequence) -> bool:
-        """Make room for one more token, if a block can be had. False: there is none, and nothing changed."""
+        """Make room for one more token. False if that needs a block and none is free; then nothing has changed."""
         if seq.num_computed_tokens < len(seq.block_table) * self.block_size:
             return True
         if not self._free:
@@ -99,10 +98,10 @@ class BlockManager:
         return True
 
     def publish(self, seq: Sequence) -> None:
-        """Let others share the blocks that `seq` has filled with tokens the host knows.
+        """Let other sequences share the blocks that `seq` has filled with tokens known to the host.
 
-        Called when the tokens are *scheduled*: in a forward pass each layer stores all keys and values before any
-        attention reads them, so a sequence that joins the same step may already refer to them.
+        The scheduler calls this when it *schedules* the tokens: within a step each layer stores all keys and values
+        before attention reads them, so a sequence that is admitted to the same step may already share them.
         """
         if not self.enable_prefix_caching:
             return
@@ -113,27 +112,27 @@ class BlockManager:
         self._extend_digests(seq)
         for i in range(seq.num_published_blocks, num_full):
             block, digest = seq.block_table[i], seq.block_digests[i]
-            # Two sequences may have computed equal blocks side by side: the first stays the one that is found.
+            # If two sequences have computed equal blocks side by side, lookups keep finding the first.
             if digest not in self._block_with:
                 self._block_with[digest] = block
                 self._digest_of[block] = digest
         seq.num_published_blocks = num_full
 
     def release(self, seq: Sequence) -> None:
-        """Take back all of `seq`'s blocks. Their content stays revivable until somebody takes them."""
-        # Last block first, so that the start of a prefix, which most others share, is evicted last.
+        """Take back all blocks of `seq`. Their content can be revived until another sequence takes them."""
+        # Last block first: the beginning of a prefix, which most sequences share, shall be evicted last.
         for block in reversed(seq.block_table):
             self._ref_count[block] -= 1
             if self._ref_count[block] == 0:
                 self._free[block] = None
                 if self._digest_of[block] is None:
-                    self._free.move_to_end(block, last=False)  # nothing to revive: to be taken first
+                    self._free.move_to_end(block, last=False)  # not cached: take it before those that are
         seq.block_table = []
         seq.num_published_blocks = 0
         seq.num_computed_tokens = 0
 
     def forget(self, seq: Sequence) -> None:
-        """Let no other sequence find the blocks of `seq`, neither those it has published nor those it would."""
+        """Hide the blocks of `seq` from other sequences: those it has published, and those it would publish later."""
         for digest in seq.block_digests:
             block = self._block_with.pop(digest, None)
             if block is not None:
@@ -141,7 +140,7 @@ class BlockManager:
         seq.num_published_blocks = len(seq.block_table)
 
     def forget_content(self) -> None:
-        """Empty the prefix cache. Blocks in use stay with their owners."""
+        """Empty the prefix cache. Sequences keep the blocks they hold."""
         self._block_with.clear()
         self._digest_of = [None] * self.num_blocks
 
@@ -156,7 +155,7 @@ class BlockManager:
         return block
 
     def _extend_digests(self, seq: Sequence) -> None:
-        """Chain the digests of `seq`'s full blocks: H(parent, tokens), 128 bits of BLAKE2b."""
+        """Compute the digests of full blocks that `seq` lacks: BLAKE2b-128(parent's digest, token ids)."""
         size = self.block_size
         parent = seq.block_digests[-1] if seq.block_digests else b""
         for start in range(len(seq.block_digests) * size, len(seq.token_ids) - size + 1, size):

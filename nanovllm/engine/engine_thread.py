@@ -1,7 +1,7 @@
-"""One thread that owns an engine, and others that ask it for things.
+"""One thread owns the engine and runs its loop; other threads send it commands.
 
-Whatever touches the engine runs here, between two steps: others leave a command and go on. With nothing to do the
-thread sleeps on a condition. It waits for nobody: a listener is called here and has to return at once.
+The thread runs a command between two steps, so nothing else touches the engine. Without steps and commands it sleeps on
+a condition. It never waits for a reader: it calls each request's listener itself, and the listener must return at once.
 """
 
 import logging
@@ -23,20 +23,19 @@ Listener = Callable[[list[Progress] | BaseException], None]
 
 
 class EngineThread:
-    """Runs a `TextEngine`, from `start` on. Its methods may be called from any thread.
+    """Runs a `TextEngine` once `start` is called. Any thread may call the methods.
 
-    In a child that was forked off the thread's process there is no such thread: what would ask it for something raises
-    EngineDeadError, and closing does nothing.
+    A forked child has no such thread: there the methods raise EngineDeadError, and closing does nothing.
 
     Attributes:
-        text_engine: None when its memory has been given back.
-        ended: done when the thread does nothing any more.
-        is_paused: no steps are done; commands are.
+        text_engine: None once its memory has been given back.
+        ended: done when the thread has ended, or ends without running anything more.
+        is_paused: the thread runs commands, but no steps.
     """
 
     def __init__(self, text_engine: TextEngine) -> None:
         self.text_engine: TextEngine | None = text_engine
-        self._death: BaseException | None = None  # what has ended the thread, although nobody closed it
+        self._death: BaseException | None = None  # the error that ended the thread, if it was not closed
         self._pid = os.getpid()
         self._commands: deque[Callable[[], None]] = deque()
         self._listeners: dict[Request, Listener] = {}
@@ -51,14 +50,14 @@ class EngineThread:
         self._thread.start()
 
     @property
-    def is_elsewhere(self) -> bool:
-        """Whether this is a child that was forked off the thread's process."""
+    def is_in_forked_child(self) -> bool:
+        """Whether this process is a forked child of the thread's process."""
         return os.getpid() != self._pid
 
     @property
     def error(self) -> EngineDeadError | None:
-        """Why nothing is served any more, although nobody closed it. The one truth of the engine's health."""
-        if self.is_elsewhere:
+        """Why the engine serves nothing any more; None while it does, or once it was closed."""
+        if self.is_in_forked_child:
             return EngineDeadError(FORKED)
         if self._death is not None:
             error = EngineDeadError(f"the engine is dead: {self._death!r}")
@@ -69,20 +68,19 @@ class EngineThread:
 
     @property
     def is_running(self) -> bool:
-        """Whether it takes requests."""
+        """Whether the engine takes requests."""
         return not self._is_closing and not self.ended.done() and self.error is None
 
     def check(self) -> None:
-        """Raises EngineDeadError if it takes no requests."""
+        """Raises EngineDeadError if the engine takes no requests."""
         if not self.is_running:
             raise self.error or EngineDeadError("the engine is closed")
 
     def submit(self, request: Request, listener: Listener) -> None:
-        """Let a request run. Its listener gets its progress whenever there is more of it; the last says finished.
+        """Run a request. After each step that brings it tokens, its listener gets its progress, until it is finished.
 
-        If it cannot run, or the engine fails under way, the listener gets the error, and that is the last.
-
-        A listener that raises loses its request, and nobody else's.
+        If the request cannot run, or the engine fails during it, the listener gets the error instead, and then nothing
+        more. If the listener raises, its request is aborted, and no other.
 
         Raises:
             EngineDeadError: the engine is closed, or has failed for good.
@@ -93,25 +91,25 @@ class EngineThread:
                 self.text_engine.add(request)
                 self._listeners[request] = listener
             except BaseException as error:
-                _say(listener, error)
+                _deliver(listener, error)
 
         self.check()
-        with self._wakeup:  # so that nothing comes in behind the closing
+        with self._wakeup:  # so that no request is posted after close()
             is_posted = self.is_running and self._post(add)
         if not is_posted:
             self.check()
 
     def abort(self, request: Request) -> None:
-        """End a request before its time. Its listener is told so, unless it has ended already."""
-        if not self.is_elsewhere:
+        """End a request early. Its listener gets a last progress, unless the request has ended already."""
+        if not self.is_in_forked_child:
             self._post(lambda: self._abort([request]))
 
     def abort_ids(self, request_ids: Any) -> Future[None]:
-        """The same by id; the future is done when the requests' blocks are free."""
+        """The same by id. The future is done when the requests' blocks are free."""
         return self.call(lambda: self._abort(self.text_engine.find(request_ids)))
 
     def call(self, function: Callable[[], Any]) -> Future[Any]:
-        """Run a function between two steps."""
+        """Run a function between two steps. The future has its result."""
         future: Future[Any] = Future()
 
         def run() -> None:
@@ -121,21 +119,21 @@ class EngineThread:
                 except BaseException as error:
                     future.set_exception(error)
 
-        if self.is_elsewhere:
+        if self.is_in_forked_child:
             raise EngineDeadError(FORKED)
         if not self._post(run):
             future.set_exception(self.error or EngineDeadError("the engine is closed"))
         return future
 
     def end_pauses(self) -> None:
-        """No pause counts from now on: the requests that are to end before it closes must come to their end."""
+        """Ignore pauses from now on, so that requests which must end before the engine closes can end."""
         with self._wakeup:
             self._ignores_pauses = True
             self._wakeup.notify()
 
     def close(self, drain: bool = False) -> None:
-        """Take no more requests, and let those that run end, or abort them. `ended` says when it is done."""
-        if self.is_elsewhere:
+        """Take no more requests. Abort the unfinished ones, or with `drain` finish them; then `ended` is done."""
+        if self.is_in_forked_child:
             return
         self.end_pauses()
         with self._wakeup:
@@ -145,14 +143,14 @@ class EngineThread:
                 self._post(lambda: self._abort(list(self._listeners)))
 
     def join(self) -> None:
-        """Wait for the end."""
+        """Wait until the thread has ended."""
         has_started = self._thread.ident is not None
-        # The current thread may be where garbage is collected.
-        if has_started and not self.is_elsewhere and threading.current_thread() is not self._thread:
+        # Garbage collection may call this within the thread itself, which cannot wait for itself.
+        if has_started and not self.is_in_forked_child and threading.current_thread() is not self._thread:
             self._thread.join()
 
     def _post(self, command: Callable[[], None]) -> bool:
-        """Have a command run between two steps. False if the thread has ended."""
+        """Queue a command, to run between two steps. False if the thread has ended."""
         with self._wakeup:
             if not self.ended.done():
                 self._commands.append(command)
@@ -171,10 +169,10 @@ class EngineThread:
             self._die(error)
 
     def _die(self, error: BaseException) -> None:
-        """Tell everyone, also those whose commands have not been run yet."""
+        """Fail all requests, including those whose commands have not run yet."""
         self._death = error
         with self._wakeup:
-            self.ended.set_result(None)  # no more come
+            self.ended.set_result(None)  # from here on _post refuses commands
         for command in self._commands:
             try:
                 command()
@@ -183,11 +181,11 @@ class EngineThread:
         self._fail(error)
 
     def _wait(self) -> bool:
-        """Until there is something to do. False: there never will be."""
+        """Wait for a command or a step to do. False: the engine is closed, and none will come."""
         with self._wakeup:
             while not self._commands and not self._has_steps_to_do():
                 if self._is_closing:
-                    self.ended.set_result(None)  # with the lock held, so that no command is left behind
+                    self.ended.set_result(None)  # with the lock held, so that no command is posted after it
                     return False
                 self._wakeup.wait()
         return True
@@ -198,8 +196,8 @@ class EngineThread:
     def _step(self) -> None:
         try:
             for request in self.text_engine.step():
-                self._tell(request)
-        except BaseException as error:  # the engine has put itself in order, and serves the next if it can
+                self._send_progress(request)
+        except BaseException as error:  # the engine has reset itself, and serves the next request if it can
             self.text_engine.abort(list(self._listeners))
             self._fail(error)
 
@@ -207,13 +205,13 @@ class EngineThread:
         self.text_engine.abort(requests)
         for request in requests:
             if request in self._listeners:
-                self._tell(request)
+                self._send_progress(request)
 
-    def _tell(self, request: Request) -> None:
+    def _send_progress(self, request: Request) -> None:
         listener = self._listeners[request]
         if request.is_finished:
             del self._listeners[request]
-        if not _say(listener, request.progress()) and not request.is_finished:
+        if not _deliver(listener, request.progress()) and not request.is_finished:
             del self._listeners[request]
             self.text_engine.abort([request])
 
@@ -224,11 +222,11 @@ class EngineThread:
         for listener in listeners:
             failure = kind(f"the engine failed, and with it this request: {error!r}")
             failure.__cause__ = error
-            _say(listener, failure)
+            _deliver(listener, failure)
 
 
-def _say(listener: Listener, item: list[Progress] | BaseException) -> bool:
-    """Whether the listener has taken it."""
+def _deliver(listener: Listener, item: list[Progress] | BaseException) -> bool:
+    """Call the listener. False if it raises."""
     try:
         listener(item)
     except Exception:

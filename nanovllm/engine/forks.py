@@ -1,8 +1,8 @@
-"""What becomes of an engine in a child that the user's program forks: it stays as it is, and nobody can use it.
+"""A child forked by the user's program abandons the engine: it neither uses it nor destroys it.
 
-The child has a copy of the parent's memory, but neither its threads nor its device, and the ranks are not its children.
-To take the engine down there would kill the parent's ranks, and have libraries (gloo, CUDA) take down what is the
-parent's too. So it is kept for ever: a page that is never written costs the child nothing.
+The child has a copy of the parent's memory, but not its threads and not its device, and the ranks are not its children.
+Destroying the engine there would kill the parent's ranks and let libraries (gloo, CUDA) tear down what the parent
+still uses. So the child keeps it for ever: memory pages that nobody writes cost the child nothing.
 """
 
 import ctypes
@@ -18,17 +18,17 @@ FORKED = (
 _engines: weakref.WeakSet[Any] = weakref.WeakSet()
 
 
-def keep_in_children(engine: Any) -> None:
-    """Have every child that is forked from now on never destroy `engine`, and call its `leave_to_parent()`."""
+def abandon_in_children(engine: Any) -> None:
+    """From now on every forked child calls `engine.leave_to_parent()`, and never destroys the engine."""
     _engines.add(engine)
 
 
-def _keep() -> None:
+def _abandon_all() -> None:
     for engine in list(_engines):
-        # A list would not do: the interpreter empties it when it ends, and then the engine would go after all.
+        # An extra reference count, since the interpreter empties every list when it ends, and would destroy the engine.
         ctypes.pythonapi.Py_IncRef(ctypes.py_object(engine))
         engine.leave_to_parent()
 
 
 if hasattr(os, "register_at_fork"):
-    os.register_at_fork(after_in_child=_keep)
+    os.register_at_fork(after_in_child=_abandon_all)

@@ -1,56 +1,30 @@
 """The engine's loop: plan a step, launch it, and only then read the tokens of the step before.
 
-Overlap: while the device runs step N, the host plans and launches step N + 1, for which it need not know N's tokens,
-only that there will be one for each sequence. Their values stay on the device, in the rows. What the host learns
-late is that a sequence has stopped: by then one surplus token is in flight, and is dropped when it arrives.
+Overlap: while the device computes step N, the host plans and launches step N + 1. For that it need not know N's tokens,
+only that each sequence gets one; their values stay on the device, in the rows. The host learns one step late that a
+sequence has stopped. By then one surplus token is in flight, and the host drops it on arrival.
 """
 
 import logging
-import os
 import random
-import threading
 import weakref
 from collections import deque
 from collections.abc import Iterable
 from contextlib import nullcontext
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from itertools import count
-from typing import Any
 
 from nanovllm.config import Config
-from nanovllm.engine.admission import BadWords, check_params, check_prompt, check_that_a_token_is_left
+from nanovllm.engine.admission import BadWords, make_sequence
 from nanovllm.engine.block_manager import BlockManager, CacheStats
-from nanovllm.engine.forks import FORKED, keep_in_children
+from nanovllm.engine.health import EngineHealth
 from nanovllm.engine.scheduler import ScheduledStep, Scheduler
 from nanovllm.engine.sequence import Sequence
+from nanovllm.engine.stats import StepStats, snapshot
 from nanovllm.errors import EngineDeadError
-from nanovllm.sampling_params import NAN_LOGITS, NO_TOKEN_LEFT, SamplingParams
+from nanovllm.sampling_params import WHY_NO_TOKEN, SamplingParams
 
 logger = logging.getLogger(__name__)
-
-WHY_NO_TOKEN = {
-    NAN_LOGITS: "the model's logits are NaN: its weights are damaged, or its numbers overflow in this dtype",
-    NO_TOKEN_LEFT: "no token is left to draw: the request's parameters, or the model's logits, rule out all",
-}
-
-LONGEST_STEP = 10.0  # seconds for which leaving the interpreter waits for one
-
-
-@dataclass(slots=True)
-class StepStats:
-    """What the engine did, in tokens and steps, since it started."""
-
-    num_steps: int = 0
-    num_prefill_tokens: int = 0  # computed, not found in the cache
-    num_decode_tokens: int = 0
-    num_output_tokens: int = 0  # handed to their sequences
-    num_preemptions: int = 0
-    prefix_queries: int = 0
-    prefix_hits: int = 0
-    evictions: int = 0
-    cache_usage: float = 0.0
-    num_running: int = 0
-    num_waiting: int = 0
 
 
 @dataclass(slots=True)
@@ -59,25 +33,15 @@ class _StepInFlight:
     handle: "StepHandle"  # noqa: F821 -- worker/ imports torch, which is loaded only when an engine is made
 
 
-def _end_steps(stepping: Any, pid: int) -> None:
-    """On leaving the interpreter: let the step that a daemon thread is at come to its end, and no other begin.
-
-    PyTorch aborts the process when a thread is ended within its code.
-    """
-    if os.getpid() == pid:
-        stepping.acquire(timeout=LONGEST_STEP)
-
-
 class LLMEngine:
-    """Requests in, finished sequences out. Not thread-safe: one caller at a time.
+    """Sequences in, finished sequences out. Not thread-safe: one caller at a time.
 
-    A KeyboardInterrupt may come between any two instructions, and a second one while the first is being handled. So
-    whatever changes the books marks them first (`begin_change`) and, when it is through, as whole. Whoever finds them
-    marked begins anew.
+    A KeyboardInterrupt may come between any two instructions, and a second one while the first is being handled. So a
+    method that changes the books (queues, rows, blocks) calls `begin_change` first, and sets `is_changing` to False
+    when it is through. If an interrupt comes in between, the next `begin_change` finds the mark and resets the engine.
     """
 
-    is_changing = False  # somebody is changing the books, or has been interrupted in it
-    _device_error = ""  # what it says since it has failed for good
+    is_changing = False  # a method is changing the books, or was interrupted while it did
 
     logits_processors: "Processors | None" = None  # noqa: F821 -- the user's, see vllm/logits_processors.py
 
@@ -91,19 +55,18 @@ class LLMEngine:
         from nanovllm.worker.resolve import resolve_by_weights
 
         self.config = config
-        self._pid = os.getpid()
         self.model_path = resolve_model_path(config.model, config.revision)
         hf_config, model_class = load_hf_config(self.model_path, config.hf_overrides)
         self.eos_token_ids = load_eos_token_ids(config, self.model_path, hf_config)
-        self.eos_token_id: int | None = None  # the tokenizer's own, which is one of them; set by who has the tokenizer
+        self.eos_token_id: int | None = None  # the tokenizer's own: see `use_eos_of_tokenizer`
         self.default_sampling = load_default_sampling(config, self.model_path)
         resolve_by_weights(config, hf_config, self.model_path)
         self.followers = Followers(config)
-        # Dropping the engine, an interrupt amid the construction and leaving the interpreter end them like close().
+        # The other ranks end, as in close(), when the engine is dropped, its construction is interrupted, or the
+        # interpreter ends. Finalizers run last made first: so the running step ends before the ranks do.
         weakref.finalize(self, self.followers.close)
-        self._stepping = threading.RLock()
-        weakref.finalize(self, _end_steps, self._stepping, self._pid)  # runs before the one above
-        keep_in_children(self)
+        self.health = EngineHealth(self.followers)
+        self.health.guard(self)
         self.followers.start(hf_config, model_class, self.model_path)
         with self.followers.doing("build", wait=True):
             self.runner = ModelRunner(config, hf_config, model_class, self.model_path, self.followers.tp)
@@ -112,7 +75,7 @@ class LLMEngine:
         self.vocab_size: int = hf_config.vocab_size
         self.max_model_len = self.runner.max_model_len
         self._make_scheduler()
-        # Where the device does not run beside the host, planning ahead would only compute surplus tokens.
+        # On the CPU, host and device share the cores: planning ahead would only compute surplus tokens.
         self.max_behind = MAX_STEPS_IN_FLIGHT - 1 if self.runner.is_cuda else 0
         if config.logits_processors:
             from nanovllm.vllm.logits_processors import install
@@ -121,39 +84,9 @@ class LLMEngine:
         self.stats = StepStats()
         self._in_flight: deque[_StepInFlight] = deque()
         self._unfinished: dict[str, Sequence] = {}
-        self.advanced: list[Sequence] = []  # those to which the last step() handed a token
-        self._ids = count()
-        self._random = random.Random(config.seed)
-
-    @property
-    def num_unfinished(self) -> int:
-        return len(self._unfinished)
-
-    @property
-    def has_unfinished_requests(self) -> bool:
-        return bool(self._unfinished or self._in_flight)
-
-    @property
-    def error(self) -> EngineDeadError | None:
-        """Why the engine serves nothing any more; None while it does. May be asked in any thread."""
-        if os.getpid() != self._pid:
-            return EngineDeadError(FORKED)
-        if self._device_error:
-            return EngineDeadError(
-                f"the device has failed for good: {self._device_error}\nOnly a new process can use it again"
-            )
-        return self.followers.error
-
-    def require_own_process(self) -> None:
-        """Raises EngineDeadError in a child that was forked off the engine's process."""
-        if os.getpid() != self._pid:
-            raise EngineDeadError(FORKED)
-
-    def check_health(self) -> None:
-        """Raises EngineDeadError if the engine serves nothing any more."""
-        error = self.error
-        if error is not None:
-            raise error
+        self.advanced: list[Sequence] = []  # those that got a token in the last step()
+        self.fresh_ids = count()
+        self.fresh_seeds = random.Random(config.seed)
 
     def make_sequence(
         self,
@@ -163,57 +96,12 @@ class LLMEngine:
         bad_words: BadWords = (),
         request_id: str | None = None,
     ) -> Sequence:
-        """Check a request and give it its shape. The engine is not touched: whatever cannot run is refused here.
-
-        `params` are the request's own, which nobody assigns to any more. `bad_words` are the token sequences of
-        `params.bad_words`, see `nanovllm.text.bad_words`.
-
-        Raises:
-            ValueError: naming the prompt as `name`, what is wrong with it, and what is allowed.
-            RuntimeError: the engine sleeps, or its weights were dropped; EngineDeadError: see `error`.
-        """
-        self.check_health()
-        if self.runner.not_ready:
-            raise RuntimeError(self.runner.not_ready)
-        check_prompt(token_ids, name, self.vocab_size, self.max_model_len)
-        check_params(params, bad_words, self.vocab_size, self.config.max_logprobs)
-        if self.logits_processors is not None:
-            self.logits_processors.validate(params)
-        elif params.extra_args:
-            raise ValueError(
-                f"extra_args={params.extra_args!r:.80} are for logits_processors, which this engine has not"
-            )
-        stop_ids = self.eos_token_ids.union(params.stop_token_ids)
-        check_that_a_token_is_left(params, bad_words, stop_ids, self.vocab_size)
-        num_left = self.max_model_len - len(token_ids)
-        seed = params.seed if params.seed is not None else self._random.getrandbits(64)
-        return Sequence(
-            request_id=str(next(self._ids)) if request_id is None else request_id,
-            token_ids=list(token_ids),
-            params=params,
-            max_len=len(token_ids) + min(num_left, params.max_tokens or num_left),
-            stop_ids=stop_ids,
-            stop_reasons=self._stop_reasons(params),
-            seed=seed & (2**64 - 1),
-            bad_words=bad_words,
-        )
-
-    def _stop_reasons(self, params: SamplingParams) -> dict[int, int | None]:
-        """The ids that end a sequence, and what each gives as `stop_reason`: itself, or None for the tokenizer's."""
-        if params.ignore_eos:
-            return {i: i for i in params.stop_token_ids}
-        return {i: None if i == self.eos_token_id else i for i in self.eos_token_ids.union(params.stop_token_ids)}
-
-    def use_eos_of_tokenizer(self, eos_token_id: int | None) -> None:
-        """Let the tokenizer's own EOS end sequences too. One outside the vocabulary is never drawn, and left out."""
-        if eos_token_id is not None and 0 <= eos_token_id < self.vocab_size:
-            self.eos_token_id = eos_token_id
-            self.eos_token_ids |= {eos_token_id}
+        """Check a request and make a sequence of it, as `admission.make_sequence`; `add` then queues it."""
+        return make_sequence(self, token_ids, params, name, bad_words, request_id)
 
     def add(self, seq: Sequence) -> None:
-        """Queue a request. Raises ValueError if one of its id is unfinished, RuntimeError as `make_sequence` does."""
-        if self.runner.not_ready:  # since it was made
-            raise RuntimeError(self.runner.not_ready)
+        """Queue a sequence. Raises ValueError if an unfinished one has its id, RuntimeError if the engine sleeps."""
+        self.require_ready()  # it may have fallen asleep since the sequence was made
         if seq.request_id in self._unfinished:
             raise ValueError(f"request_id={seq.request_id!r} is that of a request which is still running")
         self.begin_change()
@@ -221,55 +109,31 @@ class LLMEngine:
         self.scheduler.add(seq)
         self.is_changing = False
 
-    def abort(self, seqs: Iterable[Sequence]) -> None:
-        """End requests before their time. Those that have finished, or were never added, are left alone."""
-        for seq in seqs:
-            if self._unfinished.get(seq.request_id) is seq:
-                self.finish(seq, "abort")
-
-    def finish(self, seq: Sequence, reason: str, stop_reason: int | str | None = None) -> None:
-        """End a request before its time, or one that has just ended for another reason than it seemed."""
-        self.begin_change()
-        seq.finish(reason, stop_reason)
-        if self._unfinished.get(seq.request_id) is seq:
-            del self._unfinished[seq.request_id]
-            self.scheduler.finish(seq)
-        self._drop_surplus()
-        self.is_changing = False
-
-    def has_idle_device(self) -> bool:
-        """Whether there is a device that has nothing to do: the next step would be launched and not waited for."""
-        return self.runner.is_cuda and all(step.handle.is_done() for step in self._in_flight)
-
     def step(self) -> list[Sequence]:
-        """Launch one step, and return the sequences that an earlier one has finished.
+        """Launch one step, then read an earlier one. Returns the sequences that the earlier step has finished.
 
-        If anything fails, every unfinished request is aborted, the cache is emptied, and the error goes on: the
-        engine serves the next request; unless it has lost a rank or its device for good, which is the end of it
-        (EngineDeadError).
+        If anything fails, the engine aborts all requests, empties the cache and raises the error. Then it serves the
+        next request, unless a rank or the device is lost for good (EngineDeadError).
         """
-        with self._stepping:
-            return self._step()
-
-    def _step(self) -> list[Sequence]:
-        self.begin_change()
-        self.advanced = []
-        try:
-            launched = self._launch_next()
-            finished: list[Sequence] = []
-            while self._in_flight and (len(self._in_flight) > self.max_behind or not launched):
-                finished += self._read_tokens(self._in_flight.popleft())
-            self._drop_surplus()
-            self.followers.check()  # what a lost rank has left on the device is worth nothing
-        except Exception as error:
-            self.reset()
-            self._look_after_device(error)
-            raise
-        except BaseException:
-            self.reset()
-            raise
-        self.is_changing = False
-        return finished
+        with self.health.stepping:
+            self.begin_change()
+            self.advanced = []
+            try:
+                launched = self._launch_next()
+                finished: list[Sequence] = []
+                while self._in_flight and (len(self._in_flight) > self.max_behind or not launched):
+                    finished += self._read_tokens(self._in_flight.popleft())
+                self._drop_surplus()
+                self.followers.check()  # tokens that were computed with a lost rank are garbage
+            except Exception as error:
+                self.reset()
+                self.health.check_device_after(error, self.runner)
+                raise
+            except BaseException:
+                self.reset()
+                raise
+            self.is_changing = False
+            return finished
 
     def _launch_next(self) -> bool:
         """Plan and launch a step. False if there is nothing to compute before more tokens have arrived."""
@@ -277,7 +141,7 @@ class LLMEngine:
         plan = step.plan
         if not plan.rows:
             return False
-        # A device's queue may be full, and then launching waits for the device. On a CPU it is the step itself.
+        # A launch waits for a GPU whose queue is full, and so perhaps for other ranks. On a CPU it is the whole step.
         waiting = self.followers.awaited() if self.runner.is_cuda else nullcontext()
         with self.followers.doing("launch", plan), waiting:
             handle = self.runner.launch(plan)
@@ -288,7 +152,7 @@ class LLMEngine:
         return True
 
     def _read_tokens(self, step: _StepInFlight) -> list[Sequence]:
-        """Wait for a step's tokens, and hand each to its sequence."""
+        """Wait for a step's tokens and append each to its sequence. Returns the sequences that this finishes."""
         finished = []
         with self.followers.awaited():
             token_ids = step.handle.tokens()
@@ -312,26 +176,42 @@ class LLMEngine:
                 finished.append(seq)
         return finished
 
+    def _read_prompt_logprobs(self, step: _StepInFlight) -> None:
+        scored = step.scheduled.scored
+        if scored:
+            for (seq, position), values in zip(scored, step.handle.prompt_logprobs(), strict=True):
+                # A prompt that was preempted half-way is computed again: equal values replace the first ones.
+                seq.prompt_logprobs[position : position + len(values)] = values
+
     def _fail(self, seq: Sequence, reason: str) -> None:
-        """End a sequence that has no next token. Nobody else shall find its blocks: NaN may be in them."""
+        """End a sequence that has no next token. Its blocks may contain NaN, so no other sequence may share them."""
         logger.error("request %s has ended with an error: %s", seq.request_id, reason)
         self.block_manager.forget(seq)
         seq.finish("error", reason)
 
     def _drop_surplus(self) -> None:
-        """With nobody left, no one waits for what is in flight: the runner sees to its buffers."""
+        """Once all sequences are finished, steps in flight hold surplus tokens only: do not wait for them."""
         if not self._unfinished:
             self._in_flight.clear()
 
-    def _read_prompt_logprobs(self, step: _StepInFlight) -> None:
-        scored = step.scheduled.scored
-        if scored:
-            for (seq, position), values in zip(scored, step.handle.prompt_logprobs(), strict=True):
-                # What has been here before, of a prompt that was preempted under way, comes again.
-                seq.prompt_logprobs[position : position + len(values)] = values
+    def abort(self, seqs: Iterable[Sequence]) -> None:
+        """End sequences early. Does nothing for those that have finished or were never added."""
+        for seq in seqs:
+            if self._unfinished.get(seq.request_id) is seq:
+                self.finish(seq, "abort")
+
+    def finish(self, seq: Sequence, reason: str, stop_reason: int | str | None = None) -> None:
+        """End a sequence early, or replace the reason of one that the last step has finished."""
+        self.begin_change()
+        seq.finish(reason, stop_reason)
+        if self._unfinished.get(seq.request_id) is seq:
+            del self._unfinished[seq.request_id]
+            self.scheduler.finish(seq)
+        self._drop_surplus()
+        self.is_changing = False
 
     def reset_prefix_cache(self, reset_running_requests: bool = False) -> None:
-        """Forget all cached prefixes. Who runs keeps its blocks, or is preempted, and then computed anew."""
+        """Empty the prefix cache. Running sequences keep their blocks, or are preempted, and then computed anew."""
         self.begin_change()
         if reset_running_requests:
             self.scheduler.preempt_all()
@@ -339,16 +219,13 @@ class LLMEngine:
         self.is_changing = False
 
     def begin_change(self) -> None:
-        """The books are whole when this returns, and marked as changing until `is_changing` is False again."""
+        """Mark the books as changing, until `is_changing` is False again. Resets them if a change was cut off."""
         if self.is_changing:
             self.reset()
         self.is_changing = True
 
     def reset(self) -> None:
-        """After a failure nobody knows how far the host's books and the device have come: begin anew.
-
-        All requests are aborted, and the cache is emptied. It may be interrupted, and then done again.
-        """
+        """Abort all requests and empty the cache: after a failure the books and the device may disagree."""
         self.is_changing = True
         for seq in self._unfinished.values():
             if not seq.is_finished:
@@ -358,27 +235,6 @@ class LLMEngine:
         self._unfinished.clear()
         self.is_changing = False
 
-    def _look_after_device(self, error: Exception) -> None:
-        """After a step that has failed by `error`. Raises EngineDeadError if the device has failed for good.
-
-        After a "device-side assert" or an "illegal memory access" CUDA answers the process with errors for ever.
-        """
-        if isinstance(error, EngineDeadError):
-            return
-        try:
-            self.runner.check_device()
-        except Exception as lasting:
-            self._device_error = str(lasting) or repr(lasting)
-            raise EngineDeadError(str(self.error)) from error
-
-    def close(self) -> None:
-        """End the other ranks, if there are any. In a forked child nothing, for they are the parent's."""
-        self.followers.close()
-
-    def leave_to_parent(self) -> None:
-        """Called in a child that was just forked, see `engine/forks.py`."""
-        self.followers.leave_to_parent()
-
     def _make_scheduler(self, cache_stats: CacheStats | None = None, num_preemptions: int = 0) -> None:
         config, runner = self.config, self.runner
         block_manager = BlockManager(runner.num_blocks, runner.block_size, config.enable_prefix_caching)
@@ -387,16 +243,46 @@ class LLMEngine:
         scheduler.num_preemptions = num_preemptions
         self.block_manager, self.scheduler = block_manager, scheduler
 
+    def use_eos_of_tokenizer(self, eos_token_id: int | None) -> None:
+        """Let the tokenizer's own EOS end sequences, too. An id outside the vocabulary is never drawn: ignore it."""
+        if eos_token_id is not None and 0 <= eos_token_id < self.vocab_size:
+            self.eos_token_id = eos_token_id
+            self.eos_token_ids |= {eos_token_id}
+
+    @property
+    def num_unfinished(self) -> int:
+        return len(self._unfinished)
+
+    @property
+    def has_unfinished_requests(self) -> bool:
+        return bool(self._unfinished or self._in_flight)
+
+    def has_idle_device(self) -> bool:
+        """Whether a GPU has nothing to compute. Never True on a CPU, which computes each step within `step`."""
+        return self.runner.is_cuda and all(step.handle.is_done() for step in self._in_flight)
+
     def current_stats(self) -> StepStats:
-        """Counters up to now, with the state of the cache and the queue."""
-        cache, scheduler = self.block_manager.stats, self.scheduler
-        return replace(
-            self.stats,
-            num_preemptions=scheduler.num_preemptions,
-            prefix_queries=cache.prefix_queries,
-            prefix_hits=cache.prefix_hits,
-            evictions=cache.evictions,
-            cache_usage=self.block_manager.usage,
-            num_running=len(scheduler.running),
-            num_waiting=len(self._unfinished) - len(scheduler.running),
-        )
+        """The counters up to now, with the state of the cache and the queue."""
+        return snapshot(self.stats, self.block_manager, self.scheduler, len(self._unfinished))
+
+    @property
+    def error(self) -> EngineDeadError | None:
+        """Why the engine serves nothing any more; None while it does. Any thread may ask."""
+        return self.health.error
+
+    def check_health(self) -> None:
+        """Raises `error`, if there is one."""
+        self.health.check()
+
+    def require_ready(self) -> None:
+        """Raises RuntimeError if the engine sleeps, or its weights were dropped."""
+        if self.runner.not_ready:
+            raise RuntimeError(self.runner.not_ready)
+
+    def close(self) -> None:
+        """End the other ranks. In a forked child it does nothing, since they are the parent's."""
+        self.followers.close()
+
+    def leave_to_parent(self) -> None:
+        """Called in a child right after the fork, see `engine/forks.py`."""
+        self.followers.leave_to_parent()

@@ -1,7 +1,7 @@
-"""Refuses the second of two calls that overlap: an engine's books are for one thread at a time.
+"""Refuses a call that begins during another one: only one thread at a time may change an engine's books.
 
-Threads may take turns. The second call gets an error instead of waiting, since who calls one `LLM` from several threads
-wants them to share its batches, for which `AsyncLLM` is made; waiting would only hide it.
+Threads may take turns. The second call raises an error instead of waiting: a program that calls one `LLM` from several
+threads wants their requests to share batches. `AsyncLLM` does that; waiting would hide that `LLM` does not.
 """
 
 import sys
@@ -19,10 +19,11 @@ HELD_BY_ITSELF = (
 
 
 class OneCaller:
-    """`with one_caller:` around what no two may do at once. Raises RuntimeError if somebody is inside.
+    """`with one_caller:` raises RuntimeError while another such block runs.
 
-    The frame that is inside is remembered, not a locked lock: a KeyboardInterrupt may come just before the block is
-    entered or after it is left, and a frame that no thread executes any more holds nobody up.
+    It remembers the frame that entered the block, instead of locking a lock. A KeyboardInterrupt may come just before
+    the block begins or just after it ends, and would leave a lock locked for ever. A frame that no thread executes any
+    more keeps no caller out.
     """
 
     def __init__(self) -> None:
@@ -38,20 +39,20 @@ class OneCaller:
         self.leave()
 
     def enter_if_free(self) -> bool:
-        """Whether the caller is inside now, and has to call `leave`. False: somebody else is."""
+        """Enter, and return True: then call `leave`. False: another call is inside."""
         return self._try_enter(sys._getframe(1)) is None
 
     def leave(self) -> None:
         self._inside.clear()
 
     def require_no_other_thread(self) -> None:
-        """Raises RuntimeError if another thread is inside. This one may be."""
+        """Raises RuntimeError if another thread is inside. The current thread may be."""
         holder = self._inside.get("frame")
         if holder is not None and _thread_that_executes(holder) not in (None, threading.get_ident()):
             raise RuntimeError(HELD_BY_ANOTHER)
 
     def _try_enter(self, frame: FrameType) -> int | None:
-        """None: the frame is inside now. Otherwise the id of the thread that is."""
+        """Let the frame in, and return None; or return the id of the thread that is inside."""
         while (holder := self._inside.setdefault("frame", frame)) is not frame:
             thread_id = _thread_that_executes(holder)
             if thread_id is not None:

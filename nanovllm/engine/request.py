@@ -1,9 +1,10 @@
-"""A request, and the outputs that its reader takes of it.
+"""A request, and the outputs that its reader takes.
 
-The engine's thread makes tokens and pieces of text, and says after each step how many there are: a `Progress`, whose
-cost does not grow with the text. Whoever takes an output builds it from the latest one, maybe in another thread, and
-no lock is needed: ids, pieces and log-probabilities are lists that only grow, and what a `Progress` counts never
-changes. So outputs that nobody takes are never built. One that is taken is its reader's, who may change what is in it.
+The engine's thread makes tokens and pieces of text. After each step it reports how many there are, as a `Progress`,
+whose cost does not grow with the text. The reader, perhaps in another thread, builds an output from the latest
+`Progress`. That needs no lock: ids, pieces and log-probabilities are lists that only grow, and entries that a
+`Progress` counts never change. An output that no reader takes is never built. One that is taken belongs to its reader,
+who may change it.
 """
 
 from collections.abc import Iterable
@@ -14,15 +15,16 @@ from typing import NamedTuple
 from nanovllm.engine.sequence import Sequence
 from nanovllm.outputs import CompletionOutput, Logprob, RequestMetrics, RequestOutput, TokenLogprobs
 from nanovllm.sampling_params import RequestOutputKind, SamplingParams
-from nanovllm.text.detokenizer import NUM_CONTEXT, Detokenizer, TokenDecoder
+from nanovllm.text.detokenizer import Detokenizer, decode_all
+from nanovllm.text.token_decoder import NUM_CONTEXT, TokenDecoder
 
 
 class Progress(NamedTuple):
     """How far a completion had come at one moment."""
 
     num_tokens: int = 0
-    num_pieces: int = 0  # of its text, some of which may be kept back
-    num_chars: int = 0  # that may be shown
+    num_pieces: int = 0  # of its text; its end may be kept back
+    num_chars: int = 0  # that the reader may see
     cumulative_logprob: float | None = None
     finish_reason: str | None = None
     stop_reason: int | str | None = None
@@ -30,17 +32,17 @@ class Progress(NamedTuple):
 
 @dataclass(slots=True, eq=False)
 class Completion:
-    """One sequence of a request. The last three fields are the reader's."""
+    """One of a request's n completions. Only the reader touches the last three fields."""
 
     seq: Sequence
-    detokenizer: Detokenizer | None  # None: its text is made at the end, if at all
-    num_read: int = 0  # output tokens that the detokenizer has seen
-    given: Progress = Progress()
-    text: str = ""
-    logprobs: list[dict[int, Logprob]] = field(default_factory=list)
+    detokenizer: Detokenizer | None  # None: its text is made at the end, or never
+    num_read: int = 0  # output tokens that the detokenizer has read
+    delivered: Progress = Progress()  # of the last output
+    text: str = ""  # with CUMULATIVE all so far; with DELTA the text made but not delivered
+    logprobs: list[dict[int, Logprob]] = field(default_factory=list)  # delivered so far, unless DELTA
 
     def readable_ids(self, start: int = 0) -> list[int]:
-        """The output tokens from `start` on that are text: a stop token is not, unless it is to be included."""
+        """The output tokens from `start` on that become text: not a stop token, unless the request includes it."""
         seq = self.seq
         ids = seq.token_ids[seq.num_prompt_tokens + start :]
         ended_by_token = seq.finish_reason == "stop" and not isinstance(seq.stop_reason, str)
@@ -60,7 +62,7 @@ class Completion:
 
 @dataclass(slots=True, eq=False)
 class Request:
-    """What a caller asked for: a prompt, and a sequence for each of the n completions that it is to get."""
+    """A caller's prompt with its n completions."""
 
     request_id: str
     prompt: str | None
@@ -69,8 +71,8 @@ class Request:
     completions: list[Completion]
     metrics: RequestMetrics
     output_kind: RequestOutputKind
-    decoder: TokenDecoder | None  # None: no text is to be made
-    has_news: bool = False  # something has happened since its last output
+    decoder: TokenDecoder | None  # None: the request gets no text
+    has_news: bool = False  # since its last output
     prompt_logprobs: list[dict[int, Logprob] | None] | None = None
 
     @property
@@ -80,25 +82,25 @@ class Request:
 
     @property
     def has_output(self) -> bool:
-        """Whether its reader should take one now."""
+        """Whether the reader should take an output now."""
         return self.has_news and (self.is_finished or self.output_kind is not RequestOutputKind.FINAL_ONLY)
 
     def progress(self) -> list[Progress]:
-        """How far its completions have come. Called between two steps, by whoever does them."""
+        """How far its completions have come. The thread that runs the engine calls this between two steps."""
         return [completion.progress() for completion in self.completions]
 
     def output(self, progress: list[Progress]) -> RequestOutput:
-        """What there was at that moment: all of it, or with DELTA what the last output did not have.
+        """All tokens and text as of `progress`; with DELTA only what is new since the last output.
 
-        Called by the reader alone, with a later progress each time, in any thread.
+        Only the reader calls this, in any thread, each time with a later progress.
         """
         is_delta = self.output_kind is RequestOutputKind.DELTA
-        is_first = not self.completions[0].given.num_tokens
+        is_first = not self.completions[0].delivered.num_tokens
         self._make_texts()
         if self.prompt_logprobs is None and is_first:
             seq = self.completions[0].seq
             values = seq.prompt_logprobs
-            if values is not None and len(values) == len(self.prompt_token_ids):  # all have come
+            if values is not None and len(values) == len(self.prompt_token_ids):  # all have arrived
                 self.prompt_logprobs = [v and self._logprobs(v, seq.token_ids, i) for i, v in enumerate(values)]
         self.metrics.num_generation_tokens = sum(completion.num_tokens for completion in progress)
         return RequestOutput(
@@ -109,7 +111,7 @@ class Request:
             outputs=[
                 self._completion(index, completion, now, is_delta)
                 for index, (completion, now) in enumerate(zip(self.completions, progress, strict=True))
-                if not is_delta or now != completion.given
+                if not is_delta or now != completion.delivered
             ],
             finished=is_last(progress),
             num_cached_tokens=self.completions[0].seq.num_cached_tokens,
@@ -117,17 +119,17 @@ class Request:
         )
 
     def _make_texts(self) -> None:
-        """Of tokens that nobody has followed, now that they have all come."""
+        """Make the texts of completions without a detokenizer: their only output comes after the last token."""
         pending = [completion for completion in self.completions if completion.detokenizer is None]
         if self.decoder is not None and pending:
             context = self.decoder.context(self.prompt_token_ids, self.params)
             ids = [completion.readable_ids() for completion in pending]
-            for completion, text in zip(pending, self.decoder.decode_all(ids, context, self.params), strict=True):
+            for completion, text in zip(pending, decode_all(self.decoder, ids, context, self.params), strict=True):
                 completion.text = text
 
     def _completion(self, index: int, completion: Completion, now: Progress, is_delta: bool) -> CompletionOutput:
-        seq, since = completion.seq, completion.given
-        completion.given = now
+        seq, since = completion.seq, completion.delivered
+        completion.delivered = now
         start = seq.num_prompt_tokens + (since.num_tokens if is_delta else 0)
         return CompletionOutput(
             index=index,
@@ -158,10 +160,10 @@ class Request:
         if is_delta:
             return new
         completion.logprobs += new
-        return list(completion.logprobs)  # the dicts in it are copied if somebody looks
+        return list(completion.logprobs)  # the output copies its dicts when the reader looks at them
 
     def _logprobs(self, values: TokenLogprobs, token_ids: list[int], place: int) -> dict[int, Logprob]:
-        """Of the token that is at this place of `token_ids` first, then of the likeliest, best first."""
+        """At one place of `token_ids`: first the token there, then the likeliest tokens, best first."""
         texts: Iterable[str | None] = repeat(None)
         if self.decoder is not None:
             before = token_ids[max(0, place - NUM_CONTEXT) : place]
@@ -171,4 +173,5 @@ class Request:
 
 
 def is_last(progress: list[Progress]) -> bool:
+    """Whether all completions are finished, so that no later progress comes."""
     return all(completion.finish_reason is not None for completion in progress)

@@ -1,4 +1,4 @@
-"""A request as the engine sees it: tokens, blocks, and how far the device has come."""
+"""One prompt with its one completion: tokens, blocks, and how far the device has computed them."""
 
 import time
 from dataclasses import dataclass, field
@@ -16,35 +16,35 @@ class SequenceStatus(Enum):
 
 @dataclass(slots=True, eq=False)
 class Sequence:
-    """One request's tokens and its place in the cache.
+    """One completion of a request, which has n of these.
 
-    The host plans a step before it has seen the last one's tokens, so three counts run ahead of each other:
-    `token_ids` are the tokens the host knows, `num_in_flight` more have been sampled on the device or will be by a
-    step already launched, and `num_computed_tokens` have their keys and values in the cache, or will by then.
+    The host plans a step before it has read the last step's tokens, so it keeps three counts: `token_ids` are the
+    tokens that the host knows, `num_in_flight` more are sampled by steps already launched, and `num_computed_tokens`
+    have their keys and values in the cache once those steps are done.
     """
 
     request_id: str
     token_ids: list[int]
     params: SamplingParams
-    max_len: int  # prompt and output at the most: max_tokens, cut to the model's length
-    stop_ids: frozenset[int]  # EOS and the request's own: what min_tokens holds back
-    stop_reasons: dict[int, int | None]  # those of them that end it, and what each gives as `stop_reason`
+    max_len: int  # of prompt and output together: max_tokens, cut to the model's length
+    stop_ids: frozenset[int]  # EOS and `stop_token_ids`: not drawn during the first min_tokens
+    stop_reasons: dict[int, int | None]  # the ids that end it, each with its `stop_reason`
     seed: int  # 64 bits
     bad_words: tuple[tuple[int, ...], ...] = ()  # token sequences
     num_prompt_tokens: int = field(init=False)
     status: SequenceStatus = SequenceStatus.WAITING
     finish_reason: str | None = None
     stop_reason: int | str | None = None
-    row: int = -1  # device-resident row while running
+    row: int = -1  # of the device's rows; -1 unless running
     block_table: list[int] = field(default_factory=list)
-    block_digests: list[bytes] = field(default_factory=list)  # of the known full blocks; outlives a preemption
+    block_digests: list[bytes] = field(default_factory=list)  # of the known full blocks; survives a preemption
     num_published_blocks: int = 0
     num_computed_tokens: int = 0
     num_in_flight: int = 0
     num_cached_tokens: int = 0  # found in the prefix cache at the first admission
     num_preemptions: int = 0
     metrics: RequestMetrics = field(default_factory=lambda: RequestMetrics(time.monotonic()))
-    logprobs: list[TokenLogprobs] = field(default_factory=list)  # of the output tokens, if asked for
+    logprobs: list[TokenLogprobs] = field(default_factory=list)  # of the output tokens, if the request asks for them
     cumulative_logprob: float | None = None
     prompt_logprobs: list[TokenLogprobs | None] | None = None  # as far as they have arrived
 
@@ -55,7 +55,7 @@ class Sequence:
 
     @property
     def num_tokens(self) -> int:
-        """Tokens that exist, known to the host or still on the device."""
+        """All tokens, including those not read from the device yet."""
         return len(self.token_ids) + self.num_in_flight
 
     @property
@@ -68,16 +68,16 @@ class Sequence:
 
     @property
     def must_score_prompt(self) -> bool:
-        """Whether log-probabilities of the prompt are to come, for which every prompt token must be computed."""
+        """Whether prompt log-probabilities are missing; then every prompt token is computed, cached or not."""
         return self.prompt_logprobs is not None and len(self.prompt_logprobs) < self.num_prompt_tokens
 
     def append_logprobs(self, logprobs: TokenLogprobs) -> None:
-        """Take those of the token that arrives next."""
+        """Take the log-probabilities of the next token, before the token itself."""
         self.logprobs.append(logprobs)
         self.cumulative_logprob = (self.cumulative_logprob or 0.0) + logprobs.logprobs[0]
 
     def append_token(self, token_id: int) -> None:
-        """Take a sampled token that has arrived on the host, and finish if it is the last."""
+        """Take a sampled token, read from the device; finish if it is the last."""
         self.num_in_flight -= 1
         self.token_ids.append(token_id)
         num_output_tokens = len(self.token_ids) - self.num_prompt_tokens

@@ -1,7 +1,7 @@
-"""What a trainer asks of an engine between two rollouts: new weights, and the device's memory for a while.
+"""What a trainer needs of an engine between two rollouts: it loads new weights, and takes the device's memory.
 
-For arguments and errors see the methods of `LLM` with these names. The work is in `worker/sleep.py`; here an engine is
-held to be idle, and its prefix cache, which is of the old weights or gone, is forgotten.
+`LLM` and `AsyncLLM` have methods with these names. The work is in `worker/sleep.py`. This module checks that the engine
+is idle, and empties the prefix cache, whose keys and values come from the old weights.
 """
 
 from collections.abc import Collection, Iterable, Iterator
@@ -16,6 +16,20 @@ if TYPE_CHECKING:
 
 
 def load_weights(engine: LLMEngine, named_tensors: Iterable[tuple[str, "torch.Tensor"]]) -> None:
+    """Write new weights over the old ones, as after an optimizer step, and empty the prefix cache.
+
+    Args:
+        named_tensors: (name, tensor) pairs with the checkpoint's names and shapes, in float32, bfloat16, float16 or
+            float64, on any device. They may be some of the weights; the others stay as they are, so that several calls
+            can bring one model. With a tied head, `lm_head.weight` may come after the embedding or along with it.
+
+    Raises:
+        RuntimeError: requests are unfinished, or the engine sleeps.
+        TypeError, ValueError: an entry is no such pair; or, naming the tensor, it is unexpected, comes twice, has the
+            wrong shape or dtype, or is a tied head unlike the embedding. A list is checked before anything is written.
+            From a generator, the tensors before the refused one are written (see the error's notes). Either way the
+            engine serves on.
+    """
     from nanovllm.distributed.tensor_parallel import PeerLostError
     from nanovllm.models.loader import build_outline, checked_tensors, tensor_dtypes
     from nanovllm.worker.sleep import load_weights
@@ -30,23 +44,23 @@ def load_weights(engine: LLMEngine, named_tensors: Iterable[tuple[str, "torch.Te
     if isinstance(named_tensors, Collection):
         watching = copy(tied_head)
         for _ in checked_tensors(outline, named_tensors, watching):
-            pass  # all, before anything is written
+            pass  # check all tensors before writing the first
         engine.tied_head, tied_head = watching, None
 
     def shared() -> Iterator[tuple[str, "torch.Tensor"]]:
-        """Each tensor, once the other ranks have it too. None of them hears of one that is refused."""
+        """Yields each tensor after sending it to the other ranks. They never receive a refused one."""
         for name, tensor in checked_tensors(outline, named_tensors, tied_head):
             yield name, followers.share(name, tensor, runner.device, dtypes[name])
 
     refusal: Exception | None = None
-    engine.begin_change()  # however this ends, what is cached is of other weights
+    engine.begin_change()  # however this ends, the cache no longer fits the weights
     try:
         with followers.doing("load_weights", wait=True):
             try:
                 load_weights(runner, shared())
             except (PeerLostError, RankError):
                 raise
-            except Exception as error:  # a tensor's, or its maker's: all ranks are as far as the one before it
+            except Exception as error:  # of a tensor or of the caller's generator: all ranks have the ones before it
                 refusal = error
             followers.tell("no_more_tensors")
     finally:
@@ -56,6 +70,14 @@ def load_weights(engine: LLMEngine, named_tensors: Iterable[tuple[str, "torch.Te
 
 
 def sleep(engine: LLMEngine, level: int) -> None:
+    """Give the device's memory back: drop the cache, and move the weights to host memory (level 1) or drop them, too
+    (level 2, after which the caller must load them anew). The engine generates nothing until `wake_up()`.
+
+    Does nothing if the engine already sleeps at this level or a deeper one.
+
+    Raises:
+        ValueError: level is not 1 or 2; RuntimeError: requests are unfinished, or the host has no room.
+    """
     from nanovllm.worker.sleep import require_level, sleep
 
     require_level(level)
@@ -65,7 +87,7 @@ def sleep(engine: LLMEngine, level: int) -> None:
         with engine.followers.doing("sleep", level, wait=True):
             sleep(engine.runner, level)
     except Exception:
-        engine.is_changing = False  # all is as before
+        engine.is_changing = False  # nothing has changed
         raise
     if level == 2 and engine.tied_head is not None:
         engine.tied_head.forget()
@@ -73,6 +95,16 @@ def sleep(engine: LLMEngine, level: int) -> None:
 
 
 def wake_up(engine: LLMEngine, tags: list[str] | None = None) -> None:
+    """Take the device's memory again. After `sleep(2)`, call `load_weights()` before anything else.
+
+    Args:
+        tags: ["weights"] takes the memory of the weights alone, so that new ones can be loaded while the trainer still
+            needs the rest; ["kv_cache"] takes the rest later; None takes both.
+
+    Raises:
+        ValueError: there is no such tag; RuntimeError: the cache is to wake before the weights.
+        torch.OutOfMemoryError: others hold the memory; the engine sleeps on, and the caller may try again.
+    """
     from nanovllm.worker.sleep import require_tags, wake_up
 
     tags = require_tags(tags, engine.runner.has_weights)

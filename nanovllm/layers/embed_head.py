@@ -12,9 +12,9 @@ from nanovllm.layers.linear import ColumnParallelLinear, PartialSum
 
 
 class VocabParallelEmbedding(ColumnParallelLinear):
-    """Each rank keeps the vectors of a slice of the vocabulary, and contributes zeros for other tokens.
+    """Each rank keeps the vectors of its share of the vocabulary, and adds zeros for other tokens.
 
-    The weight is also a matrix: that of a tied output projection, `[vocab_share, hidden_size]`.
+    The weight `[vocab_share, hidden_size]` may also be the output projection's: a tied head.
     """
 
     def __init__(self, vocab_size: int, hidden_size: int, tp: TensorParallel) -> None:
@@ -24,7 +24,7 @@ class VocabParallelEmbedding(ColumnParallelLinear):
 
     @property
     def has_product(self) -> bool:
-        return self.is_head  # otherwise rows are read, and no more
+        return self.is_head  # without a tied head the layer only reads rows
 
     def forward(self, input_ids: torch.Tensor) -> torch.Tensor:
         """`input_ids [tokens]` int32 -> `[tokens, hidden_size]`."""
@@ -41,7 +41,7 @@ class ParallelLMHead(ColumnParallelLinear):
 
     def __init__(self, vocab_size: int, hidden_size: int, tp: TensorParallel) -> None:
         super().__init__(hidden_size, vocab_size, tp)
-        self._tied_to: list[VocabParallelEmbedding] = []  # in a list, for a submodule would own its weight
+        self._tied_to: list[VocabParallelEmbedding] = []  # in a list: as a submodule it would own the weight twice
 
     @property
     def is_tied(self) -> bool:
@@ -61,5 +61,5 @@ class ParallelLMHead(ColumnParallelLinear):
         """`x [n, hidden_size]` -> `[n, vocab_size]`, whole on every rank."""
         owner = self._tied_to[0] if self._tied_to else self
         logits = self.tp.all_gather(owner.format.matmul(owner, x, None))
-        # Without the padding, whose zeros may be the greatest
+        # Drop the padding: its zeros may exceed every logit.
         return logits if logits.shape[1] <= self.total else logits[:, : self.total].contiguous()

@@ -1,9 +1,9 @@
 """The linear layers, cut over the ranks as in Megatron-LM (Shoeybi et al., 2019, arXiv:1909.08053).
 
-A column-parallel layer cuts the weight by output features: each rank computes a slice of the output, and no rank talks.
-A row-parallel layer cuts it by input features: each rank takes such a slice as its input and has a *partial sum* of the
-whole output. **The all-reduce is in `PartialSum`, and nowhere else in a layer.** A block pairs the two (QKV then output
-projection, gate/up then down), so it costs one all-reduce, not one per matrix.
+A column-parallel layer cuts the weight by output features: each rank computes its share of the output, and no rank
+talks. A row-parallel layer cuts it by input features: each rank takes such a share as its input and has a *partial sum*
+of the whole output. **The all-reduce is in `PartialSum`, and nowhere else in a layer.** A block pairs the two (QKV then
+output projection, gate/up then down), so it costs one all-reduce, not one per matrix.
 
 Heads must come out even. Other features are padded with zeros on the last ranks, which adds nothing: silu(0) * 0 = 0.
 """
@@ -59,11 +59,11 @@ class Linear(nn.Module):
 
     @property
     def has_product(self) -> bool:
-        """Whether the weight is multiplied by."""
+        """Whether the layer multiplies by its weight."""
         return True
 
     def use_format(self, format: WeightFormat, dtype: torch.dtype) -> None:
-        """Keep the weight in another format. Its parameters are new, and have to be loaded."""
+        """Keep the weight in another format. Its parameters are new and not loaded."""
         for name, _ in list(self.named_parameters(recurse=False)):
             if name != "bias":
                 delattr(self, name)
@@ -81,7 +81,7 @@ class Linear(nn.Module):
 
 
 class ColumnParallelLinear(Linear):
-    """Each rank keeps a slice of the output features, and computes that slice of the output. No communication."""
+    """Each rank keeps a share of the output features, and computes that share of the output. No communication."""
 
     def __init__(self, in_features: int, out_features: int, tp: TensorParallel, bias: bool = False) -> None:
         super().__init__(in_features, tp.padded_share(out_features), bias)
@@ -108,11 +108,12 @@ class MergedColumnParallelLinear(ColumnParallelLinear):
         copy_share(own, loaded, 0, self.totals[shard], self.tp.rank)
 
 
-class QKVParallelLinear(ColumnParallelLinear):
+class QKVParallelLinear(Linear):
     """The query, key and value projections as one matrix, cut by heads. Shards are "q", "k" and "v".
 
-    A rank keeps the key/value heads of its query heads; neighbouring ranks may keep the same one. On all ranks a kept
-    head serves equally many query heads: where N cuts groups of them unevenly, a rank keeps a head more than once.
+    A rank keeps the key/value heads that its query heads read; neighbouring ranks may keep the same one. Every kept
+    head
+    serves equally many query heads: where the cut would make groups uneven, a rank keeps a head more than once.
     """
 
     def __init__(
@@ -124,15 +125,14 @@ class QKVParallelLinear(ColumnParallelLinear):
         tp: TensorParallel,
         bias: bool = False,
     ) -> None:
-        nn.Module.__init__(self)
-        self.tp = tp
         if num_heads % num_kv_heads:
             raise ValueError(
                 f"num_attention_heads={num_heads} must be a multiple of num_key_value_heads={num_kv_heads}"
             )
+        self.tp = tp
         self.num_heads = tp.split(num_heads, "num_attention_heads")
         group = num_heads // num_kv_heads
-        served = gcd(group, self.num_heads)  # query heads by each key/value head that is kept
+        served = gcd(group, self.num_heads)  # query heads for each key/value head that a rank keeps
         first = tp.rank * self.num_heads
         self.kv_heads = [head // group for head in range(first, first + self.num_heads, served)]
         self.num_kv_heads, self.total_kv_heads = len(self.kv_heads), num_kv_heads
@@ -141,7 +141,7 @@ class QKVParallelLinear(ColumnParallelLinear):
             "k": self.num_kv_heads * head_dim,
             "v": self.num_kv_heads * head_dim,
         }
-        Linear.__init__(self, hidden_size, sum(self.shard_sizes.values()), bias)
+        super().__init__(hidden_size, sum(self.shard_sizes.values()), bias)
 
     def load_shard(self, param: nn.Parameter, loaded: torch.Tensor, shard: str | int | None) -> None:
         order = list(self.shard_sizes)
@@ -155,7 +155,7 @@ class QKVParallelLinear(ColumnParallelLinear):
 
 
 class RowParallelLinear(Linear):
-    """Each rank keeps a slice of the input features, and has a partial sum of the output."""
+    """Each rank keeps a share of the input features, and has a partial sum of the output."""
 
     def __init__(self, in_features: int, out_features: int, tp: TensorParallel, bias: bool = False) -> None:
         super().__init__(tp.padded_share(in_features), out_features, bias)
@@ -178,9 +178,9 @@ class RowParallelLinear(Linear):
 
 
 def copy_share(param: torch.Tensor, loaded: torch.Tensor, dim: int, total: int, rank: int) -> None:
-    """Copy `rank`'s share of `loaded`, which has `total` features along `dim`, and zeros where it ends before `param`.
+    """Copy `rank`'s share of `loaded`, which has `total` features along `dim`; fill the rest of `param` with zeros.
 
-    What is mapped from a file is read only where it is copied. Raises ValueError on a wrong shape.
+    Of a tensor mapped from a file only the share is read. Raises ValueError on a wrong shape.
     """
     whole = [*param.shape[:dim], total, *param.shape[dim + 1 :]]
     if list(loaded.shape) != whole:

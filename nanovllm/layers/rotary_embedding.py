@@ -1,7 +1,8 @@
 """Rotary position embedding (Su et al., 2021, arXiv:2104.09864) and its stretchings to longer contexts.
 
-A pair of features (i, i + dim/2) of a query or key at position p is rotated by the angle p · inv_freq[i]. Everything
-a model can choose is in `inv_freq` and one factor on cos and sin, so each type is a function from the config to those.
+The rotation turns a pair of features (i, i + dim/2) of a query or key at position p by the angle p · inv_freq[i]. All
+that a model can choose is in `inv_freq` and one factor on cos and sin, so each type is a function from the config to
+those.
 """
 
 import math
@@ -40,7 +41,7 @@ def build_rope_tables(ropes: Iterable[Rope | None], max_position: int, device: s
 
 
 def rope_parameters(hf_config: Any) -> RopeParameters:
-    """The rope settings of a Hugging Face config in one spelling, that of transformers 5, whose precedence this has.
+    """The rope settings of a Hugging Face config in one spelling, with the names and the precedence of transformers 5.
 
     `rope_scaling` replaces `rope_parameters` whole, and `rope_theta` counts where neither has one.
 
@@ -145,7 +146,7 @@ def _yarn(dim: int, max_position: int, params: RopeParameters) -> tuple[torch.Te
     elif scale is None:
         scale = magnitude(factor)
 
-    def feature_turning(rotations: float) -> float:  # the feature that turns so often over the original context
+    def feature_turning(rotations: float) -> float:  # the feature with so many turns over the original context
         return dim * math.log(original / (rotations * 2 * math.pi)) / (2 * math.log(theta))
 
     low = feature_turning(params.get("beta_fast") or 32)
@@ -176,7 +177,7 @@ _INV_FREQ: dict[str, Callable[[int, int, RopeParameters], tuple[torch.Tensor, fl
     "yarn": _yarn,
     "llama3": _llama3,
 }
-# type: (the settings it needs, those it may have), beside rope_theta. All are numbers.
+# type: (the settings it requires, those it accepts), beside rope_theta. All are numbers.
 _SETTINGS: dict[str, tuple[tuple[str, ...], tuple[str, ...]]] = {
     "default": ((), ()),
     "linear": (("factor",), ()),

@@ -1,7 +1,7 @@
 """From a directory or hub id to a model with its weights: every parameter exactly once, or an error that names it.
 
-New weights for a model that runs come the same way, by the checkpoint's names, and are written over the old ones:
-parameters keep their addresses on a GPU, on which captured graphs rely.
+New weights for a running model take the same way, by the checkpoint's names. The loader writes them over the old ones:
+on a GPU parameters keep their addresses, because captured graphs hold those.
 """
 
 from collections.abc import Collection, Iterable, Iterator
@@ -22,14 +22,14 @@ from nanovllm.models.weight_files import read_tensors
 
 NamedTensors = Iterable[tuple[str, torch.Tensor]]
 Place = tuple[str, str, str | int | None]  # module, its parameter, shard of it
-DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)  # of weights that are no quantized ones
+DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)  # of a checkpoint's numbers
 
 
 def resolve_model_path(model: str, revision: str | None) -> Path:
-    """The local directory of a model, fetched from the hub if it is not one already.
+    """The model's local directory; a hub id is downloaded first.
 
     Raises:
-        FileNotFoundError, OSError: no such directory, and the hub has or gives no such model.
+        FileNotFoundError, OSError: the directory does not exist, or the hub does not give the model.
     """
     path = Path(model).expanduser()
     if path.is_dir():
@@ -61,16 +61,19 @@ def load_weights(model: nn.Module, path: Path) -> None:
 
 
 def checked_tensors(outline: nn.Module, named_tensors: NamedTensors, tied_head: TiedHead | None = None) -> NamedTensors:
-    """The same, each held to be one of the checkpoint's, but for those that say nothing new.
+    """Yields each tensor after checking that it belongs to this model.
+
+    It skips redundant ones: a tied head, rotary buffers.
 
     Args:
-        outline: the whole model without memory, of one rank.
-        tied_head: watches the head's tensor where the model has none.
+        outline: the whole model without memory, as one rank would have it.
+        tied_head: compares the head's tensor with the embedding, where the model has no head of its own.
 
     Raises:
-        TypeError: what comes is not a name and a tensor.
-        ValueError: naming a tensor that is unexpected, there twice, or of the wrong shape or dtype; at the end, a head
-            that should be the embedding and is not.
+        TypeError: an entry is not a name and a tensor.
+        ValueError: naming a tensor that is unexpected, there twice, or of the wrong shape or dtype; at the end, naming
+        a
+            head that should equal the embedding and does not.
     """
     places = tensor_places(outline)
     if tied_head is not None:
@@ -88,16 +91,16 @@ def checked_tensors(outline: nn.Module, named_tensors: NamedTensors, tied_head: 
 
 
 def update_weights(model: nn.Module, outline: nn.Module, named_tensors: NamedTensors, loaded: set[str]) -> None:
-    """Write tensors, all of the checkpoint's or some, over the weights of a model that runs.
+    """Write tensors, all of a checkpoint's or some, over the weights of a running model.
 
-    Of what comes those before the faulty one have been written. Weights packed for the CPU are unpacked for it, and
-    packed again.
+    When one is faulty, the tensors before it have been written. A layer whose weight is laid out for its product gets
+    the checkpoint's layout for as long as this takes.
 
     Args:
         outline: the same model without memory.
-        loaded: gets the names of the tensors that have been written.
+        loaded: receives the names of the tensors that have been written.
 
-    Raises what `named_tensors` raises, and ValueError for a tensor that is not checked and of the wrong shape.
+    Raises: what `named_tensors` raises; ValueError for a tensor of the wrong shape.
     """
     laid_out = [layer for layer in _linears(model) if layer.format.is_laid_out]
     try:
@@ -111,18 +114,18 @@ def update_weights(model: nn.Module, outline: nn.Module, named_tensors: NamedTen
 
 
 def fill_with_random_weights(model: nn.Module, seed: int = 0) -> None:
-    """Weights that have a trained model's scale but no meaning: for benchmarks of a config without a checkpoint."""
+    """Random weights of a trained model's scale, for benchmarks of a config without a checkpoint."""
     device = next(model.parameters()).device
     generator = torch.Generator(device=device).manual_seed(seed)
-    # Drawing a billion numbers takes a CPU seconds, so a million are laid end to end. Their number is prime, lest rows
-    # of a matrix, and with them the logits of two tokens, be equal.
+    # A CPU takes seconds to draw a billion numbers, so a million are repeated. Their number is prime: otherwise rows of
+    # a matrix, and with them the logits of two tokens, could be equal.
     numbers = torch.empty(1_048_583, device=device).uniform_(-0.035, 0.035, generator=generator)  # deviation 0.02
     for name, param in model.named_parameters():
         if name.endswith("norm.weight"):
             param.data.fill_(1.0)
         else:
-            for piece in param.data.view(-1).split(len(numbers)):
-                piece.copy_(numbers[: len(piece)])
+            for run in param.data.view(-1).split(len(numbers)):
+                run.copy_(numbers[: len(run)])
 
 
 def build_model(
@@ -134,7 +137,7 @@ def build_model(
     device: str,
     tp: TensorParallel = TensorParallel(),  # noqa: B008 -- frozen
 ) -> nn.Module:
-    """This rank's part of the model on its device, with its weights. Raises what `load_weights` raises."""
+    """This rank's share of the model on its device, with its weights. Raises as `load_weights`."""
     model = build_outline(hf_config, cls, tp, dtype, device)
     # As `to_empty` does, whose `empty_like` imports sympy: 2 s in every process that makes an engine.
     model._apply(lambda param: torch.empty(param.shape, dtype=param.dtype, device=device))
@@ -185,7 +188,7 @@ def _linears(model: nn.Module) -> Iterator[Linear]:
 
 
 def tensor_places(model: nn.Module) -> dict[str, Place]:
-    """The checkpoint's tensor names, and where each belongs, in a model whose weights are plain or without memory."""
+    """The checkpoint's tensor names, and where each belongs in a model whose weights are not laid out yet."""
     places: dict[str, Place] = {}
     for name, _ in model.named_parameters():
         module_name, _, leaf = name.rpartition(".")
@@ -202,7 +205,7 @@ def tensor_dtypes(model: nn.Module) -> dict[str, torch.dtype]:
 
 
 def list_names(names: Collection[str]) -> str:
-    """The first of them, and how many more there are."""
+    """The first five names, and how many more there are."""
     shown = ", ".join(sorted(names)[:5])
     return f"{shown} and {len(names) - 5} more" if len(names) > 5 else shown
 
@@ -210,7 +213,7 @@ def list_names(names: Collection[str]) -> str:
 def _fill(
     model: nn.Module, places: dict[str, Place], tensors: NamedTensors, loaded: set[str], source: str = ""
 ) -> None:
-    """Copy each tensor to its place in `model`, and its name to `loaded`."""
+    """Copy each tensor to its place in `model`, and add its name to `loaded`."""
     for name, tensor in tensors:
         if name in loaded:
             raise ValueError(f"tensor {name!r} is there twice{source}")
@@ -236,7 +239,7 @@ def _fill(
 
 
 def _pairs(named_tensors: NamedTensors) -> NamedTensors:
-    """The same. Raises TypeError where something else comes."""
+    """Yields `named_tensors`. Raises TypeError at an entry that is not a name and a tensor."""
     if not isinstance(named_tensors, Iterable):
         raise TypeError(f"named_tensors={named_tensors!r:.80} must be pairs of a name and a tensor")
     for pair in named_tensors:
@@ -248,5 +251,5 @@ def _pairs(named_tensors: NamedTensors) -> NamedTensors:
 
 
 def _is_redundant(name: str, model: nn.Module) -> bool:
-    """Whether checkpoints carry this tensor although it is computed, or is another under a second name."""
+    """Whether the model computes this tensor itself, or has it under another name."""
     return name.endswith("rotary_emb.inv_freq") or (model.lm_head.is_tied and name == HEAD)

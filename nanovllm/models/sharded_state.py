@@ -1,7 +1,7 @@
-"""A rank's weights as they are, cut and merged, in files of its own: each rank reads its part and no more.
+"""Files in which each rank has its own weights, cut and merged as it holds them: it reads no others.
 
-vLLM's load_format "sharded_state". Its file names and their pattern are vLLM's; the tensors in them are ours, and for
-as many ranks as have written them.
+vLLM's load_format "sharded_state". The file names are vLLM's; the tensors in them are ours, and fit as many ranks as
+have written them.
 """
 
 from collections.abc import Iterator
@@ -16,17 +16,17 @@ DEFAULT_PATTERN = "model-rank-{rank}-part-{part}.safetensors"
 
 
 class ShardedStateLoader:
-    """The name under which vLLM's programs know the pattern."""
+    """vLLM's programs find the pattern under this name."""
 
     DEFAULT_PATTERN = DEFAULT_PATTERN
 
 
 def save_shard(model: nn.Module, rank: int, folder: Path, pattern: str | None, max_bytes: int | None) -> None:
-    """Write a rank's weights into a folder that is there.
+    """Write a rank's weights into an existing folder.
 
     Args:
         pattern: of the file names, with `{rank}` and `{part}`.
-        max_bytes: of a file, unless a tensor alone has more; None: any number.
+        max_bytes: of a file, unless one tensor has more; None: no limit.
     """
     from safetensors.torch import save_file
 
@@ -50,11 +50,12 @@ def save_shard(model: nn.Module, rank: int, folder: Path, pattern: str | None, m
 
 @torch.inference_mode()
 def load_shard(model: nn.Module, rank: int, folder: Path) -> None:
-    """Fill a rank's model, whose weights are plain.
+    """Fill a rank's model, whose weights are not laid out yet.
 
     Raises:
-        FileNotFoundError: there are no files of this rank; ValueError: naming a tensor that is missing or unexpected,
-            or of another shape or dtype, as when other options were given when it was written.
+        FileNotFoundError: there are no files of this rank.
+        ValueError: naming a tensor that is missing, unexpected, or of another shape or dtype, as when the files were
+            written under other options.
     """
     from safetensors import safe_open
 

@@ -1,1 +1,1 @@
-"""Text at both ends: conversations and prompts to token ids; token ids to text, stop strings and bad words."""
+"""Text at both ends: conversations and prompts to token ids; token ids to text; stop strings and bad words."""

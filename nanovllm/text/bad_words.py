@@ -1,14 +1,14 @@
-"""Words that must not come out, as the token sequences that would spell them. The rule is vLLM's."""
+"""Bad words as the token sequences that spell them, so that the sampler can forbid them. The rule is vLLM's."""
 
 from collections.abc import Iterable
 from typing import Any
 
 
 def bad_word_ids(words: Iterable[str], tokenizer: Any) -> tuple[tuple[int, ...], ...]:
-    """Each word as it is tokenized at the start of a text, and after a space where that gives as many other tokens.
+    """The tokens of each word at the start of a text, and those after a space if they are as many but differ.
 
     Args:
-        words: not blank; spaces in front do not matter.
+        words: none blank. Leading spaces are ignored.
         tokenizer: a `transformers` tokenizer.
     """
     found = []

@@ -17,7 +17,7 @@ _OPTIONS = {
 
 
 def chat_prompts(tokenizer: Any, messages: Any, **options: Any) -> list[dict[str, Any]]:
-    """`chat_prompt` of a conversation, or of each of a list of conversations. Raises as it does."""
+    """`chat_prompt` for one conversation, or for each of a list of them. Raises as it does."""
     if not isinstance(messages, (list, tuple)) or not messages:
         raise TypeError(f"messages={messages!r:.80} must be a list of messages, or of such lists, and not empty")
     if isinstance(messages[0], dict) or is_object(messages[0]):
@@ -33,17 +33,25 @@ def chat_prompt(
     chat_template_content_format: str = "auto",
     **template_options: Any,
 ) -> dict[str, Any]:
-    """The prompt, with its text and its ids, for one conversation.
+    """The prompt, with its text and its token ids, for one conversation.
 
     Args:
-        messages: `[{"role": "user", "content": "…"}, …]`; `text/messages.py` says what else a message may have.
-        name: what to call them in an error.
-        chat_template_kwargs: what the template knows besides; they must not name one of the
-        template_options: what `apply_chat_template` of a `transformers` tokenizer takes; see `LLM.chat`.
+        messages: `[{"role": "user", "content": "…"}, …]`. Content may be a list of parts
+            `{"type": "text", "text": "…"}`, or None beside tool calls, whose arguments may be JSON strings:
+            `text/messages.py` takes all forms.
+        name: what an error calls the messages.
+        chat_template_kwargs: further variables of the template, `{"enable_thinking": False}` for one.
+        chat_template_content_format: the template gets content as a "string", or as a list of parts ("openai").
+            "auto": in the form that the template handles.
+        template_options: for `apply_chat_template` of the `transformers` tokenizer:
+            chat_template: a Jinja template instead of the tokenizer's.
+            add_generation_prompt: begin the assistant's message, which the model is to write.
+            continue_final_message: leave the last message open, for the model to continue; not with the former.
+            tools: JSON schemas of functions, for templates that know them.
 
     Raises:
         TypeError: the messages or an option have another form.
-        ValueError: there is no template, or it does not take them; a part of a message is no text.
+        ValueError: there is no template, or it does not take the messages; a part of a message is no text.
     """
     options = {
         "chat_template_kwargs": chat_template_kwargs,
@@ -73,18 +81,18 @@ def chat_prompt(
     options = {option: plain(value, option) for option, value in template_options.items()}
     options |= plain(chat_template_kwargs or {}, "chat_template_kwargs")
 
-    def asked(function: Callable[..., Any], *arguments: Any, **options: Any) -> Any:
+    def call_template(function: Callable[..., Any], *arguments: Any, **options: Any) -> Any:
         try:
             return function(*arguments, **options)
-        except Exception as error:  # a template is a program: it may raise what it likes
+        except Exception as error:  # a template is a program, which may raise any error
             raise ValueError(f"the chat template does not take {name}: {error}") from error
 
     form = chat_template_content_format
     if form == "auto":
-        template = asked(tokenizer.get_chat_template, options.get("chat_template"), options.get("tools"))
-        form = asked(content_format, template)
+        template = call_template(tokenizer.get_chat_template, options.get("chat_template"), options.get("tools"))
+        form = call_template(content_format, template)
     conversation = [as_template_takes(m, form, f"{name}[{i}]") for i, m in enumerate(conversation)]
-    text = asked(tokenizer.apply_chat_template, conversation, tokenize=False, **options)
+    text = call_template(tokenizer.apply_chat_template, conversation, tokenize=False, **options)
     refuse_surrogates(text, f"what the chat template makes of {name}")
-    # The template writes what special tokens there are to be.
+    # The template has written all special tokens itself.
     return {"prompt": text, "prompt_token_ids": tokenizer.encode(text, add_special_tokens=False)}

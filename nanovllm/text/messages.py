@@ -1,9 +1,9 @@
-"""Messages in the form that a chat template takes.
+"""Rewrites messages into the form that a chat template handles.
 
-OpenAI's messages say the same in several ways: content is a string, a list of parts, or None; a tool call's arguments
-are JSON in a string. A template knows one of these. One that does `message.content` writes out a list as Python would
-print it, or nothing, and one that loops over parts finds none in a string. So the template is looked at, as vLLM does
-it, and the messages are written as it wants them. The caller's stay as they are.
+OpenAI's messages say the same in several ways: content is a string, a list of parts, or None, and a tool call's
+arguments are JSON in a string. A template handles one of these forms. A template that writes `message.content` prints
+a list as Python does, or prints nothing, and a template that loops over parts finds none in a string. So this module
+parses the template, as vLLM does, and writes the messages in its form. The caller's own messages stay as they are.
 """
 
 import json
@@ -27,9 +27,9 @@ _TEXT_PARTS = {
 
 
 def plain(value: Any, name: str) -> Any:
-    """A copy in dicts, lists and strings, also of pydantic's objects and of dataclasses. What is none of these stays.
+    """A copy made of dicts, lists and strings; pydantic's objects and dataclasses become dicts. Other values stay.
 
-    Raises ValueError if a string has a lone surrogate; `name` says how to call the value then.
+    Raises ValueError, which calls the value `name`, if a string has a lone surrogate.
     """
     if isinstance(value, str):
         refuse_surrogates(value, name)
@@ -44,19 +44,20 @@ def plain(value: Any, name: str) -> Any:
 
 
 def is_object(value: Any) -> bool:
-    """Whether it is one of pydantic's, as the openai package gives them, or a dataclass's: `plain` makes it a dict."""
+    """Whether `plain` makes a dict of it: a pydantic object, as the openai package returns them, or a dataclass."""
     return not isinstance(value, type) and (hasattr(value, "model_dump") or is_dataclass(value))
 
 
 @lru_cache(maxsize=32)
 def content_format(chat_template: str) -> str:
-    """What a template takes as a message's content.
+    """The form of a message's content that a template handles.
 
     Returns:
-        "string"; "openai", a list of parts, if it loops over the content; "either" if it also asks `content is string`.
+        "string"; "openai" (a list of parts) if the template loops over the content; "either" if it also tests
+        `content is string`.
     """
     from jinja2 import nodes
-    from transformers.utils.chat_template_utils import _compile_jinja_template  # it has tags of its own
+    from transformers.utils.chat_template_utils import _compile_jinja_template  # which knows transformers' own tags
 
     tree = _compile_jinja_template(chat_template).environment.parse(chat_template)
     names = {"content"}
@@ -69,7 +70,7 @@ def content_format(chat_template: str) -> str:
 
 
 def _is_content(node: "nodes.Node", names: set[str]) -> bool:
-    """Whether an expression is a message's content, all of it or what a filter or a slice leaves."""
+    """Whether an expression is a message's content, perhaps behind a filter or a slice."""
     from jinja2 import nodes
 
     while isinstance(node, nodes.Filter) or (isinstance(node, nodes.Getitem) and isinstance(node.arg, nodes.Slice)):
@@ -82,7 +83,7 @@ def _is_content(node: "nodes.Node", names: set[str]) -> bool:
 
 
 def _names_of_content(tree: "nodes.Template", names: set[str]) -> list[str]:
-    """Variables that are set to it, and parameters of macros that are called with it."""
+    """The variables that are set to content, and the parameters of macros that are called with it."""
     from jinja2 import nodes
 
     assigned = [(assign.target, assign.node) for assign in tree.find_all(nodes.Assign)]
@@ -94,14 +95,14 @@ def _names_of_content(tree: "nodes.Template", names: set[str]) -> list[str]:
 
 
 def as_template_takes(message: dict[str, Any], form: str, name: str) -> dict[str, Any]:
-    """A message, which `plain` has made, for a template of that `content_format`.
+    """Rewrites a message, which `plain` has copied, for a template of this `content_format`.
 
-    Parts become one string, line by line, or a string becomes a part; a tool's answer is always a string. Arguments of
-    tool calls become dicts. Fields that are None are left out, except for the content, which is empty then, or the
-    refusal. `reasoning` and `reasoning_content` are two names of one thing.
+    Parts become one string, joined by newlines, or a string becomes one part; a tool's answer is always a string.
+    Arguments of tool calls become dicts. Fields that are None are dropped; content that is None becomes the refusal, or
+    empty. `reasoning` and `reasoning_content` are two names of one field.
 
     Raises:
-        TypeError, ValueError: naming the field of the message, as `name`, that has another form, or is no text.
+        TypeError, ValueError: naming the field (of the message called `name`) that has another form, or is no text.
     """
     message = {key: value for key, value in message.items() if value is not None}
     if not isinstance(message.get("role"), str):
@@ -122,13 +123,13 @@ def as_template_takes(message: dict[str, Any], form: str, name: str) -> dict[str
     calls = message.pop("tool_calls", [])
     if not isinstance(calls, list):
         raise TypeError(f"{name}['tool_calls']={calls!r:.80} must be a list of tool calls, or None")
-    if calls:  # an empty list is none, but templates ask whether there is one
+    if calls:  # drops an empty list: some templates only test whether the field is there
         message["tool_calls"] = [_tool_call(call, f"{name}['tool_calls'][{i}]") for i, call in enumerate(calls)]
     return message
 
 
 class _Parts(list):
-    """Parts that are also written out as their text: some templates loop over a user's and print an assistant's."""
+    """A list of parts that prints as their text: some templates loop over a user's content but print an assistant's."""
 
     def __str__(self) -> str:
         return "\n".join(part["text"] for part in self)
@@ -155,7 +156,7 @@ def _text_of(part: Any, name: str) -> str:
 
 
 def _tool_call(call: Any, name: str) -> dict[str, Any]:
-    """A tool call whose arguments are a dict. Some templates take {"name": …, "arguments": …} alone."""
+    """A tool call with its arguments as a dict. It may come without the outer {"function": …}."""
     if not isinstance(call, dict):
         raise TypeError(f"{name}={call!r:.80} must be a dict with a 'function'")
     if "function" in call:

@@ -1,8 +1,8 @@
-"""Halves of characters are refused where text comes in, by the name of the argument.
+"""Refuses strings with half a character, naming the argument that brought them.
 
-A Python string may hold a lone surrogate, one half of a UTF-16 pair: `json.loads` makes it of a cut "\\ud83d", and
-`errors="surrogateescape"` of a stray byte. No encoding has it: a tokenizer fails on it without saying whose it is, and
-a stop string with it is never found.
+A Python string may hold a lone surrogate, one half of a UTF-16 pair: `json.loads` makes one from a cut "\\ud83d", and
+`errors="surrogateescape"` makes one from a stray byte. No encoding can write it. A tokenizer would raise an error that
+does not name the argument, and a stop string with a surrogate would never be found.
 """
 
 

@@ -7,7 +7,7 @@ from typing import Any, Self
 
 import nanovllm.engine.llm_engine as ours
 from nanovllm.async_llm import AsyncLLM
-from nanovllm.engine.text_engine import Prompt, as_request_ids, own_params
+from nanovllm.engine.prompts import Prompt, as_request_ids, copy_params
 from nanovllm.llm import LLM
 from nanovllm.outputs import RequestOutput
 from nanovllm.sampling_params import SamplingParams
@@ -63,7 +63,7 @@ class LLMEngine:
         """
         if not isinstance(request_id, str):
             raise TypeError(f"request_id={request_id!r:.80} must be a string")
-        own = own_params(params, "params")
+        own = copy_params(params, "params")
         further = {"lora_request": lora_request, "tokenization_kwargs": tokenization_kwargs}
         further |= {"trace_headers": trace_headers, "priority": priority}
         check("add_request", ARGUMENTS, further, [])

@@ -4,7 +4,7 @@ from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
-    from nanovllm.engine.llm_engine import StepStats
+    from nanovllm.engine.stats import StepStats
 
 
 @dataclass

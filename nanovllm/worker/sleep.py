@@ -1,12 +1,13 @@
-"""Lend the device's memory to somebody else, as to a trainer between rollouts, and take it back; new weights.
+"""Lends the device's memory to another program, as to a trainer between rollouts, and takes it back; new weights.
 
 The levels are those of vLLM's sleep mode. Both drop the cache, the rows and the graphs. Level 1 keeps the weights in
-host memory, page-locked on CUDA, so that they travel at the bus's rate and stay resident for the next time; level 2
-keeps nothing, for weights that will be replaced anyway. On a CPU level 1 leaves the weights where they are.
+host
+memory: on CUDA page-locked, so that they travel at the bus's rate and stay resident for the next time. Level 2 keeps
+nothing, for weights that will be replaced anyway. On a CPU level 1 leaves the weights where they are.
 
-A captured graph holds addresses, which memory given back does not keep. vLLM keeps them by mapping other pages under
-them, for which it replaces PyTorch's allocator; here `wake_up` captures the graphs anew, which takes as long as at
-the engine's start. While awake, `load_weights` writes in place and the graphs stay valid.
+A captured graph holds addresses, and freed memory loses them. vLLM keeps them: it replaces PyTorch's allocator and maps
+other pages under the same addresses. Here `wake_up` captures the graphs again, which takes as long as at the engine's
+start. While the engine is awake, `load_weights` writes in place and the graphs stay valid.
 """
 
 import ctypes
@@ -18,15 +19,16 @@ from torch import nn
 from nanovllm.models import loader
 from nanovllm.worker.model_runner import ModelRunner
 
-TAGS = ("weights", "kv_cache")  # what can be taken back by itself
+TAGS = ("weights", "kv_cache")  # what `wake_up` can take back separately
 
 
 @torch.inference_mode()
 def sleep(runner: ModelRunner, level: int) -> None:
-    """Give memory back, with nothing in flight. From level 1 to 2 is possible, asleep at that level or deeper no-op.
+    """Give memory back, with no step in flight. Goes from level 1 to 2; does nothing if already asleep as deep.
 
     Raises:
-        ValueError: level is not 1 or 2; RuntimeError: the host has no room, and the engine is as before.
+        ValueError: level is not 1 or 2.
+        RuntimeError: the host has no room, and the engine is as before.
     """
     require_level(level)
     if level <= runner.sleep_level and not runner.has_weights:
@@ -48,7 +50,7 @@ def require_level(level: int) -> None:
 
 
 def require_tags(tags: list[str] | None, has_weights: bool) -> list[str]:
-    """What is to be taken back, None for all. Raises ValueError for another tag, RuntimeError for a wrong order."""
+    """The tags as a list, all for None. Raises ValueError for an unknown tag, RuntimeError for a wrong order."""
     tags = list(TAGS) if tags is None else tags
     if not isinstance(tags, list | tuple) or not set(tags) <= set(TAGS):
         raise ValueError(f"tags={tags!r} must be None or a list of 'weights' and 'kv_cache'")
@@ -59,15 +61,17 @@ def require_tags(tags: list[str] | None, has_weights: bool) -> list[str]:
 
 @torch.inference_mode()
 def wake_up(runner: ModelRunner, tags: Collection[str] = TAGS) -> None:
-    """Take back what `sleep` gave; after level 2 the weights are missing until `load_weights` has brought them.
+    """Take back what `sleep` gave. After level 2 the weights are missing until `load_weights` brings them.
 
     Args:
-        tags: "weights", so that new ones can be loaded while somebody else still needs the memory of the cache; and
-            "kv_cache" for the rest, with which the engine is awake.
+        tags: "weights" alone lets new ones be loaded while another program still uses the cache's memory; "kv_cache"
+            takes
+            the rest, and the engine is awake.
 
     Raises:
-        torch.OutOfMemoryError: others hold the device's memory. The engine sleeps on, with the weights that it had
-            before, and may be woken again.
+        torch.OutOfMemoryError: other programs hold the device's memory. The engine stays asleep, with the weights that
+        it
+            had before, and can be woken again.
     """
     if not runner.sleep_level:
         return
@@ -83,7 +87,7 @@ def wake_up(runner: ModelRunner, tags: Collection[str] = TAGS) -> None:
             runner.start()
             runner.sleep_level = 0
     except BaseException:
-        if had_weights:  # they may have been loaded since
+        if had_weights:  # new ones may have been loaded since
             runner.stop()
         else:
             _put_away(runner, runner.sleep_level)
@@ -93,9 +97,9 @@ def wake_up(runner: ModelRunner, tags: Collection[str] = TAGS) -> None:
 
 
 def load_weights(runner: ModelRunner, named_tensors: loader.NamedTensors) -> None:
-    """`loader.update_weights` for a runner that is awake. When it returns, the tensors may be freed.
+    """`loader.update_weights` for a runner that has its weights' memory. When it returns, the tensors may be freed.
 
-    After level 2 it also counts what is still missing, which is laid out for the CPU when all has come.
+    After level 2 it also keeps count of the missing tensors; when the last has come, the weights are laid out.
     """
     outline = loader.build_outline(runner.hf_config, type(runner.model), dtype=runner.dtype, device=runner.device)
     loaded: set[str] = set()
@@ -125,7 +129,7 @@ def _say_why_not_ready(runner: ModelRunner) -> None:
 
 
 def _put_away(runner: ModelRunner, level: int) -> None:
-    # The weights first: this is what may fail, and then nothing has changed.
+    # The weights first: moving them may fail, and then nothing has changed.
     if level == 2:
         loader.drop_weights(runner.model)
         runner.missing_weights = set(loader.tensor_places(runner.model))
@@ -138,7 +142,7 @@ def _put_away(runner: ModelRunner, level: int) -> None:
 
 
 def _move_weights(model: nn.Module, device: str) -> None:
-    """To "cuda" or to "cpu", page-locked. All or, if memory runs out, none."""
+    """Move all weights to "cuda", or page-locked to "cpu". If memory runs out, none has moved."""
     params = [param for param in model.parameters() if param.device.type != device]
     pin = device == "cpu"
     moved = [torch.empty(param.shape, dtype=param.dtype, device=device, pin_memory=pin) for param in params]
@@ -150,7 +154,7 @@ def _move_weights(model: nn.Module, device: str) -> None:
 
 
 def _trim_heap() -> None:
-    """Have the C library give freed memory to the system: glibc kept 1.0 of 1.2 GB of weights for its next use."""
+    """Make the C library return freed memory to the system: glibc kept 1.0 of 1.2 GB of weights for later use."""
     trim = getattr(ctypes.CDLL(None), "malloc_trim", None)  # only glibc has it
     if trim is not None:
         trim(0)

@@ -7,17 +7,17 @@ were stale, lost, shared wrongly or written by two. The next token is a function
 must answer is known beforehand, whoever shares its batch.
 """
 
-import os
 import random
-import threading
 from collections import deque
 from itertools import count, pairwise
 from types import SimpleNamespace
 
 from nanovllm.config import Config
 from nanovllm.distributed.ranks import Followers
-from nanovllm.engine.llm_engine import LLMEngine, StepStats
+from nanovllm.engine.health import EngineHealth
+from nanovllm.engine.llm_engine import LLMEngine
 from nanovllm.engine.sequence import Sequence
+from nanovllm.engine.stats import StepStats
 from nanovllm.sampling_params import NAN_LOGITS, SamplingParams
 from nanovllm.step_plan import StepPlan
 
@@ -199,10 +199,9 @@ def make_engine(
     engine._in_flight = deque()
     engine._unfinished = {}
     engine.advanced = []
-    engine._ids = count()
-    engine._random = random.Random(0)
-    engine._pid = os.getpid()
-    engine._stepping = threading.RLock()
+    engine.fresh_ids = count()
+    engine.fresh_seeds = random.Random(0)
+    engine.health = EngineHealth(engine.followers)
     engine._make_scheduler()
     return engine
 

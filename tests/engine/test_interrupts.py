@@ -12,6 +12,7 @@ import pytest
 from engine.simulated_engine import Checker, expected_output, make_engine
 from interrupts import Interrupts
 
+import nanovllm.engine.admission
 import nanovllm.engine.block_manager
 import nanovllm.engine.llm_engine
 import nanovllm.engine.one_caller
@@ -25,6 +26,7 @@ from nanovllm.engine.one_caller import OneCaller
 from nanovllm.engine.text_engine import TextEngine
 
 MODULES = [
+    nanovllm.engine.admission,
     nanovllm.engine.block_manager,
     nanovllm.engine.llm_engine,
     nanovllm.engine.one_caller,

@@ -12,6 +12,7 @@ from nanovllm.layers.layernorm import RMSNorm
 from nanovllm.layers.linear import (
     ColumnParallelLinear,
     MergedColumnParallelLinear,
+    PartialSum,
     QKVParallelLinear,
     RowParallelLinear,
 )
@@ -186,6 +187,20 @@ def test_packing_changes_the_layout_and_not_the_layer(dtype: torch.dtype) -> Non
     assert torch.equal(layer.format.hidden_tensors(layer)["weight"], weight.to(dtype))
     layer.format.undo_layout(layer)
     assert torch.equal(layer.weight, weight.to(dtype)) and torch.equal(layer(x), plain)
+
+
+def test_a_sum_in_slices_is_added_up_by_whoever_consumes_it() -> None:
+    """A product of few rows on a GPU comes in slices."""
+    slices, residual = random(3, 5, 16), random(5, 16, seed=1)
+    norm = RMSNorm(16, 1e-6)
+    norm.weight.data.copy_(random(16, seed=2))
+    total = PartialSum(slices, torch.float32, TensorParallel()).total()
+    torch.testing.assert_close(total, slices.sum(dim=0))
+    expected = norm(total, residual.clone())
+    normed = norm(PartialSum(slices, torch.float32, TensorParallel()), residual.clone())
+    torch.testing.assert_close(normed, expected)
+    without, itself = norm(PartialSum(slices.bfloat16().float(), torch.bfloat16, TensorParallel()))
+    assert without.dtype == itself.dtype == torch.bfloat16
 
 
 def test_a_sum_over_peers_memory_is_added_and_normed_as_any_other() -> None:

@@ -11,7 +11,9 @@ from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers
 from transformers import AutoTokenizer, PreTrainedTokenizer, PreTrainedTokenizerFast
 
 from nanovllm import SamplingParams, demo_model
-from nanovllm.text.detokenizer import NO_CONTEXT, NUM_CONTEXT, Detokenizer, StopSearch, TextStream, TokenDecoder
+from nanovllm.text.detokenizer import Detokenizer, TextStream, decode_all
+from nanovllm.text.stop_strings import StopSearch
+from nanovllm.text.token_decoder import NO_CONTEXT, NUM_CONTEXT, TokenDecoder
 
 PLAIN = SamplingParams()
 WITH_SPECIAL = SamplingParams(skip_special_tokens=False)
@@ -153,7 +155,7 @@ def test_pieces_of_any_tokens_join_to_what_they_add_to_the_prompt(name: str, par
     context = decoder.context(prompt, params)
     stream = TextStream(decoder, params, context)
     text = "".join([stream.append(token_id) for token_id in ids]) + stream.finish()
-    assert decoder.decode_all([ids, [], ids], context, params) == [text, "", text]
+    assert decode_all(decoder, [ids, [], ids], context, params) == [text, "", text]
     before, both = one_shot(tokenizer, prompt, params), one_shot(tokenizer, prompt + ids, params)
     if before.endswith("\ufffd"):  # the prompt ends within a character
         assert text == one_shot(tokenizer, ids, params)
@@ -218,7 +220,7 @@ def test_spaces_between_special_tokens_can_be_left_out(name: str, expected: str 
     params = SamplingParams(skip_special_tokens=False, spaces_between_special_tokens=False)
     stream = TextStream(decoder, params)
     text = "".join(map(stream.append, ids)) + stream.finish()
-    assert decoder.decode_all([ids], NO_CONTEXT, params) == [text]
+    assert decode_all(decoder, [ids], NO_CONTEXT, params) == [text]
     if expected is None:
         assert text == one_shot(tokenizer, ids, params)  # there are none
     else:
@@ -233,7 +235,7 @@ def test_text_is_what_the_librarys_own_stream_gives_behind_the_prompt(name: str,
     prompt_ids, ids = (tokenizer.encode(t, add_special_tokens=False) for t in (prompt, text))
     stream = decoders.DecodeStream(ids=prompt_ids, skip_special_tokens=True)
     expected = "".join(stream.step(tokenizer.backend_tokenizer, i) or "" for i in ids)
-    assert decoder.decode_all([ids], decoder.context(prompt_ids, PLAIN), PLAIN) == [expected]
+    assert decode_all(decoder, [ids], decoder.context(prompt_ids, PLAIN), PLAIN) == [expected]
 
 
 def test_a_decoder_that_leaves_a_space_out_at_the_beginning_keeps_it_behind_a_prompt() -> None:
@@ -257,7 +259,7 @@ def test_a_decoder_that_leaves_a_space_out_at_the_beginning_keeps_it_behind_a_pr
             detokenizer.append(token_id)
         detokenizer.finish()
         assert detokenizer.text == text
-        assert decoder.decode_all([[a, b, a]], context, params) == [text]
+        assert decode_all(decoder, [[a, b, a]], context, params) == [text]
         stopping = Detokenizer(
             decoder, SamplingParams(stop=" a", skip_special_tokens=params.skip_special_tokens), context
         )
@@ -462,6 +464,11 @@ def test_cost_of_the_search_grows_with_the_text_alone(stop: str, text: str) -> N
             nonlocal num_looked_at
             num_looked_at += 1
             return str.__getitem__(self, index)
+
+        def startswith(self, *args: Any) -> bool:  # a place of the text that is tried
+            nonlocal num_looked_at
+            num_looked_at += 1
+            return str.startswith(self, *args)
 
     search = StopSearch(Counted(stop))
     for start in range(0, len(text), 4):
