@@ -1,8 +1,9 @@
-"""What the fused kernels compute, in PyTorch's own operations: for the ablation, on any device.
+"""Stand-ins for the fused kernels, in PyTorch's own operations: the ablation measures what the kernels gain.
 
-The kernels' references serve where they can. Three have to be written again: they are made for a CPU (small pieces, a
-loop over the entries), or wait for the device, which no CUDA graph can capture. Here an entry that pads a batch, whose
-results nobody reads, repeats what the first entry writes, so that shapes do not depend on how many pad.
+Where a kernel's reference is a few dense operations, it is the stand-in. Other references loop over the entries, work
+in pieces that fit a CPU's cache, or wait for the device, which no CUDA graph can capture; for those, this file has
+dense stand-ins for any device. A batch's padding entries repeat what the first entry writes, so that shapes do not
+depend on how many pad; the engine reads none of their results.
 """
 
 import sys
@@ -25,7 +26,7 @@ from nanovllm.sampling_params import MIN_TEMPERATURE
 
 @contextmanager
 def plain_kernels() -> Iterator[None]:
-    """The fused kernels' plain forms in their place, for engines that are made and run inside."""
+    """Put the stand-ins in the kernels' place, for engines that are made and run inside."""
     plain = {
         rms_norm.rms_norm: rms_norm.rms_norm_reference,
         rms_norm.add_rms_norm: rms_norm.add_rms_norm_reference,
@@ -41,10 +42,10 @@ def plain_kernels() -> Iterator[None]:
 
 @contextmanager
 def replaced(functions: dict[Callable, Callable]) -> Iterator[None]:
-    """Put functions in the place of others wherever a module of nanovllm that is imported knows them.
+    """Put functions in the place of others, in all imported modules of nanovllm that have these by name.
 
-    Enter it once an engine has been made, for that imports what engines need. Raises RuntimeError if only the module
-    that defines a function knows it: then nobody would run the other one.
+    Enter it after an engine has been made, which imports the modules that engines need. Raises RuntimeError if only the
+    module that defines a function has it: then no engine would run the other one.
     """
     places = []
     modules = [module for name, module in sys.modules.items() if name.split(".")[0] == "nanovllm"]
@@ -73,7 +74,7 @@ def plain_skinny_linear(
     gated: bool = False,
     in_slices: bool = False,
 ) -> torch.Tensor:
-    """The product as it is, its gate apart and its slices summed."""
+    """The kernel's product, never in slices; then the gate, in operations of its own."""
     out = _skinny_linear(x, weight, bias)
     return plain_silu_mul(out) if gated else out
 
@@ -101,7 +102,7 @@ def plain_qk_norm_rope_store(
 def plain_paged_decode(
     qkv: torch.Tensor, spec: AttentionSpec, cache: KVCache, decodes: DecodeBatch, out: torch.Tensor
 ) -> None:
-    """`paged_decode` with norms and RoPE apart; the store stays with the attention."""
+    """`paged_decode`, with norms and RoPE in operations of their own; the kernel still stores and attends."""
     heads = _plain_heads(qkv, spec, (decodes.seq_lens - 1).clamp(min=0))
     done = torch.cat(heads, dim=1).flatten(1)
     _paged_decode(done, replace(spec, rope=None, q_norm=None, k_norm=None), cache, decodes, out)
@@ -137,7 +138,7 @@ def plain_sample(
     out: torch.Tensor,
     *_: object,
 ) -> None:
-    """`sample` of what the benchmark asks for, a temperature and nothing else, with noise of PyTorch's generator."""
+    """`sample` with a temperature and nothing else, as the benchmark asks; the noise is PyTorch's."""
     rows, seq_lens = rows[: len(logits)], seq_lens[: len(logits)].long()
     row = rows.clamp(min=0).long()
     temperature = params.temperature[row, None]  # [entries, 1]
@@ -150,5 +151,5 @@ def plain_sample(
 
 
 def _padding_repeats_first(index: torch.Tensor) -> torch.Tensor:
-    """Of each entry itself, or of the first if it pads (is negative): which entry it stands for."""
+    """Which entry each entry stands for: itself, or the first if it pads (is negative)."""
     return torch.where(index >= 0, torch.arange(len(index), device=index.device), 0)

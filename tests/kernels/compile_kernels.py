@@ -1,7 +1,8 @@
-"""Compiles the kernels for a Hopper GPU, where there is none: launchers are called as ever, and launch nothing.
+"""Compiles all kernels for a Hopper GPU on a machine without one, and prints their names.
 
-The interpreter, in which the other tests run on a CPU, takes what the compiler refuses: a variable whose type changes
-in a loop, say. A program of its own, for Triton has to be imported as a compiler. Prints the kernels' names.
+It calls the launchers as ever, but a launch only compiles. On a CPU the other tests use Triton's interpreter, which
+accepts what the compiler refuses, such as a variable whose type changes in a loop. This is a program of its own because
+it must import Triton as a compiler.
 """
 
 from typing import Any
@@ -42,7 +43,7 @@ class AbsentDevice:
 
 
 def compile_instead_of_launching() -> set[str]:
-    """From here on. The names of what has been compiled appear in the set."""
+    """Make every launch compile only, from here on. Returns a set, to which it adds the compiled kernels' names."""
     compiled: set[str] = set()
     run = JITFunction.run
 

@@ -9,7 +9,7 @@ import torch
 
 @dataclass
 class PagedCase:
-    """A paged cache in which everything that must not be read is NaN, and what it holds as dense tensors."""
+    """A paged cache, and the same keys and values as dense tensors. Slots that no kernel may use hold NaN."""
 
     k_cache: torch.Tensor  # [num_blocks, kv_heads, block_size, head_dim]
     v_cache: torch.Tensor

@@ -1,4 +1,4 @@
-"""The CPU's attention against dense attention in float64, with all that must not count finite but absurd."""
+"""The CPU's attention against dense attention in float64; slots that must not count hold finite but absurd numbers."""
 
 import random
 
@@ -30,7 +30,7 @@ def make_finite_case(seed: int, lengths: list[int], shape: tuple[int, ...], dtyp
 
 
 def assert_is_dense_attention(case: PagedCase, q: torch.Tensor, out: torch.Tensor, starts: list[int]) -> None:
-    """Scores and weights are rounded to the dtype before they are used: an eps of a score is as much of its weight."""
+    """The bound: scores and weights are rounded to the dtype, and an eps of a score changes its weight by as much."""
     for i in range(len(case.seq_lens)):
         tokens = slice(starts[i], starts[i + 1])
         expected, bound = dense_attention(q[tokens], case.keys[i], case.values[i], SCALE)

@@ -32,7 +32,7 @@ SPLIT = SPLIT_MULTIPLE
 
 
 def draw_lengths(rng: random.Random, block_size: int, most: int) -> list[int]:
-    """A few lengths with the borders of blocks, tiles and splits well represented, and a padding entry now and then."""
+    """A few lengths, many of them at the borders of blocks, tiles and splits; some are padding."""
     border = [0, 1, block_size, block_size + 1, SPLIT, SPLIT + 1, 2 * SPLIT, 3 * SPLIT - 1]
     lengths = [rng.choice([*border, rng.randint(1, 3 * SPLIT)]) for _ in range(rng.randint(1, most))]
     return [*lengths, rng.randint(SPLIT + 1, 3 * SPLIT)]
@@ -85,7 +85,7 @@ def assert_decode_is_dense_attention(case: PagedCase, qkv: torch.Tensor, out: to
 
 
 def run(case: PagedCase, qkv: torch.Tensor, splits: DecodeSplits, scale: float, out: torch.Tensor) -> None:
-    """Without norms, and no dimension is rotated."""
+    """Decode without norms, and without rotating any dimension."""
     torch.zeros(1, device=qkv.device)  # a launch between this one and the splits', which `split_contexts` asks for
     cache = (case.k_cache, case.v_cache, case.block_table, case.rows, case.seq_lens)
     paged_decode_triton(qkv, None, None, 0.0, torch.empty(1, 0, device=qkv.device), *cache, splits, scale, out)
@@ -225,7 +225,7 @@ def test_offsets_past_two_to_the_31_elements(block_size: int, device: str) -> No
 
 
 def test_tiles_past_two_to_the_31_elements(device: str) -> None:
-    """Of a contiguous cache, whose tiles the copy engine takes; of 100 tokens that is one, and the rest are loaded."""
+    """In a contiguous cache. Of 100 tokens, the copy engine takes one tile, and the threads load the rest."""
     num_kv_heads, block_size, head_dim = 2, 128, 64
     last = 2**31 // (num_kv_heads * block_size * head_dim)
     size = (last + 1, num_kv_heads, block_size, head_dim)

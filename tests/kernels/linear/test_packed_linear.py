@@ -1,4 +1,4 @@
-"""Promises of the prepacked CPU linears."""
+"""Promises of the CPU's linear layers over packed weights."""
 
 import gc
 import weakref

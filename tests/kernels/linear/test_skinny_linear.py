@@ -1,4 +1,4 @@
-"""Promises of the small-batch linear layer, kept by the kernels (interpreted on a CPU) and whoever they leave it to."""
+"""Promises of the product with few rows, kept by the kernels (interpreted on a CPU) and the library beside them."""
 
 import pytest
 import torch
@@ -48,7 +48,7 @@ def assert_is_rounded_product(out: torch.Tensor, x: torch.Tensor, weight: torch.
 
 
 def assert_is_rounded_swiglu(out: torch.Tensor, x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor) -> None:
-    """silu' is at most 1.1 and |silu(g)| at most |g|: what sums lose of gate and up, the result loses."""
+    """The bound: silu' is at most 1.1 and |silu(g)| at most |g|, so errors of gate and up carry over to the result."""
     gate, up = (x.double() @ weight.double().T + bias.double()).chunk(2, dim=1)
     magnitude = (x.double().abs() @ weight.double().abs().T + bias.double().abs()).chunk(2, dim=1)
     exact = gate * torch.sigmoid(gate) * up
@@ -62,13 +62,13 @@ def assert_is_rounded_swiglu(out: torch.Tensor, x: torch.Tensor, weight: torch.T
 
 @pytest.fixture(params=[kernels.LARGE, 0], ids=["small", "large"], autouse=True)
 def least_elements_of_large_weights(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
-    """0: a test's weights, which the interpreter can manage, are all treated as large ones."""
+    """Whether weights of a test's size, which the interpreter can manage, count as large ones."""
     monkeypatch.setattr(kernels, "LARGE", request.param)
     monkeypatch.setattr(kernels, "NARROW", 0)
 
 
 def multiply(x: torch.Tensor, weight: torch.Tensor, *args: object, **options: bool) -> torch.Tensor:
-    """The kernel's product. Ends the test where there are no tiles for it, and it says so."""
+    """The kernel's product. If there is no tiling for it, checks that the kernel refuses it, and skips the test."""
     asked = [options.get(name, False) for name in ("gated", "in_slices")]
     if len(x) == 1 or kernels._tiling(len(x), *weight.shape, *asked):
         return kernels.skinny_linear_triton(x, weight, *args, **options)
@@ -93,8 +93,8 @@ def test_the_product_is_rounded_once(shape: tuple[int, int, int], dtype: torch.d
     assert_is_rounded_product(multiply(x, weight, bias), x, weight, bias)
 
 
-def assert_parts_sum_to_the_product(out: torch.Tensor, x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor):
-    """As exact as one sum in float32, before the sum of the slices is rounded."""
+def assert_slices_sum_to_the_product(out: torch.Tensor, x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor):
+    """The slices' sum is as exact as one sum in float32."""
     if out.dim() == 3:
         assert out.dtype == torch.float32 and out.shape[0] > 1
         out = out.sum(dim=0).to(x.dtype)
@@ -103,10 +103,10 @@ def assert_parts_sum_to_the_product(out: torch.Tensor, x: torch.Tensor, weight: 
 
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("shape", SHAPES)
-def test_parts_sum_to_the_product_and_only_one_has_the_bias(shape, dtype: torch.dtype, device: str):
+def test_slices_sum_to_the_product_and_only_one_has_the_bias(shape, dtype: torch.dtype, device: str):
     x, weight, bias = draw(shape, dtype, device)
     out = multiply(x, weight, bias, in_slices=True)
-    assert_parts_sum_to_the_product(out, x, weight, bias)
+    assert_slices_sum_to_the_product(out, x, weight, bias)
     assert (out.dim() == 3) == (shape[0] > 1 and shape[2] >= 2 * kernels.MIN_SLICE)  # so small a weight is always split
 
 
@@ -115,7 +115,7 @@ def test_parts_sum_to_the_product_and_only_one_has_the_bias(shape, dtype: torch.
 @pytest.mark.parametrize("kind", ["plain", "in_slices", "gated"])
 def test_the_product_is_rounded_once_at_a_models_sizes(num_tokens: int, kind: str, device: str):
     options = {} if kind == "plain" else {kind: True}
-    exact = {"plain": assert_is_rounded_product, "in_slices": assert_parts_sum_to_the_product}
+    exact = {"plain": assert_is_rounded_product, "in_slices": assert_slices_sum_to_the_product}
     for n, k in [(4096, 1024), (1024, 2048), (6144, 1024), (1024, 3072)]:
         x, weight, bias = draw((num_tokens, n, k), torch.bfloat16, device)
         exact.get(kind, assert_is_rounded_swiglu)(multiply(x, weight, bias, **options), x, weight, bias)

@@ -1,4 +1,4 @@
-"""All ranks get the same sum, call after call, in whatever order and size; nobody waits for one that is gone.
+"""All ranks get the same sum, call after call, in any order and size; no rank waits for a dead one.
 
 In the interpreter each rank is a process, and their inboxes lie in shared memory; on a GPU each is a stream of one
 device, whose kernels run at once.
@@ -54,7 +54,7 @@ def residual_and_weight(rows: int, dtype: torch.dtype) -> tuple[torch.Tensor, to
 
 
 def call(index: int, x: torch.Tensor, peers: PeerBuffers) -> list[torch.Tensor]:
-    """Every other call goes on with the norm, and every fourth is given slices of what it sums."""
+    """Every other call also does the norm, and every fourth gets its x in slices."""
     if index % 2 == 0:
         return [one_shot_all_reduce(x, peers)]
     residual, weight = (t.to(x.device) for t in residual_and_weight(len(x), x.dtype))

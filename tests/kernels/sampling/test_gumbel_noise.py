@@ -116,7 +116,7 @@ def test_bits_are_uniform_over_the_vocabulary():
 
 
 def test_small_values_are_as_frequent_as_they_should_be():
-    """The winner of a draw comes from the small values: count those in the first 2^-14, in slices of it."""
+    """The winner of a draw has a small value: count the values in equal parts of the first 2^-14."""
     position = torch.arange(256)[:, None]
     bits = bits_of(3, 4, position, torch.arange(151_936)[None]).flatten()
     small = bits[bits < 1 << 17]

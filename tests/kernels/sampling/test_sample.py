@@ -39,7 +39,7 @@ TRUNCATIONS = [
 
 
 class Rows:
-    """Parameters as an engine holds them: columns of one int32 tensor; and the rows' tokens."""
+    """Parameters as an engine holds them, in columns of one int32 tensor; and the rows' tokens."""
 
     def __init__(self, asked: list[dict], device: str, width: int = 40) -> None:
         table = torch.full((len(asked), len(DEFAULTS) - 1 + MAX_STOP_IDS), -1, dtype=torch.int32)
@@ -65,7 +65,7 @@ class Rows:
     def sample(
         self, function, logits: torch.Tensor, rows: list[int], positions: list[int], may_lack: bool = False
     ) -> list[int]:
-        """The tokens drawn. Checks that they, and nothing else, were written to the rows; `may_lack`: or 0 for none."""
+        """The drawn tokens. Checks that the rows got them and nothing else. `may_lack`: or 0, for an entry without."""
         expected = self.token_ids.clone()
         out = torch.full((len(logits),), POISON, dtype=torch.int32, device=self.device)
         # More sequences than entries: the rest of the step does not sample.
@@ -148,7 +148,7 @@ def test_fast_versions_draw_what_the_reference_draws(vocab_size: int, scale: flo
 def test_a_program_with_many_tiles_draws_what_the_reference_draws(
     scale: float, temperature: float, device: str, monkeypatch: pytest.MonkeyPatch
 ):
-    """As with many entries. At the least temperature, too, of which both must say that it is not below itself."""
+    """Many entries give each program many tiles. All versions must agree that MIN_TEMPERATURE is not below itself."""
     monkeypatch.setattr(sample_kernel, "TARGET_PROGRAMS", 1)
     monkeypatch.setattr(sample_kernel, "SCAN_TILE", 64 if device == "cpu" else 2048)
     vocab_size, entries = (700, 6) if device == "cpu" else (60_000, 500)
