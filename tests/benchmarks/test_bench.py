@@ -22,7 +22,7 @@ from benchmarks.setting import Setting
 from benchmarks.step_timing import StepRecorder
 from benchmarks.workloads import PRESETS, LengthMix, Workload, draw, few_streams, shrunk
 
-ROOT = Path(__file__).parents[1]
+ROOT = Path(__file__).parents[2]
 SHAPES = ROOT / "benchmarks" / "shapes"
 DEMO_WEIGHTS = ROOT / "nanovllm" / "assets" / "demo" / "model.safetensors"
 SMALL_RUN = "--max-model-len 512 --num-blocks 64 --min-input 5 --max-input 20 --min-output 3 --max-output 9".split()
