@@ -10,6 +10,8 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from types import CodeType, FunctionType, ModuleType
 
+TICK = "tick_of_the_tests"  # the name under which the changed code finds what it calls
+
 
 class Interrupts:
     """Counts the statements that are executed, and interrupts before chosen ones.
@@ -39,7 +41,7 @@ class Interrupts:
         changed: list[tuple[FunctionType, CodeType]] = []
         try:
             for module in modules:
-                module._tick = self.tick
+                setattr(module, TICK, self.tick)
                 codes = _codes_with_ticks(module)
                 for function in _functions_of(module):
                     code = codes.get((function.__code__.co_qualname, function.__code__.co_firstlineno))
@@ -88,7 +90,7 @@ def _put_ticks(node: ast.AST, name: str) -> None:
         if field != "handlers":
             ticking: list[ast.stmt] = []
             for statement in statements:
-                call = ast.parse(f"_tick({name!r}, {statement.lineno})").body[0]
+                call = ast.parse(f"{TICK}({name!r}, {statement.lineno})").body[0]
                 is_declaration = isinstance(statement, ast.Nonlocal | ast.Global)
                 ticking += [statement] if is_declaration else [ast.copy_location(call, statement), statement]
             setattr(node, field, ticking)

@@ -16,6 +16,22 @@ from typing import Any
 import pytest
 import torch
 from checkpoints import random_prompts
+from inside import (
+    callers_waiting,
+    callers_with_turn,
+    engine_of,
+    outputs_not_taken,
+    replace_step_of_thread,
+    requests_in_thread,
+    stages_of_a_step,
+    streams_open,
+    text_engine_of,
+    text_engine_reference,
+    the_open_stream,
+    thread_of,
+    wakeup_of_thread,
+    what_is_held,
+)
 from safetensors.torch import load_file
 
 from nanovllm import LLM, AsyncLLM, SamplingParams, demo_model
@@ -60,7 +76,7 @@ def shared(text_model: Path) -> Iterator[AsyncLLM]:
 @pytest.fixture(params=[0, 1], ids=["read_at_once", "read_one_behind"])
 def llm(request: pytest.FixtureRequest, shared: AsyncLLM) -> Iterator[AsyncLLM]:
     """One engine through all the tests, each of which must leave it idle and alive."""
-    shared._text_engine.engine.max_behind = request.param
+    engine_of(shared).max_behind = request.param
     yield shared
     assert shared.is_running and not shared.errored and is_idle(shared)
 
@@ -68,12 +84,9 @@ def llm(request: pytest.FixtureRequest, shared: AsyncLLM) -> Iterator[AsyncLLM]:
 def is_idle(llm: AsyncLLM) -> bool:
     """Nothing runs, no block is held, and neither the engine nor its fronts remember any request."""
     deadline = time.monotonic() + TIMEOUT
-    text_engine = llm._text_engine
-    while text_engine.engine.has_unfinished_requests and time.monotonic() < deadline:
+    while engine_of(llm).has_unfinished_requests and time.monotonic() < deadline:
         time.sleep(0.01)
-    stats = llm.stats()
-    left = (text_engine._requests, text_engine._owner, llm._streams, llm._thread._listeners, llm._thread._commands)
-    return (stats.cache_usage, stats.num_running, stats.num_waiting) == (0.0, 0, 0) and not any(left)
+    return not what_is_held(llm)
 
 
 def run(main: Coroutine[Any, Any, Any]) -> Any:
@@ -185,7 +198,7 @@ class TestGenerate:
                 async for output in outputs:
                     if output.finished:
                         break
-                assert same(output, expected(PROMPTS[1])) and not llm._streams
+                assert same(output, expected(PROMPTS[1])) and not streams_open(llm)
             two = SamplingParams(n=2, max_tokens=4)
             async with aclosing(llm.generate(PROMPTS[0], LONG, "1_b")) as first:
                 await anext(first)
@@ -272,7 +285,7 @@ class TestLeaving:
                 with pytest.raises(asyncio.CancelledError):
                     await task
             await asyncio.sleep(0)
-            assert not llm._streams
+            assert not streams_open(llm)
             await llm.abort([])  # behind the aborts
             assert is_idle(llm)
 
@@ -338,12 +351,12 @@ class TestBackpressure:
         async def main() -> None:
             slow = llm.generate(PROMPTS[0], LONG)
             assert not (await anext(slow)).finished
-            stream = next(iter(llm._streams.values()))
+            stream = the_open_stream(llm)
             fast = [await last(llm.generate(prompt, LONG)) for prompt in PROMPTS[1:3]]
             assert all(same(o, expected(o.prompt_token_ids, LONG)) for o in fast)
             while not llm.stats().cache_usage == 0.0:
                 await asyncio.sleep(0.01)
-            assert len(stream._latest) == 1
+            assert outputs_not_taken(stream) == 1
             rest = [output async for output in slow]
             assert len(rest) == 1 and same(rest[0], expected(PROMPTS[0], LONG))
 
@@ -393,7 +406,7 @@ class TestBackpressure:
                     task.cancel()
                 await asyncio.gather(*tasks, return_exceptions=True)
                 assert same(await read(PROMPTS[0]), expected(PROMPTS[0]))
-                assert not llm._semaphore._inside and not llm._semaphore._outside, "a turn was lost"
+                assert callers_with_turn(llm) == callers_waiting(llm) == 0, "a turn was lost"
 
         run(main())
         for value in (0, -1, 1.5, True):
@@ -409,7 +422,7 @@ class TestBackpressure:
         async def one_loop() -> None:
             async def read(prompt: list[int]) -> None:
                 async for output in llm.generate(prompt, GREEDY):
-                    with_turn.append(len(llm._semaphore._inside))
+                    with_turn.append(callers_with_turn(llm))
                     if output.finished:
                         results.append(output)
 
@@ -423,7 +436,7 @@ class TestBackpressure:
             thread.join(TIMEOUT)
         assert len(results) == 30 and 1 <= max(with_turn) <= 2
         assert all(same(output, expected(output.prompt_token_ids)) for output in results)
-        assert not llm._semaphore._inside and not llm._semaphore._outside
+        assert callers_with_turn(llm) == callers_waiting(llm) == 0
         llm.close()
 
     def test_loop_that_ends_over_those_that_wait_keeps_no_turn(
@@ -434,12 +447,12 @@ class TestBackpressure:
 
         async def begin() -> list[asyncio.Task]:
             tasks = [asyncio.create_task(last(llm.generate(prompt, LONG))) for prompt in PROMPTS]
-            while not llm._thread._listeners:
+            while not requests_in_thread(llm):
                 await asyncio.sleep(0)
             return tasks
 
         tasks = loop.run_until_complete(begin())
-        assert llm._semaphore._outside
+        assert callers_waiting(llm) > 0
         loop.close()  # without cancelling its tasks
         for _ in range(3):
             assert same(run(last(llm.generate(PROMPTS[1], GREEDY))), expected(PROMPTS[1]))
@@ -451,7 +464,7 @@ class TestBackpressure:
         run(last(llm.generate(PROMPTS[0], GREEDY)))
         assert is_idle(llm)
         wakes = []
-        condition = llm._thread._wakeup
+        condition = wakeup_of_thread(llm)
         wait = condition.wait
         monkeypatch.setattr(condition, "wait", lambda *args: wakes.append(args) or wait(*args))
         run(last(llm.generate(PROMPTS[0], GREEDY)))  # so that the next wait is a counted one
@@ -467,12 +480,11 @@ class TestFailure:
         self, llm: AsyncLLM, expected: Callable[..., RequestOutput]
     ) -> None:
         async def main() -> None:
-            engine = llm._text_engine.engine
-            for owner, name in ((engine.runner, "launch"), (engine, "_read_tokens"), (llm._text_engine, "_detokenize")):
+            for owner, name in stages_of_a_step(llm):
                 cause = RuntimeError(f"{name} failed")
                 generators = [llm.generate(prompt, LONG) for prompt in PROMPTS * 3]  # some of them wait
                 tasks = [asyncio.create_task(last(generator)) for generator in generators]
-                while len(llm._thread._listeners) < 15:
+                while requests_in_thread(llm) < 15:
                     await asyncio.sleep(0.001)
 
                 def fail(*args: Any, cause: BaseException = cause, owner: Any = owner, name: str = name) -> None:
@@ -493,7 +505,7 @@ class TestFailure:
 
     def test_of_one_requests_admission_is_its_own(self, llm: AsyncLLM, expected: Callable[..., RequestOutput]) -> None:
         async def main() -> None:
-            engine = llm._text_engine.engine
+            engine = engine_of(llm)
             add, bad = engine.add, []
 
             def fail_at_the_second(seq: Any) -> None:
@@ -524,7 +536,7 @@ class TestFailure:
             def die() -> None:
                 raise SystemError("broken")
 
-            llm._thread._step = die
+            replace_step_of_thread(llm, die)
             with pytest.raises(RuntimeError, match="broken"):
                 await task
             assert llm.errored and not llm.is_running
@@ -579,10 +591,11 @@ class TestShutdown:
         async def main() -> None:
             llm = AsyncLLM(str(text_model), **OPTIONS)
             task = asyncio.create_task(last(llm.generate(PROMPTS[0], LONG)))
-            while not llm._thread._listeners:
+            while not requests_in_thread(llm):
                 await asyncio.sleep(0.001)
-            slow = llm._text_engine.step
-            llm._text_engine.step = lambda: time.sleep(0.05) or slow()  # 150 steps: 7.5 s
+            text_engine = text_engine_of(llm)
+            slow = text_engine.step
+            text_engine.step = lambda: time.sleep(0.05) or slow()  # 150 steps: 7.5 s
             others = asyncio.create_task(llm.aclose(drain=True))
             with pytest.raises(TimeoutError):
                 await asyncio.wait_for(llm.aclose(drain=True), 0.01)
@@ -590,7 +603,7 @@ class TestShutdown:
             assert (await task).outputs[0].finish_reason == "abort"
             await others
             assert time.monotonic() - start < 5
-            assert not llm._thread._thread.is_alive()
+            assert not thread_of(llm).is_alive()
 
         run(main())
 
@@ -598,7 +611,7 @@ class TestShutdown:
         async def main(drain: bool) -> list[RequestOutput]:
             llm = AsyncLLM(str(text_model), **OPTIONS)
             tasks = [asyncio.create_task(last(llm.generate(prompt, LONG))) for prompt in PROMPTS * 3]
-            while len(llm._thread._listeners) < 15:
+            while requests_in_thread(llm) < 15:
                 await asyncio.sleep(0.001)
             await llm.aclose(drain)
             with pytest.raises(RuntimeError, match="closed"):
@@ -701,10 +714,8 @@ class TestShutdown:
     def test_blocking_close_gives_the_memory_back(self, text_model: Path) -> None:
         llm = AsyncLLM(str(text_model), **OPTIONS)
         run(last(llm.generate(PROMPTS[0], GREEDY)))
-        runner = llm._text_engine.engine.runner
-        parts = [
-            weakref.ref(part) for part in (llm._text_engine, llm._text_engine.engine, runner.model, runner.kv_cache)
-        ]
+        runner = engine_of(llm).runner
+        parts = [weakref.ref(part) for part in (text_engine_of(llm), engine_of(llm), runner.model, runner.kv_cache)]
         del runner
         llm.close()
         llm.close(drain=True)
@@ -718,7 +729,7 @@ class TestShutdown:
         threads = threading.active_count()
         llm = AsyncLLM(str(text_model), **OPTIONS)
         run(last(llm.generate(PROMPTS[0], GREEDY)))
-        part = weakref.ref(llm._text_engine)
+        part = text_engine_reference(llm)
         assert threading.active_count() > threads
         del llm
         gc.collect()
@@ -760,7 +771,7 @@ def test_stress_of_500_requests_with_cancellations_in_a_tiny_cache(
     async def main() -> None:
         options = {**OPTIONS, "num_kvcache_blocks": 14, "max_num_batched_tokens": 48}
         async with AsyncLLM(str(text_model), max_waiting=50, **options) as llm:
-            llm._text_engine.engine.max_behind = 1
+            engine_of(llm).max_behind = 1
 
             async def read(i: int) -> None:
                 prompt, params = jobs[i]

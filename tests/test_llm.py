@@ -11,6 +11,7 @@ from typing import Any
 import numpy as np
 import pytest
 from checkpoints import SHAPES, Reference, random_prompts, save_byte_tokenizer, save_checkpoint
+from inside import text_engine_of
 
 import nanovllm
 from nanovllm import LLM, SamplingParams
@@ -72,9 +73,10 @@ class TestOutputs:
         llm.reset_prefix_cache()
         monkeypatch.setattr(llm.engine, "has_idle_device", lambda: True)
         made, steps = [], []
-        make, step = llm._text_engine.make_request, llm._text_engine.step
-        monkeypatch.setattr(llm._text_engine, "make_request", lambda *a, **k: made.append(1) or make(*a, **k))
-        monkeypatch.setattr(llm._text_engine, "step", lambda: steps.append(len(made)) or step())
+        text_engine = text_engine_of(llm)
+        make, step = text_engine.make_request, text_engine.step
+        monkeypatch.setattr(text_engine, "make_request", lambda *a, **k: made.append(1) or make(*a, **k))
+        monkeypatch.setattr(text_engine, "step", lambda: steps.append(len(made)) or step())
         stream = llm.stream([prompts[1]], params[1])
         next(stream)
         assert tokens(llm, prompts, params) == expected

@@ -11,6 +11,7 @@ from typing import Any
 
 import pytest
 from checkpoints import random_prompts
+from inside import count_copies_of_prompts, engine_of, streams_open, text_engine_of
 
 from nanovllm import LLM, AsyncLLM, RequestOutputKind, SamplingParams
 from nanovllm.engine.request import Request
@@ -48,13 +49,13 @@ def llm(text_model: Path) -> Iterator[LLM]:
 def async_llm(text_model: Path) -> Iterator[AsyncLLM]:
     llm = AsyncLLM(str(text_model), **OPTIONS)
     yield llm
-    assert not llm._streams and llm.is_running
+    assert not streams_open(llm) and llm.is_running
     llm.close()
 
 
 @pytest.fixture(params=[0, 1], ids=["read_at_once", "read_one_behind"])
 def max_behind(request: pytest.FixtureRequest, llm: LLM, async_llm: AsyncLLM) -> None:
-    for engine in (llm.engine, async_llm._text_engine.engine):
+    for engine in (llm.engine, engine_of(async_llm)):
         engine.max_behind = request.param
 
 
@@ -200,7 +201,7 @@ def test_output_has_what_there_was_however_far_the_engine_has_gone_on(
     llm: LLM, ask: str, kind: RequestOutputKind
 ) -> None:
     # What a reader in another thread builds while the engine works, without a lock; here nothing is left to chance.
-    text_engine, params = llm._text_engine, SamplingParams(max_tokens=24, output_kind=kind, **ASKS[ask])
+    text_engine, params = text_engine_of(llm), SamplingParams(max_tokens=24, output_kind=kind, **ASKS[ask])
     at_once, later = (text_engine.make_request(PROMPTS[1], params, is_streaming=True) for _ in range(2))
     for request in (at_once, later):
         text_engine.add(request)
@@ -290,8 +291,7 @@ def test_what_was_given_is_read_once_and_never_changed(llm: LLM, async_llm: Asyn
 
 
 def test_a_delta_costs_no_more_behind_a_long_prompt(llm: LLM, monkeypatch: pytest.MonkeyPatch) -> None:
-    copied = []
-    monkeypatch.setattr(RequestOutput.__dict__["prompt_token_ids"], "_copy", lambda ids: copied.append(1) or list(ids))
+    copied = count_copies_of_prompts(monkeypatch)
     params = SamplingParams(temperature=0.0, max_tokens=5, output_kind=DELTA)
     outputs = list(llm.stream([PROMPTS[1]], params))
     assert len(outputs) == 5 and not copied

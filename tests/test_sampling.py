@@ -12,6 +12,7 @@ import pytest
 import torch
 from checkpoints import VOCAB_SIZE, Reference, random_prompts
 from drawn_from import assert_drawn_from
+from inside import watch_logits_of_prompts
 
 from nanovllm import LLM, SamplingParams
 from nanovllm.engine.sequence import Sequence
@@ -326,9 +327,8 @@ class TestLogprobs:
         self, device: str, make: Callable[..., LLM], monkeypatch: pytest.MonkeyPatch
     ) -> None:
         monkeypatch.setattr(logit_extras, "PIECE_BYTES", 4 * VOCAB_SIZE * 7)
-        llm, sizes = make(device), []
-        compute = llm.engine.runner.model.compute_logits
-        monkeypatch.setattr(llm.engine.runner.extras, "_compute_logits", lambda x: sizes.append(len(x)) or compute(x))
+        llm = make(device)
+        sizes = watch_logits_of_prompts(llm.engine.runner.extras, monkeypatch)
         run(llm, [(prompt, SamplingParams(max_tokens=1, prompt_logprobs=0)) for prompt in PROMPTS])
         assert max(sizes) == 7 and sum(sizes) == sum(len(prompt) - 1 for prompt in PROMPTS)
 

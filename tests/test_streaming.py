@@ -1,12 +1,12 @@
 """What `LLM` makes of text and of requests on their way: streams, stop strings, n completions, chat, aborts."""
 
-import weakref
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
 import pytest
 from checkpoints import SHAPES, random_prompts, save_checkpoint, save_spaced_tokenizer
+from inside import text_engine_reference
 
 from nanovllm import LLM, Logprob, RequestOutputKind, SamplingParams, demo_model
 from nanovllm.outputs import RequestOutput
@@ -120,7 +120,7 @@ class TestStream:
 
     def test_closing_the_engine_under_a_stream_ends_it_and_gives_the_memory_back(self, text_model: Path) -> None:
         llm = make(text_model)
-        text_engine = weakref.ref(llm._text_engine)
+        text_engine = text_engine_reference(llm)
         streams = [llm.stream(PROMPTS[:2], GREEDY), llm.stream(PROMPTS[2], GREEDY), llm.stream(PROMPTS[3], GREEDY)]
         for stream in streams[:2]:
             next(stream)

@@ -15,6 +15,15 @@ import pytest
 import torch
 from checkpoints import random_prompts
 from engine.simulated_engine import add_request, make_engine
+from inside import (
+    engine_of,
+    processes_of_ranks,
+    requests_in_thread,
+    streams_open,
+    submit_to_thread,
+    text_engine_of,
+    what_is_held,
+)
 
 from nanovllm import LLM, AsyncLLM, EngineDeadError, RankError, RequestOutputKind, SamplingParams
 from nanovllm.outputs import RequestOutput
@@ -48,9 +57,7 @@ def answers(llm: LLM) -> list[list[int]]:
 
 
 def is_idle(llm: LLM) -> bool:
-    text_engine, stats = llm._text_engine, llm.stats()
-    left = (text_engine._requests, text_engine._owner, llm._started, llm._streams, llm._one_caller._inside)
-    return (stats.cache_usage, stats.num_running, stats.num_waiting) == (0.0, 0, 0) and not any(left)
+    return not what_is_held(llm)
 
 
 class Busy:
@@ -384,7 +391,7 @@ class TestHealth:
             async with AsyncLLM(str(text_model), **OPTIONS) as llm:
                 await llm.check_health()
                 assert llm.is_running and not llm.is_stopped and not llm.errored and llm.dead_error is None
-                break_device(llm._text_engine.engine)
+                break_device(engine_of(llm))
                 ends = await asyncio.gather(*[last(llm.generate(p, LONG)) for p in PROMPTS], return_exceptions=True)
                 for end in ends:
                     assert isinstance(end, EngineDeadError) and ILLEGAL in str(end)
@@ -405,7 +412,7 @@ class TestHealth:
     def test_rank_lost_while_nobody_calls_is_seen(self, text_model: Path, nothing_is_left: None) -> None:
         async def main() -> None:
             llm = AsyncLLM(str(text_model), tensor_parallel_size=2, **OPTIONS)
-            llm._text_engine.engine.followers._processes[0].kill()
+            processes_of_ranks(llm)[0].kill()
             deadline = time.monotonic() + 10
             while llm.is_running and time.monotonic() < deadline:
                 await asyncio.sleep(0.01)
@@ -448,11 +455,11 @@ class TestAsync:
             loop = asyncio.new_event_loop()
             reader = llm.generate(PROMPTS[0], params, "a")
             task = loop.create_task(anext(reader))
-            while not llm._thread._listeners:
+            while not requests_in_thread(llm):
                 loop.run_until_complete(asyncio.sleep(0.001))
             loop.close()  # over the request; its generator is alive, and is never told
             assert asyncio.run(last(llm.generate(PROMPTS[1], GREEDY, "a"))).outputs[0].token_ids == expected
-            assert not llm._streams and not llm._thread._listeners
+            assert not streams_open(llm) and not requests_in_thread(llm)
             task._log_destroy_pending = False
             del reader, task
         llm.close()
@@ -464,7 +471,7 @@ class TestAsync:
         loop.run_until_complete(anext(reader))
         loop.close()
         deadline = time.monotonic() + TIMEOUT
-        while llm._text_engine.engine.has_unfinished_requests and time.monotonic() < deadline:
+        while engine_of(llm).has_unfinished_requests and time.monotonic() < deadline:
             time.sleep(0.001)
         assert llm.stats().num_decode_tokens < 140 and llm.stats().cache_usage == 0.0
         llm.close()
@@ -477,14 +484,14 @@ class TestAsync:
 
         async def main() -> RequestOutput:
             for prompt in PROMPTS:
-                request = llm._text_engine.make_request(prompt, LONG, request_id=None, is_streaming=True)
-                llm._thread.submit(request, bad)
+                request = text_engine_of(llm).make_request(prompt, LONG, request_id=None, is_streaming=True)
+                submit_to_thread(llm, request, bad)
             output = await last(llm.generate(PROMPTS[0], GREEDY))
             await llm.abort("nobody")
             return output
 
         assert asyncio.run(main()).outputs[0].finish_reason == "length"
-        assert llm.is_running and llm.stats().cache_usage == 0.0 and not llm._thread._listeners
+        assert llm.is_running and llm.stats().cache_usage == 0.0 and not requests_in_thread(llm)
         llm.close()
 
     def test_two_engines_side_by_side(self, text_model: Path) -> None:

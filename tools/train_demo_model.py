@@ -2,10 +2,12 @@
 
 The corpus is text that every machine with CPython has (`demo_corpus.py`). From it come a byte-level BPE vocabulary and
 a Qwen3 model of under 7 M parameters, trained with transformers' own `Qwen3ForCausalLM`, so that the weights owe
-nothing to the engine they are to test. A second, short stage cures it of loops, measures it and writes its card:
+nothing to the engine they are to test. A second, short stage cures it of loops, measures it and writes its card,
+and a script judges the result:
 
     python tools/train_demo_model.py --stdlib /usr/lib/python3.11 --minutes 2.3 --out build/demo
     python tools/unloop_demo_model.py --stdlib /usr/lib/python3.11 --model build/demo --out nanovllm/assets/demo
+    python tools/judge_demo_model.py
 
 The text is small (8.6 M tokens), so the model would learn it by heart: without dropout the validation loss turned after
 6 epochs and went up to 2.71 nats, with it it still falls after 13, at 2.17. The number of steps follows from the

@@ -1,7 +1,6 @@
 """A rank that dies, raises or stalls fails its engine with a reason, within seconds, and leaves nothing behind."""
 
 import os
-import pickle
 import random
 import signal
 import subprocess
@@ -14,6 +13,7 @@ from types import SimpleNamespace
 from typing import Any
 
 import pytest
+from inside import ending_ranks_raises, forbid_starting_ranks, order_rank
 from leftovers import are_gone, is_running, kill_the_rank_of, rank_pids, rank_processes
 
 from nanovllm import LLM, RankError, SamplingParams
@@ -82,8 +82,7 @@ def test_a_rank_that_raises_is_named_with_its_traceback_and_ends_the_others(
     checkpoint: Callable[..., Path], make_tp: Callable[..., LLM]
 ) -> None:
     llm = make_tp(checkpoint("gqa3-bias-linear"), tensor_parallel_size=3)
-    followers = llm.engine.followers
-    followers._links[1].send_bytes(pickle.dumps(("sleep", (7,), False)))
+    order_rank(llm, 2, "sleep", 7)
     assert are_gone(rank_pids(llm))  # although nobody calls
     with pytest.raises(RankError, match=r"(?s)rank 2 failed:\nTraceback.*level=7 must be 1"):
         answers(llm)
@@ -129,11 +128,11 @@ def test_a_second_interrupt_before_the_ranks_have_been_ended_ends_them_at_the_ne
     checkpoint: Callable[..., Path], make_tp: Callable[..., LLM]
 ) -> None:
     llm = make_tp(checkpoint("plain"), tensor_parallel_size=2)
-    followers, pids = llm.engine.followers, rank_pids(llm)
-    llm.engine.runner.launch = followers._fail = interrupt
-    with pytest.raises(KeyboardInterrupt):
+    pids = rank_pids(llm)
+    llm.engine.runner.launch = interrupt
+    with ending_ranks_raises(llm, interrupt), pytest.raises(KeyboardInterrupt):
         answers(llm)
-    del llm.engine.runner.launch, followers._fail
+    del llm.engine.runner.launch
     assert all(map(is_running, pids))  # and nobody knows how far they have come
     with pytest.raises(RankError, match="rank 0 was interrupted in launch"):
         answers(llm)
@@ -143,7 +142,7 @@ def test_a_second_interrupt_before_the_ranks_have_been_ended_ends_them_at_the_ne
 def test_a_size_that_does_not_fit_the_heads_is_refused_before_anything_starts(
     checkpoint: Callable[..., Path], make_tp: Callable[..., LLM], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("nanovllm.distributed.ranks._start_rank", None)
+    forbid_starting_ranks(monkeypatch)
     with pytest.raises(ValueError, match="num_attention_heads=4 cannot be cut into tensor_parallel_size=3 equal parts"):
         make_tp(checkpoint("plain"), tensor_parallel_size=3)
 

@@ -7,14 +7,22 @@ were stale, lost, shared wrongly or written by two. The next token is a function
 must answer is known beforehand, whoever shares its batch.
 """
 
-import random
-from collections import deque
-from itertools import count, pairwise
+from itertools import pairwise
 from types import SimpleNamespace
+
+from inside import (
+    begin_books,
+    blocks_of_digests,
+    digests_of_blocks,
+    free_blocks,
+    free_rows,
+    owners_of_blocks,
+    steps_in_flight,
+    unfinished_sequences,
+)
 
 from nanovllm.config import Config
 from nanovllm.distributed.ranks import Followers
-from nanovllm.engine.health import EngineHealth
 from nanovllm.engine.llm_engine import LLMEngine
 from nanovllm.engine.sequence import Sequence
 from nanovllm.engine.stats import StepStats
@@ -196,13 +204,7 @@ def make_engine(
     engine.max_model_len = max_model_len
     engine.max_behind = max_behind
     engine.stats = StepStats()
-    engine._in_flight = deque()
-    engine._unfinished = {}
-    engine.advanced = []
-    engine.fresh_ids = count()
-    engine.fresh_seeds = random.Random(0)
-    engine.health = EngineHealth(engine.followers)
-    engine._make_scheduler()
+    begin_books(engine)
     return engine
 
 
@@ -233,11 +235,12 @@ class Checker:
 
     def step(self) -> list[Sequence]:
         engine = self.engine
-        steps, waited = engine.stats.num_steps, len(engine._in_flight)
+        steps, waited = engine.stats.num_steps, steps_in_flight(engine)
         finished = engine.step()
-        assert engine.stats.num_steps > steps or len(engine._in_flight) < waited, "a step did nothing"
-        assert len(engine._in_flight) <= engine.max_behind
-        assert all(seq.is_finished and seq.request_id not in engine._unfinished for seq in finished)
+        assert engine.stats.num_steps > steps or steps_in_flight(engine) < waited, "a step did nothing"
+        assert steps_in_flight(engine) <= engine.max_behind
+        unfinished = unfinished_sequences(engine)
+        assert all(seq.is_finished and seq.request_id not in unfinished for seq in finished)
         self.check()
         self._check_progress()
         return finished
@@ -266,8 +269,8 @@ class Checker:
             assert len(seq.block_table) <= manager.num_blocks_for(max(len(seq.token_ids), seq.num_computed_tokens))
             for block in seq.block_table:
                 owners[block] += 1
-        assert manager._ref_count == owners
-        assert set(manager._free) == {block for block, n in enumerate(owners) if n == 0}
+        assert owners_of_blocks(manager) == owners
+        assert set(free_blocks(manager)) == {block for block, n in enumerate(owners) if n == 0}
         assert manager.num_free_blocks + sum(n > 0 for n in owners) == manager.num_blocks
         assert not any(seq.block_table for seq in self.engine.scheduler.waiting)
 
@@ -275,19 +278,20 @@ class Checker:
         """What the prefix map promises to be in a block is there."""
         manager, device = self.engine.block_manager, self.engine.runner
         size = manager.block_size
-        for seq in [*self.engine._unfinished.values(), *self.engine.scheduler.running]:
+        for seq in [*unfinished_sequences(self.engine).values(), *self.engine.scheduler.running]:
             if seq.block_digests and seq.block_digests[-1] not in self.content_of:
                 hashes = prefix_hashes(seq.token_ids)
                 for i, digest in enumerate(seq.block_digests):
                     content = hashes[i * size : (i + 1) * size]
                     assert self.content_of.setdefault(digest, content) == content, "two prefixes, one digest"
-        for digest, block in manager._block_with.items():
-            assert manager._digest_of[block] == digest
+        digest_of = digests_of_blocks(manager)
+        for digest, block in blocks_of_digests(manager).items():
+            assert digest_of[block] == digest
             if digest in self.content_of:  # unknown only if its one owner finished within this very step
                 content = device.slots[block * size : (block + 1) * size]
                 assert content == self.content_of[digest], "a cached block does not hold what its digest says"
-        cached = {block for block, digest in enumerate(manager._digest_of) if digest is not None}
-        assert cached == set(manager._block_with.values())
+        cached = {block for block, digest in enumerate(digest_of) if digest is not None}
+        assert cached == set(blocks_of_digests(manager).values())
         assert manager.enable_prefix_caching or not cached
 
     def _check_order(self) -> None:
@@ -296,13 +300,13 @@ class Checker:
         order = [*scheduler.running, *(seq for seq in scheduler.waiting if not seq.is_finished)]
         arrivals = [int(seq.request_id) for seq in order]
         assert all(a < b for a, b in pairwise(arrivals)), f"arrivals out of order: {arrivals}"
-        assert {seq.request_id for seq in order} == set(self.engine._unfinished), "a request is lost"
+        assert {seq.request_id for seq in order} == set(unfinished_sequences(self.engine)), "a request is lost"
 
     def _check_rows(self) -> None:
         """The device, which has seen only deltas, agrees with the host."""
         scheduler, device = self.engine.scheduler, self.engine.runner
         used = [seq.row for seq in scheduler.running]
-        assert sorted(used + scheduler._free_rows) == list(range(device.num_rows))
+        assert sorted(used + free_rows(scheduler)) == list(range(device.num_rows))
         assert all(seq.row == -1 for seq in scheduler.waiting)
         for seq in scheduler.running:
             row = device.rows[seq.row]
@@ -312,7 +316,7 @@ class Checker:
 
     def _check_progress(self) -> None:
         """The earliest request advances: no starvation, no livelock."""
-        seq = min(self.engine._unfinished.values(), key=lambda s: int(s.request_id), default=None)
+        seq = min(unfinished_sequences(self.engine).values(), key=lambda s: int(s.request_id), default=None)
         if seq is None:
             self.earliest = (None, (0, 0), 0)
             return

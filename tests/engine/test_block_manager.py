@@ -4,6 +4,7 @@ from collections import OrderedDict
 from typing import Any
 
 import pytest
+from inside import digests_of_blocks, free_blocks, replace_free_list
 
 from nanovllm.engine.block_manager import BlockManager
 from nanovllm.engine.sequence import Sequence
@@ -65,9 +66,9 @@ def test_whole_prompt_in_the_cache_leaves_the_last_token_to_compute() -> None:
 def test_finding_a_prefix_takes_nothing() -> None:
     manager = BlockManager(num_blocks=4, block_size=1)
     manager.release(admit(manager, [1, 2, 3]))
-    order = list(manager._free)
+    order = free_blocks(manager)
     prefix = manager.find_prefix(sequence([1, 2, 3, 4]))
-    assert len(prefix) == 3 and list(manager._free) == order
+    assert len(prefix) == 3 and free_blocks(manager) == order
 
 
 def test_freed_blocks_are_revived_by_the_same_prefix() -> None:
@@ -190,7 +191,7 @@ def test_digest_commits_to_all_tokens_before_and_to_where_they_are_cut() -> None
     prompts = [[1, 2, 3, 4], [2, 1, 3, 4], [1, 2, 4, 3], [3, 4, 1, 2], [1, 2, 1, 2], [256, 0, 3, 4], [1, 512, 3, 4]]
     for prompt in prompts:
         admit(manager, prompt)
-    digests = {digest for digest in manager._digest_of if digest is not None}
+    digests = {digest for digest in digests_of_blocks(manager) if digest is not None}
     assert all(len(digest) == 16 for digest in digests)
     # Every prefix of whole blocks is another one, and [1, 2] begins three of the prompts.
     assert len(digests) == len({tuple(p[:n]) for p in prompts for n in (2, 4)})
@@ -222,9 +223,9 @@ def test_reviving_a_block_from_the_middle_of_a_long_free_list_does_not_walk_it()
     manager.release(seq)
     manager.release(filler)
     free = CountingFree()
-    for block in list(manager._free):
+    for block in free_blocks(manager):
         OrderedDict.__setitem__(free, block, None)
-    manager._free = free
+    replace_free_list(manager, free)
     again = sequence([1, 2, 3, 4])
     manager.admit(again, manager.find_prefix(again))
     assert len(again.block_table) == 4

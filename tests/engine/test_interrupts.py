@@ -10,6 +10,7 @@ from typing import Any
 
 import pytest
 from engine.simulated_engine import Checker, expected_output, make_engine
+from inside import assert_nothing_is_held, blocks_of_digests, llm_over, readers_of, requests_held
 from interrupts import Interrupts
 
 import nanovllm.engine.admission
@@ -22,8 +23,6 @@ import nanovllm.engine.text_engine
 import nanovllm.llm
 import nanovllm.output_stream
 from nanovllm import LLM, SamplingParams
-from nanovllm.engine.one_caller import OneCaller
-from nanovllm.engine.text_engine import TextEngine
 
 MODULES = [
     nanovllm.engine.admission,
@@ -44,17 +43,10 @@ PROMPTS = [[1, 2, 3, 4, 1], [1, 2, 3, 4, 2, 2], [3], [4, 4, 4, 4, 4, 4, 4]]
 
 def make_llm(max_behind: int) -> LLM:
     """An `LLM` over a simulated device with so few blocks that sequences are preempted."""
-    text_engine = TextEngine.__new__(TextEngine)
-    text_engine.engine = make_engine(
+    engine = make_engine(
         12, 4, max_num_seqs=4, max_num_batched_tokens=9, max_model_len=MAX_MODEL_LEN, max_behind=max_behind
     )
-    text_engine._tokenizer = text_engine._decoder = None
-    text_engine._requests, text_engine._owner = {}, {}
-    llm = LLM.__new__(LLM)
-    llm._one_caller, llm._started, llm._streams = OneCaller(), {}, {}
-    llm._text_engine = text_engine
-    llm.close = lambda: None  # it has no device
-    return llm
+    return llm_over(engine)
 
 
 def work(llm: LLM, streams: list[Iterator[Any]]) -> None:
@@ -91,9 +83,9 @@ def interrupted(interrupts: Interrupts, gaps: list[int], llm: LLM) -> None:
         with suppress(KeyboardInterrupt):
             llm.abort("nobody")
     llm.abort("nobody")
-    readers = {ref(): requests for ref, requests in llm._streams.items()}
+    readers = readers_of(llm)
     assert not any(stream is None or stream.is_over for stream in readers)
-    assert set(llm._text_engine._requests.values()) <= set(chain(*readers.values())), "nobody waits for them"
+    assert requests_held(llm) <= set(chain(*readers.values())), "nobody waits for them"
     del readers
     for output in llm.generate(PROMPTS, PARAMS, use_tqdm=False):
         check(output)
@@ -102,11 +94,11 @@ def interrupted(interrupts: Interrupts, gaps: list[int], llm: LLM) -> None:
         check(output)
     del streams
     llm.reset_prefix_cache()
-    engine, text_engine = llm.engine, llm._text_engine
+    engine = llm.engine
     Checker(engine).check_idle()
-    assert not engine.has_unfinished_requests and not engine.is_changing and not engine.block_manager._block_with
-    assert not text_engine._requests and not text_engine._owner and not llm._started and not llm._streams
-    assert not llm._one_caller._inside
+    assert not engine.has_unfinished_requests and not engine.is_changing
+    assert not blocks_of_digests(engine.block_manager)
+    assert_nothing_is_held(llm)
 
 
 @pytest.fixture(params=[0, 1], ids=["read_at_once", "read_one_behind"])

@@ -8,18 +8,18 @@ it must import Triton as a compiler.
 from typing import Any
 
 import torch
+from inside import launch_kernels_early, tiling_of_product
 from triton.backends.compiler import GPUTarget
 from triton.runtime import driver
 from triton.runtime.jit import JITFunction
 
-from nanovllm.kernels import early_launch
 from nanovllm.kernels.attention import paged_decode_kernel
 from nanovllm.kernels.attention.decode_splits import DecodeSplits, split_contexts_triton
 from nanovllm.kernels.attention.paged_decode_kernel import paged_decode_triton
 from nanovllm.kernels.attention.paged_prefill import paged_prefill_triton
 from nanovllm.kernels.attention.qk_norm_rope_store import qk_norm_rope_store_triton
 from nanovllm.kernels.linear.silu_mul import silu_mul_triton
-from nanovllm.kernels.linear.skinny_linear import _tiling, skinny_linear_triton
+from nanovllm.kernels.linear.skinny_linear import skinny_linear_triton
 from nanovllm.kernels.norm.all_reduce import PeerBuffers, make_inboxes, one_shot_add_rms_norm, one_shot_all_reduce
 from nanovllm.kernels.norm.rms_norm import add_rms_norm_triton, rms_norm_triton
 from nanovllm.kernels.prepare_inputs import StepInputs, prepare_inputs_triton
@@ -53,7 +53,7 @@ def compile_instead_of_launching() -> set[str]:
 
     driver.set_active(AbsentDevice())
     JITFunction.run = compile_only
-    early_launch._options = lambda device: {"EARLY": True, "launch_pdl": True}
+    launch_kernels_early()
     return compiled
 
 
@@ -73,7 +73,7 @@ def call_linear_kernels() -> None:
     for rows in (1, 3, 20, 40, 60, 90, 100, 180, 200):
         for n in (128, 6144, 8192):
             for options in ({}, {"gated": True}, {"in_slices": True}):
-                if rows == 1 or _tiling(rows, n, 1024, options.get("gated"), options.get("in_slices")):
+                if rows == 1 or tiling_of_product(rows, n, 1024, "gated" in options, "in_slices" in options):
                     out = skinny_linear_triton(zeros(rows, 1024), zeros(n, 1024), bias=zeros(n), **options)
                     if "in_slices" in options:
                         add_rms_norm_triton(out, zeros(rows, n), zeros(n), 1e-6)

@@ -3,12 +3,13 @@
 import importlib
 import subprocess
 import sys
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from importlib.metadata import version
 from importlib.util import find_spec
 from pathlib import Path
 
 import pytest
+from inside import names_of_vllms_paths
 
 import nanovllm
 import nanovllm.vllm
@@ -29,10 +30,10 @@ def alias(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
         del sys.modules[name]
 
 
-@pytest.mark.parametrize("path", [path for path in nanovllm.vllm._PATHS if path])
-def test_each_path_has_the_names_that_programs_import_from_it(path: str) -> None:
+@pytest.mark.parametrize(("path", "names"), names_of_vllms_paths().items())
+def test_each_path_has_the_names_that_programs_import_from_it(path: str, names: Iterable[str]) -> None:
     module = importlib.import_module(f"nanovllm.vllm.{path}")
-    for name in nanovllm.vllm._NAMES_OF[path]:
+    for name in names:
         assert getattr(module, name) is not None
     with pytest.raises(AttributeError, match="has no attribute 'NoSuchThing'"):
         module.NoSuchThing  # noqa: B018

@@ -8,6 +8,7 @@ from typing import Any
 
 import pytest
 import torch
+from inside import batch_of, processors_over, update_of_batch
 from nanovllm.vllm.v1.sample.logits_processor import (
     AdapterLogitsProcessor,
     BatchUpdate,
@@ -17,7 +18,6 @@ from nanovllm.vllm.v1.sample.logits_processor import (
 from nanovllm.vllm.v1.sample.logits_processor.builtin import process_dict_updates
 
 from nanovllm import LLM, SamplingParams
-from nanovllm.vllm.logits_processors import Processors
 
 
 class Target(LogitsProcessor):
@@ -127,8 +127,7 @@ def test_a_failing_processor_ends_the_call_and_the_engine_serves_on(
 def test_updates_tell_where_everybody_is() -> None:
     """Against a list that is kept by the updates alone, over random comings and goings."""
     engine = SimpleNamespace(scheduler=SimpleNamespace(running=[]))
-    processors = Processors.__new__(Processors)
-    processors._engine, processors._processors, processors._batch, processors._outputs = engine, [], [], {}
+    processors = processors_over(engine)
     rng, told, count = random.Random(0), {}, 0
     for _ in range(300):
         kept = [seq for seq in engine.scheduler.running if rng.random() < 0.7]
@@ -139,10 +138,10 @@ def test_updates_tell_where_everybody_is() -> None:
         for row, seq in enumerate(kept):
             seq.row = row
         engine.scheduler.running = kept
-        update = processors._update(kept)
+        update = update_of_batch(processors, kept)
         process_dict_updates(told, update, lambda params, prompt_ids, output_ids: params)
         assert sorted(told) == list(range(len(kept)))
-        assert [told[i] for i in range(len(kept))] == [seq.params for seq in processors._batch]
+        assert [told[i] for i in range(len(kept))] == [seq.params for seq in batch_of(processors)]
         logits = torch.tensor([[float(seq.params)] for seq in kept]).reshape(len(kept), 1)
         assert torch.equal(processors([seq.row for seq in kept], logits), logits)
 

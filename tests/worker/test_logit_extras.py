@@ -7,6 +7,7 @@ from typing import Any
 import pytest
 import torch
 from checkpoints import VOCAB_SIZE
+from inside import run_largest_step
 
 from nanovllm.worker import logit_extras
 
@@ -29,7 +30,7 @@ def test_the_step_that_memory_is_measured_in_has_the_largest_pieces(
     options = {"max_num_seqs": max_num_seqs, "max_num_batched_tokens": num_tokens, "enforce_eager": True}
     runner = make_llm(checkpoint("plain"), **options).engine.runner
     with torch.inference_mode():
-        runner._run_largest_step()
+        run_largest_step(runner)
     width = VOCAB_SIZE + logit_extras.SORTED_COST * 20
     assert max(edited) == min(48, max_num_seqs)
     assert max(scored) == min(48 * VOCAB_SIZE // width, num_tokens)

@@ -9,6 +9,7 @@ import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
+from inside import fetched_tokens, wrap_sending
 
 from nanovllm import SamplingParams
 from nanovllm.step_plan import StepPlan
@@ -42,16 +43,15 @@ def test_a_batch_whose_sending_was_interrupted_is_sent_again(
     llm = make_llm(checkpoint("plain"))
     clean = llm.generate([[1, 2, 3]], params, use_tqdm=False)[0]["token_ids"]
     llm.reset_prefix_cache()
-    batch, calls = llm.engine.runner.batch, []
-    send = batch._send_batch
+    calls = []
 
-    def interrupted(*args: Any) -> None:
+    def interrupted(send: Callable[..., None], *args: Any) -> None:
         send(*args)
         calls.append(args)
         if len(calls) == 2:
             raise KeyboardInterrupt
 
-    batch._send_batch = interrupted
+    wrap_sending(llm.engine.runner.batch, interrupted)
     with pytest.raises(KeyboardInterrupt):
         llm.generate([[1, 2, 3]], params, use_tqdm=False)
     assert llm.generate([[1, 2, 3]], params, use_tqdm=False)[0]["token_ids"] == clean
@@ -85,7 +85,7 @@ def test_tokens_of_padding_are_left_out(checkpoint: Callable[..., Path], make_ll
         (2, 2, StepShape(2, 1, 9), [0, 1]),  # the prompt is cut short
     ]:
         plan = StepPlan(num_decodes=num_decodes, num_samples=num_samples)
-        assert runner._fetch(plan, shape, 0, None).tokens() == expected
+        assert fetched_tokens(runner, plan, shape) == expected
 
 
 def test_a_step_gets_the_next_shape_that_holds_it() -> None:

@@ -8,6 +8,7 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from inside import tiles_of_cache
 from paged_cache import PagedCase, assert_within_rounding, dense_attention, make_case
 
 from nanovllm.kernels.attention import paged_decode_kernel
@@ -375,7 +376,7 @@ def test_what_does_not_fit_is_refused() -> None:
 def test_only_caches_that_the_copy_engine_can_take_are_its_tiles() -> None:
     memory = torch.zeros(1 + 3 * 2 * 64 * 8)
     cache, unaligned = (memory[start:][: 3 * 2 * 64 * 8].view(3, 2, 64, 8) for start in (0, 1))
-    assert paged_decode_kernel._tiles(cache, 64) is not None
-    assert paged_decode_kernel._tiles(cache, 48) is None
-    assert paged_decode_kernel._tiles(cache[:, :1], 64) is None
-    assert paged_decode_kernel._tiles(unaligned, 64) is None
+    assert tiles_of_cache(cache, 64) is not None
+    assert tiles_of_cache(cache, 48) is None
+    assert tiles_of_cache(cache[:, :1], 64) is None
+    assert tiles_of_cache(unaligned, 64) is None

@@ -2,6 +2,7 @@
 
 import pytest
 import torch
+from inside import kernel_takes, replace_skinny_launch, tiles_cut_to_fit, tiling_of_product
 
 from nanovllm.kernels.linear import skinny_linear as kernels
 from nanovllm.kernels.linear.silu_mul import silu_mul
@@ -70,7 +71,7 @@ def least_elements_of_large_weights(request: pytest.FixtureRequest, monkeypatch:
 def multiply(x: torch.Tensor, weight: torch.Tensor, *args: object, **options: bool) -> torch.Tensor:
     """The kernel's product. If there is no tiling for it, checks that the kernel refuses it, and skips the test."""
     asked = [options.get(name, False) for name in ("gated", "in_slices")]
-    if len(x) == 1 or kernels._tiling(len(x), *weight.shape, *asked):
+    if len(x) == 1 or tiling_of_product(len(x), *weight.shape, *asked):
         return kernels.skinny_linear_triton(x, weight, *args, **options)
     with pytest.raises(ValueError, match="that has tiles"):
         kernels.skinny_linear_triton(x, weight, *args, **options)
@@ -131,13 +132,13 @@ def test_products_have_the_tiles_that_were_chosen_for_them(monkeypatch: pytest.M
     ]:
         for num_tokens in (2, 16, 17, 32, 33, 48, 49, 64, 65, 96, 97, 128, 129, 192, 193, 256, 257):
             row = next((tilings for most, tilings in table.items() if num_tokens <= most), (None, None, None))
-            assert tuple(kernels._tiling(num_tokens, n, k, g, p) for g, p in ((0, 0), (0, 1), (1, 0))) == row
+            assert tuple(tiling_of_product(num_tokens, n, k, g, p) for g, p in ((0, 0), (0, 1), (1, 0))) == row
 
 
 def test_what_the_kernel_is_not_for_is_left_to_the_library(device: str, monkeypatch: pytest.MonkeyPatch):
-    monkeypatch.setattr(kernels, "_launch", lambda *args: pytest.fail("the kernel was called"))
+    replace_skinny_launch(monkeypatch, lambda *args: pytest.fail("the kernel was called"))
     x, weight, bias = (t.to(device) for t in draw((3, 8, 256), torch.float32, "cpu"))
-    assert kernels._can_take(x.bfloat16(), weight.bfloat16(), bias.bfloat16(), False, False)
+    assert kernel_takes(x.bfloat16(), weight.bfloat16(), bias.bfloat16(), False, False)
     for a, w in [
         (x, weight),  # float32
         (x[:, :100].bfloat16(), weight[:, :100].bfloat16()),  # an odd K
@@ -145,7 +146,7 @@ def test_what_the_kernel_is_not_for_is_left_to_the_library(device: str, monkeypa
         (x.bfloat16().repeat(90, 1), weight.bfloat16()),  # many rows
         (x.bfloat16().repeat(1, 2)[:, 3 : 3 + 256], weight.bfloat16()),  # rows that begin at odd places
     ]:
-        assert not any(kernels._can_take(a, w, None, gated, slices) for gated, slices in ((0, 0), (0, 1), (1, 0)))
+        assert not any(kernel_takes(a, w, None, gated, slices) for gated, slices in ((0, 0), (0, 1), (1, 0)))
         assert torch.equal(kernels.skinny_linear(a, w), torch.nn.functional.linear(a, w))
         assert torch.equal(kernels.skinny_linear(a, w, in_slices=True), torch.nn.functional.linear(a, w))
         expected = silu_mul(torch.nn.functional.linear(a, w))
@@ -157,7 +158,7 @@ def test_few_rows_on_a_gpu_take_the_kernel(device: str, monkeypatch: pytest.Monk
         pytest.skip("the kernel is for GPUs")
     x, weight, bias = draw((3, 512, 1024), torch.bfloat16, device)
     calls = []
-    monkeypatch.setattr(kernels, "_launch", lambda *args: calls.append(args) or x)
+    replace_skinny_launch(monkeypatch, lambda *args: calls.append(args) or x)
     kernels.skinny_linear(x, weight, bias)
     assert len(calls) == 1
 
@@ -167,7 +168,7 @@ def test_tiles_fit_the_devices_shared_memory(kib: int):
     tilings = [t for table in (kernels.TILINGS, kernels.LARGE_TILINGS) for row in table.values() for t in row if t]
     for tiling in tilings:
         for columns in (256, 384, 1024):
-            tile_k, depth = kernels._fit(tiling, columns, 2, kib * 1024)
+            tile_k, depth = tiles_cut_to_fit(tiling, columns, 2, kib * 1024)
             assert columns % tile_k == 0 and tile_k >= 16 and depth >= 2
             assert depth * tile_k * (tiling.rows + tiling.weight_rows) * 2 <= kib * 1024
             if kib == 227:  # what they were made for: nothing is cut

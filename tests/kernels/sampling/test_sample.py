@@ -299,8 +299,8 @@ def test_a_row_whose_every_token_is_masked_has_none_to_draw(function, asked: dic
 
 
 @pytest.mark.parametrize("function", [*FUNCTIONS, sample])
-def test_no_entries(function, device: str):
-    Rows([{}], device).sample(function, torch.zeros(0, 300, device=device), [], [])
+def test_no_entries_give_no_tokens(function, device: str):
+    assert Rows([{}], device).sample(function, torch.zeros(0, 300, device=device), [], []) == []
 
 
 @pytest.mark.parametrize("scale", [0.2, 1.0, 3.0, 10.0])

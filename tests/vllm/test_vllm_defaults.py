@@ -3,6 +3,7 @@
 from typing import Any
 
 import pytest
+from inside import tables_of_what_is_absent
 
 from nanovllm import LLM, AsyncLLM, SamplingParams
 from nanovllm.config import Config
@@ -124,9 +125,7 @@ def test_what_we_have_is_in_no_table_of_what_is_absent() -> None:
 
 
 def test_a_word_stands_in_a_table_once() -> None:
-    from nanovllm import vllm_defaults
-
-    for reasons in (vllm_defaults._ENGINE_OPTIONS, vllm_defaults._SAMPLING_FIELDS, vllm_defaults._ARGUMENTS):
+    for reasons in tables_of_what_is_absent():
         words = [w for group in reasons.values() for several in group for w in several.split()]
         assert len(words) == len(set(words))
 

@@ -80,12 +80,21 @@ def test_ranks_are_compared_by_rate_latency_and_what_is_sent(tmp_path):
     report = run_mode("--ranks", "1,2", cwd=tmp_path)
     one, two = report["ranks"]
     assert [run["ranks"] for run in (one, two)] == [1, 2]
-    assert (
-        "\n".join(rank_lines([one | {"stream_ms": {int(n): ms for n, ms in one["stream_ms"].items()}}]))
-        in (
-            report["printed"]  # before the second was measured
-        )
+    lines = [line.split() for line in report["printed"].splitlines()]
+    share = 100 * two["headline_tok_s"] / (2 * one["headline_tok_s"])
+    of_one, of_two = (
+        [
+            f"{run['ranks']}",
+            f"{run['headline_tok_s']:,.1f}",
+            f"{efficiency:.1f}",
+            "%",
+            *(f"{run['stream_ms'][n]:.3f}" for n in ("1", "8", "32")),
+            f"{run['plan_bytes_per_step']:,.0f}",
+        ]
+        for run, efficiency in ((one, 100.0), (two, share))
     )
+    # The first is shown alone when it has been measured, and again beside the second.
+    assert lines.count(of_one) == 2 and lines.count(of_two) == 1
     for run in (one, two):
         results = {result["workload"]: result for result in run["results"]}
         assert run["headline_tok_s"] == results["headline"]["output_tok_s"] > 0
