@@ -16,6 +16,6 @@ def demo_model() -> str:
     if missing:
         raise FileNotFoundError(
             f"the demo model in {DIRECTORY} lacks {', '.join(missing)}: install nano-vllm with its package data, "
-            "or make the model anew with tools/train_demo_model.py"
+            "or train the model again with tools/train_demo_model.py"
         )
     return str(DIRECTORY)

@@ -268,7 +268,7 @@ class LLM(LLMMethods):
         return self._text_engine
 
     def _enter(self) -> TextEngine:
-        """The text engine, for a call that `_one_caller` has let in: with all requests ended that no caller reads."""
+        """The text engine, for a call within `_one_caller`: first ends the requests that no caller reads any more."""
         text_engine = self._open()
         text_engine.engine.health.require_own_process()
         text_engine.abort(self._started)

@@ -41,7 +41,7 @@ def make_sequence(
     if engine.logits_processors is not None:
         engine.logits_processors.validate(params)
     elif params.extra_args:
-        raise ValueError(f"extra_args={params.extra_args!r:.80} are for logits_processors, which this engine has not")
+        raise ValueError(f"extra_args={params.extra_args!r:.80} must be None: this engine has no logits_processors")
     stop_ids = engine.eos_token_ids.union(params.stop_token_ids)
     check_that_a_token_is_left(params, bad_words, stop_ids, engine.vocab_size)
     num_left = engine.max_model_len - len(token_ids)

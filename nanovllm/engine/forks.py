@@ -12,7 +12,7 @@ from typing import Any
 
 FORKED = (
     "this process was forked off the one that made the engine, and has neither its threads nor its ranks nor its "
-    "device: make an engine in this process, or start processes by 'spawn'"
+    "device: make an engine in this process, or start processes with 'spawn'"
 )
 
 _engines: weakref.WeakSet[Any] = weakref.WeakSet()

@@ -74,7 +74,7 @@ class Scheduler:
 
     def _continue_decodes(self, step: ScheduledStep) -> None:
         """Plan one token for each sequence whose prompt is computed; preempt the latest arrivals if blocks run out."""
-        for seq in self.running:  # a preemption removes the last, which this loop has not passed
+        for seq in self.running:  # a preemption removes the last one, at or after the loop's place
             if seq.num_tokens - seq.num_computed_tokens != 1 or seq.num_tokens >= seq.max_len:
                 continue  # its prompt is under way, or its last token is in flight
             num_held = len(seq.block_table)

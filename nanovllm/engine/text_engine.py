@@ -91,7 +91,7 @@ class TextEngine:
             num_kept = longest if params.truncate_prompt_tokens == -1 else params.truncate_prompt_tokens
             token_ids = token_ids[-num_kept:]
         if params.stop and self._tokenizer is None:
-            raise ValueError(f"stop={params.stop!r} needs a tokenizer, which skip_tokenizer_init=True leaves away")
+            raise ValueError(f"stop={params.stop!r} needs a tokenizer, and skip_tokenizer_init=True loads none")
         seqs = self._make_sequences(token_ids, params, name, request_id)
         request_id = seqs[0].request_id
         for i, seq in enumerate(seqs if params.n > 1 else ()):

@@ -70,10 +70,10 @@ def chat_prompt(
     twice = template_options.keys() & (chat_template_kwargs or {})
     if twice:
         raise ValueError(
-            f"chat_template_kwargs={chat_template_kwargs!r:.80} must not have {min(twice)!r}: give it itself"
+            f"chat_template_kwargs={chat_template_kwargs!r:.80} must not have {min(twice)!r}: pass it by itself"
         )
     if template_options.get("add_generation_prompt") and template_options.get("continue_final_message"):
-        raise ValueError("continue_final_message=True goes on with the last message: set add_generation_prompt=False")
+        raise ValueError("continue_final_message=True extends the last message: set add_generation_prompt=False")
     conversation = plain(messages, name)
     is_list = isinstance(conversation, list) and len(conversation) > 0
     if not is_list or not all(isinstance(message, dict) and "role" in message for message in conversation):

@@ -148,7 +148,7 @@ def _text_of(part: Any, name: str) -> str:
         raise TypeError(f"{name}={part!r:.80} must be a dict with a 'type', or a string")
     kind = part.get("type")
     if not isinstance(kind, str) or kind not in _TEXT_PARTS:
-        raise ValueError(f"{name} is of type {kind!r:.80}: a model of text takes {', '.join(_TEXT_PARTS)}")
+        raise ValueError(f"{name} is of type {kind!r:.80}: a text model takes {', '.join(_TEXT_PARTS)}")
     text = part.get(_TEXT_PARTS[kind])
     if not isinstance(text, str):
         raise TypeError(f"{name}[{_TEXT_PARTS[kind]!r}]={text!r:.80} must be a string")

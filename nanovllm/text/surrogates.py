@@ -14,5 +14,5 @@ def refuse_surrogates(text: str, name: str) -> None:
         start = error.start
         near = repr(text) if len(text) <= 60 else f"…{text[max(0, start - 20) : start + 20]!r}…"
         raise ValueError(
-            f"{name}={near} has a lone surrogate, {text[start]!r} at character {start}, which no text can have"
+            f"{name}={near} has a lone surrogate, {text[start]!r} at character {start}, which no encoding can write"
         ) from None

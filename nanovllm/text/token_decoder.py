@@ -117,7 +117,7 @@ class TokenDecoder:
         return text
 
     def _completed_text(self, token_id: int, alone: str, before: list[int]) -> str:
-        """The same for a token that begins or ends within a character: what it adds to the fewest tokens that tell."""
+        """The text of a token that begins or ends within a character: decoded behind as few tokens as settle it."""
         candidates = [] if alone.endswith(BROKEN) else [alone]
         for num in range(1, len(before) + 1):
             context = before[-num:]

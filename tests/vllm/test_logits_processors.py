@@ -102,7 +102,7 @@ def test_what_cannot_be_served_is_refused(text_model: Path, make_llm: Callable[.
     llm = make_llm(text_model, logits_processors=[Target])
     with pytest.raises(ValueError, match="target must be an integer"):
         llm.generate([[1]], SamplingParams(extra_args={"target": "x"}), use_tqdm=False)
-    with pytest.raises(ValueError, match="extra_args=.* which this engine has not"):
+    with pytest.raises(ValueError, match="extra_args=.* this engine has no logits_processors"):
         make_llm(text_model).generate([[1]], SamplingParams(extra_args={"target": 1}), use_tqdm=False)
     with pytest.raises(TypeError, match="logits_processors has <class 'int'>"):
         make_llm(text_model, logits_processors=[int])
