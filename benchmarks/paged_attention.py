@@ -29,8 +29,7 @@ from benchmarks.attention_timing import (
 )
 from benchmarks.ceilings import measure_ceilings
 from benchmarks.workloads import PRESETS, draw
-from nanovllm.kernels.attention import decode_splits
-from nanovllm.kernels.attention import paged_decode_kernel, paged_prefill
+from nanovllm.kernels.attention import decode_splits, paged_decode_kernel, paged_prefill
 from nanovllm.kernels.device import multiprocessors, shared_memory_bytes
 from nanovllm.kernels.triton_shim import triton
 

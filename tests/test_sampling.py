@@ -155,7 +155,7 @@ class TestEdits:
             sample(x, rows, seq_lens, *others)
 
         monkeypatch.setattr(logit_extras, "sample", spy)
-        monkeypatch.setattr(logit_extras, "MAX_PIECE_ROWS", 3)  # so that the batch is cut into pieces
+        monkeypatch.setattr(logit_extras, "MAX_BATCH_ROWS", 3)  # so that the step takes several row batches
         llm, bad_words = make(device, max_behind=1), ((7,), (2, 3), (2, 2, 2))
         seqs = [
             llm.engine.make_sequence(prompt, params, bad_words=bad_words)
@@ -320,7 +320,7 @@ class TestLogprobs:
     def test_logits_of_prompts_are_never_more_than_a_piece(
         self, device: str, make: Callable[..., LLM], monkeypatch: pytest.MonkeyPatch
     ) -> None:
-        monkeypatch.setattr(logit_extras, "PIECE_BYTES", 4 * VOCAB_SIZE * 7)
+        monkeypatch.setattr(logit_extras, "ROW_BATCH_BYTES", 4 * VOCAB_SIZE * 7)
         llm, sizes = make(device), []
         compute = llm.engine.runner.model.compute_logits
         monkeypatch.setattr(llm.engine.runner.extras, "_compute_logits", lambda x: sizes.append(len(x)) or compute(x))

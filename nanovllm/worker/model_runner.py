@@ -23,7 +23,7 @@ from nanovllm.models.loader import build_model
 from nanovllm.step_plan import NewRow, StepPlan
 from nanovllm.worker.cuda_graph import StepGraphs, StepShape, StepShapes
 from nanovllm.worker.input_batch import InputBatch
-from nanovllm.worker.logit_extras import LogitExtras, PendingLogprobs, ProcessLogits, ask_for_the_most
+from nanovllm.worker.logit_extras import LogitExtras, PendingLogprobs, ProcessLogits, add_largest_extras
 from nanovllm.worker.memory import DeviceMemory, cache_bytes_left, cache_bytes_per_block, zeros_on_demand
 from nanovllm.worker.resolve import resolve_device, resolve_dtype, resolve_max_model_len
 from nanovllm.worker.step_handle import StepHandle
@@ -112,8 +112,8 @@ class ModelRunner:
             self.done[slot].synchronize()  # no wait, unless a failed step was dropped: its buffers may be in use yet
         else:
             self._clear_fresh_tails(plan)
-        self.extras.take(plan.new_rows)
-        has_extras = self.extras.are_asked(plan)
+        self.extras.add_rows(plan.new_rows)
+        has_extras = self.extras.has_work(plan)
         padded = self.shapes.pad(plan, has_extras)
         shape = padded or StepShape.of(plan)
         self.batch.apply(plan, slot, shape)
@@ -299,7 +299,7 @@ class ModelRunner:
             plan.new_rows.append(NewRow(row, [0] * length, 0, [0], 1.0, 0, 1.0, 0.0, row, 0, []))
             plan.rows.append(row)
             plan.query_lens.append(length)
-        ask_for_the_most(plan)
+        add_largest_extras(plan)
         self.launch(plan).tokens()
         if self.config.enforce_eager:
             return 0
