@@ -28,7 +28,7 @@ def kill_the_rank_of(llm: LLM, other: LLM, max_tokens: int) -> Iterator[RequestO
 
 
 def rank_pids(llm: LLM) -> list[int]:
-    return [process.pid for process in llm.engine.followers._processes]
+    return llm.engine.followers.processes.pids
 
 
 def is_running(pid: int) -> bool:

@@ -3,6 +3,7 @@
 import asyncio
 import gc
 import os
+import signal
 import subprocess
 import sys
 import threading
@@ -405,7 +406,7 @@ class TestHealth:
     def test_rank_lost_while_nobody_calls_is_seen(self, text_model: Path, nothing_is_left: None) -> None:
         async def main() -> None:
             llm = AsyncLLM(str(text_model), tensor_parallel_size=2, **OPTIONS)
-            llm._text_engine.engine.followers._processes[0].kill()
+            os.kill(llm._text_engine.engine.followers.processes.pids[0], signal.SIGKILL)
             deadline = time.monotonic() + 10
             while llm.is_running and time.monotonic() < deadline:
                 await asyncio.sleep(0.01)

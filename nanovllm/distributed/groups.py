@@ -20,7 +20,7 @@ START_TIMEOUT = timedelta(minutes=30)
 
 
 @dataclass(slots=True, frozen=True)
-class Meeting:
+class Rendezvous:
     """What rank 0 tells the others so that they find each other."""
 
     folder: Path  # of the store
@@ -30,10 +30,10 @@ class Meeting:
     dtype: torch.dtype
 
 
-def join_group(meeting: Meeting, rank: int, size: int, timeout: timedelta) -> TensorParallel:
+def join_group(rendezvous: Rendezvous, rank: int, size: int, timeout: timedelta) -> TensorParallel:
     """This rank among all, connected when it returns. Raises PeerLostError, or what the store raises."""
-    if not meeting.nccl_id:
-        store = dist.FileStore(str(meeting.folder / "store"), size)
+    if not rendezvous.nccl_id:
+        store = dist.FileStore(str(rendezvous.folder / "store"), size)
         store.set_timeout(timeout)
         tp = TensorParallel(rank, size, GlooGroup(store, rank, size, timeout))
         tp.minimum(0, "cpu")
@@ -41,8 +41,8 @@ def join_group(meeting: Meeting, rank: int, size: int, timeout: timedelta) -> Te
     from nanovllm.distributed.nccl import NcclGroup
     from nanovllm.distributed.peer_memory import connect_peers
 
-    tp = TensorParallel(rank, size, NcclGroup(meeting.nccl_id, rank, size))
-    peers = connect_peers(tp.group, rank, size, meeting.peer_bytes, meeting.hidden_size, meeting.dtype)
+    tp = TensorParallel(rank, size, NcclGroup(rendezvous.nccl_id, rank, size))
+    peers = connect_peers(tp.group, rank, size, rendezvous.peer_bytes, rendezvous.hidden_size, rendezvous.dtype)
     # All ranks or none: one that summed its own way would wait for the others forever.
     if tp.minimum(int(peers is not None), "cuda"):
         tp = TensorParallel(rank, size, tp.group, peers)

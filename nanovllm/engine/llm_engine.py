@@ -105,7 +105,7 @@ class LLMEngine:
         weakref.finalize(self, _end_steps, self._stepping, self._pid)  # runs before the one above
         keep_in_children(self)
         self.followers.start(hf_config, model_class, self.model_path)
-        with self.followers.doing("build", wait=True):
+        with self.followers.also_run("build", wait=True):
             self.runner = ModelRunner(config, hf_config, model_class, self.model_path, self.followers.tp)
             source = self.model_path if config.has_checkpoint else None
             self.tied_head = TiedHead(self.runner.dtype, source) if hf_config.tie_word_embeddings else None
@@ -278,8 +278,8 @@ class LLMEngine:
         if not plan.rows:
             return False
         # A device's queue may be full, and then launching waits for the device. On a CPU it is the step itself.
-        waiting = self.followers.awaited() if self.runner.is_cuda else nullcontext()
-        with self.followers.doing("launch", plan), waiting:
+        waiting = self.followers.time_limit() if self.runner.is_cuda else nullcontext()
+        with self.followers.also_run("launch", plan), waiting:
             handle = self.runner.launch(plan)
         self._in_flight.append(_StepInFlight(step, handle))
         self.stats.num_steps += 1
@@ -290,7 +290,7 @@ class LLMEngine:
     def _read_tokens(self, step: _StepInFlight) -> list[Sequence]:
         """Wait for a step's tokens, and hand each to its sequence."""
         finished = []
-        with self.followers.awaited():
+        with self.followers.time_limit():
             token_ids = step.handle.tokens()
         self._read_prompt_logprobs(step)
         samples = step.scheduled.samples

@@ -83,7 +83,7 @@ def test_a_rank_that_raises_is_named_with_its_traceback_and_ends_the_others(
 ) -> None:
     llm = make_tp(checkpoint("gqa3-bias-linear"), tensor_parallel_size=3)
     followers = llm.engine.followers
-    followers._links[1].send_bytes(pickle.dumps(("sleep", (7,), False)))
+    followers.processes.links[1].send_bytes(pickle.dumps(("sleep", (7,), False)))
     assert are_gone(rank_pids(llm))  # although nobody calls
     with pytest.raises(RankError, match=r"(?s)rank 2 failed:\nTraceback.*level=7 must be 1"):
         answers(llm)
@@ -130,10 +130,10 @@ def test_a_second_interrupt_before_the_ranks_have_been_ended_ends_them_at_the_ne
 ) -> None:
     llm = make_tp(checkpoint("plain"), tensor_parallel_size=2)
     followers, pids = llm.engine.followers, rank_pids(llm)
-    llm.engine.runner.launch = followers._fail = interrupt
+    llm.engine.runner.launch = followers.processes.fail = interrupt
     with pytest.raises(KeyboardInterrupt):
         answers(llm)
-    del llm.engine.runner.launch, followers._fail
+    del llm.engine.runner.launch, followers.processes.fail
     assert all(map(is_running, pids))  # and nobody knows how far they have come
     with pytest.raises(RankError, match="rank 0 was interrupted in launch"):
         answers(llm)
@@ -143,7 +143,7 @@ def test_a_second_interrupt_before_the_ranks_have_been_ended_ends_them_at_the_ne
 def test_a_size_that_does_not_fit_the_heads_is_refused_before_anything_starts(
     checkpoint: Callable[..., Path], make_tp: Callable[..., LLM], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("nanovllm.distributed.ranks._start_rank", None)
+    monkeypatch.setattr("nanovllm.distributed.rank_processes._start_rank", None)
     with pytest.raises(ValueError, match="num_attention_heads=4 cannot be cut into tensor_parallel_size=3 equal parts"):
         make_tp(checkpoint("plain"), tensor_parallel_size=3)
 
@@ -161,7 +161,7 @@ import signal, sys, time
 from nanovllm import LLM, SamplingParams
 llm = LLM(sys.argv[1], device="cpu", dtype="float32", skip_tokenizer_init=True, tensor_parallel_size=2,
           num_kvcache_blocks=64, max_num_seqs=4)
-print(*(process.pid for process in llm.engine.followers._processes), flush=True)
+print(*llm.engine.followers.processes.pids, flush=True)
 while True:
     llm.generate([[1, 2, 3]], SamplingParams(max_tokens=200), use_tqdm=False)
 """
