@@ -1,8 +1,8 @@
 """What the fused kernels compute, in PyTorch's own operations: for the ablation, on any device.
 
-The kernels' references serve where they can. Three have to be written again: they are made for a CPU (small pieces, a
-loop over the entries), or wait for the device, which no CUDA graph can capture. Here an entry that pads a batch, whose
-results nobody reads, repeats what the first entry writes, so that shapes do not depend on how many pad.
+It uses the kernels' references where it can. Three references cannot serve and are written anew here: they suit a CPU
+(small tiles, a loop over the entries), or wait for the device, which a CUDA graph cannot capture. Here a padding entry,
+whose results are unused, repeats what the first entry writes, so that shapes do not depend on the number of them.
 """
 
 import sys
@@ -45,7 +45,7 @@ def replaced(functions: dict[Callable, Callable]) -> Iterator[None]:
     """Put functions in the place of others wherever a module of nanovllm that is imported knows them.
 
     Enter it once an engine has been made, for that imports what engines need. Raises RuntimeError if only the module
-    that defines a function knows it: then nobody would run the other one.
+    that defines a function knows it: then no caller would run the other one.
     """
     places = []
     modules = [module for name, module in sys.modules.items() if name.split(".")[0] == "nanovllm"]
