@@ -1,1 +1,1 @@
-"""What `bench.py` is made of: workloads, engines, the device's ceilings, the roofline and the step's breakdown."""
+"""The parts of `bench.py`: workloads, engines, the device's ceilings, the roofline and the step's breakdown."""

@@ -1,8 +1,8 @@
 """`bench.py --ablate`: the headline and one stream with one optimization off at a time, each on an engine of its own.
 
-What is an option of the engine is switched off by it; the rest is switched off from outside while the measurement
-lasts, as the engine has no code for that. Prompts of the headline share nothing, so what the prefix cache shows there
-is its price.
+A variant uses the engine's option if there is one, and otherwise replaces the engine's code while it measures: the
+engine itself has no switches for benchmarks. The headline's prompts share no prefix, so the prefix cache shows only its
+cost there.
 """
 
 import importlib
@@ -25,18 +25,18 @@ from benchmarks.workloads import PRESETS, few_streams
 
 @dataclass(slots=True, frozen=True)
 class Variant:
-    """What an engine does without. `inside`: what it is made and run within. `prepare`: done to the LLMEngine."""
+    """An engine with one optimization off. It is made and run inside `inside`; `prepare` changes its LLMEngine."""
 
     name: str
     options: dict[str, Any] = field(default_factory=dict)
     inside: Callable[[], AbstractContextManager] = nullcontext
     prepare: Callable[[Any], object] = lambda engine: None
-    module: str = "nanovllm"  # where the optimization lives; without it there is nothing to switch off
+    module: str = "nanovllm"  # has the optimization; if the module is missing, the variant is left out
 
 
 @contextmanager
 def constant(module_name: str, name: str, value: int) -> Iterator[None]:
-    """A module's constant with another value."""
+    """Give a module's constant another value while the body runs."""
     module = importlib.import_module(module_name)
     old = getattr(module, name)
     setattr(module, name, value)
@@ -52,7 +52,7 @@ def wait_for_each_step(engine: Any) -> None:
 
 
 def late_launch() -> AbstractContextManager:
-    """Kernels that start when the one before has ended."""
+    """Let each kernel start only when the one before it has ended."""
     early_launch = importlib.import_module(EARLY_LAUNCH).early_launch
     return replaced({early_launch: lambda tensor: {"EARLY": False}})
 

@@ -1,4 +1,4 @@
-"""What a figure was measured on, and how long the process has been running."""
+"""Describes the machine and the versions behind a figure, and tells how long the process has been running."""
 
 import os
 import platform

@@ -1,9 +1,9 @@
-"""`bench.py --ranks 1,2,4`: what it gains to cut the model over so many ranks, and what a layer's two sums cost.
+"""`bench.py --ranks 1,2,4`: how much faster the model runs on so many ranks, and what a layer's two sums cost.
 
 For each number of ranks an engine runs the headline and few streams; its efficiency is its rate on the headline over
 that of as many engines of the first number. Then, on CUDA and with the engine gone, benchmarks/all_reduce.py times the
-sums that the engine's decode steps are made of, with the norm in them, and what the link carries. A table is printed
-after each number of ranks, of what there is until then.
+sums of the engine's decode steps, with the norm in them, and the link's bandwidth. After each number of ranks it prints
+a table of all results so far.
 """
 
 from dataclasses import asdict, replace

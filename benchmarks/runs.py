@@ -1,4 +1,4 @@
-"""Timed runs: every engine on the same requests, run by run in turn, and what each run has to show for itself."""
+"""Timed runs: the engines take turns at the same requests, and each run yields its figures."""
 
 from dataclasses import asdict, dataclass, field
 from time import perf_counter

@@ -1,8 +1,9 @@
 """What a decode step costs by what its requests ask of the sampler: `python -m benchmarks.sampling_cost`.
 
-`--batch` sequences of `--context` tokens decode as for users (overlap, CUDA graphs), with each kind of request in turn,
-`--rounds` times over, so that a drift of the machine meets all alike. Printed: milliseconds a step, the best round, and
-what that is more than drawing at a temperature alone, which costs nothing extra by design. The last line is JSON.
+`--batch` sequences of `--context` tokens decode as in normal use (overlap, CUDA graphs). The kinds of requests take
+turns, `--rounds` times over, so that a drift of the machine affects all alike. Each kind's best round gives its
+milliseconds a step, and the difference from drawing at a temperature alone, which costs nothing
+extra by design. The last line is JSON.
 """
 
 import argparse

@@ -1,4 +1,4 @@
-"""What every mode of `bench.py` starts from: the model, the engine's options, and how the requests are drawn."""
+"""The setting that every mode of `bench.py` shares: the model, the engine's options, and how the requests are drawn."""
 
 from dataclasses import dataclass, replace
 from pathlib import Path

@@ -1,7 +1,7 @@
 """Where a decode step's microseconds go, kernel by kernel: `python -m benchmarks.step_profile --batches 1,32,256`.
 
-For each batch size: as many sequences of `--context` tokens decode with CUDA graphs, as for users, while PyTorch's
-profiler records the kernels of `--steps` steps. The profiler slows the host, not the kernels.
+For each batch size, that many sequences of `--context` tokens decode with CUDA graphs, as in normal use, while
+PyTorch's profiler records the kernels of `--steps` steps. The profiler slows the host, not the kernels.
 """
 
 import argparse

@@ -1,7 +1,7 @@
 """Where a run's time goes, seen from outside the engine: its methods are wrapped for one run and then restored.
 
-On CUDA an event is recorded before and after each step's work on the engine's stream. While no step is under way the
-device waits for the host; all else the host does, it does while the device is busy:
+On CUDA it records an event before and after each step's work on the engine's stream. Between steps the device waits
+for the host; all other work of the host is hidden, since the device is busy meanwhile:
 
     host time = the run's time, less the time waiting for tokens
     not hidden = the device's idle time = the run's time, less that between each step's two events

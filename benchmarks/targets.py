@@ -1,7 +1,7 @@
-"""What the engine must reach (the floor) and what it is meant to reach (the target), as data.
+"""The goals as data: the floor, which the engine must reach, and the target, which it should reach.
 
 The goals hold for a device, a model's shape in bfloat16, and a number of ranks, with the workloads at their full size.
-Where there is none a row is measured and not judged.
+A row without a goal is measured and not judged.
 """
 
 from dataclasses import dataclass

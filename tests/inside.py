@@ -7,7 +7,6 @@ know. So a private attribute can be renamed or replaced with one change here, an
 
 import pickle
 import random
-import subprocess
 import threading
 import weakref
 from collections import OrderedDict, deque
@@ -253,28 +252,28 @@ def watch_logits_of_prompts(extras: "LogitExtras", monkeypatch: "pytest.MonkeyPa
 # ---- distributed -----------------------------------------------------------------------------------------------------
 
 
-def processes_of_ranks(llm: "LLM | AsyncLLM") -> list[subprocess.Popen[bytes]]:
+def pids_of_ranks(llm: "LLM | AsyncLLM") -> list[int]:
     """The processes of the ranks from 1 on, by the engine's own books."""
-    return llm._text_engine.engine.followers._processes
+    return llm._text_engine.engine.followers.processes.pids
 
 
 def order_rank(llm: "LLM", rank: int, command: str, *args: Any) -> None:
     """Send one rank alone a command of which nobody else knows."""
-    llm.engine.followers._links[rank - 1].send_bytes(pickle.dumps((command, args, False)))
+    llm.engine.followers.processes.links[rank - 1].send_bytes(pickle.dumps((command, args, False)))
 
 
 @contextmanager
 def ending_ranks_raises(llm: "LLM", interrupt: Callable[[Any], None]) -> Iterator[None]:
     """Within it, what ends all ranks after a failure is itself interrupted."""
-    followers = llm.engine.followers
-    followers._fail = interrupt
+    processes = llm.engine.followers.processes
+    processes.fail = interrupt
     yield
-    del followers._fail
+    del processes.fail
 
 
 def forbid_starting_ranks(monkeypatch: "pytest.MonkeyPatch") -> None:
     """Whoever starts a rank's process fails with a TypeError."""
-    monkeypatch.setattr("nanovllm.distributed.ranks._start_rank", None)
+    monkeypatch.setattr("nanovllm.distributed.rank_processes._start_rank", None)
 
 
 # ---- kernels ---------------------------------------------------------------------------------------------------------

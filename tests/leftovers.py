@@ -7,7 +7,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
-from inside import processes_of_ranks
+from inside import pids_of_ranks
 
 from nanovllm import LLM, RankError, RequestOutput, SamplingParams
 
@@ -29,7 +29,7 @@ def kill_the_rank_of(llm: LLM, other: LLM, max_tokens: int) -> Iterator[RequestO
 
 
 def rank_pids(llm: LLM) -> list[int]:
-    return [process.pid for process in processes_of_ranks(llm)]
+    return pids_of_ranks(llm)
 
 
 def is_running(pid: int) -> bool:

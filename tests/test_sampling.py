@@ -161,7 +161,7 @@ class TestEdits:
             sample(x, rows, seq_lens, *others)
 
         monkeypatch.setattr(logit_extras, "sample", spy)
-        monkeypatch.setattr(logit_extras, "MAX_PIECE_ROWS", 3)  # so that the batch is cut into pieces
+        monkeypatch.setattr(logit_extras, "MAX_BATCH_ROWS", 3)  # so that the step takes several row batches
         llm, bad_words = make(device, max_behind=1), ((7,), (2, 3), (2, 2, 2))
         seqs = [
             llm.engine.make_sequence(prompt, params, bad_words=bad_words)
@@ -326,7 +326,7 @@ class TestLogprobs:
     def test_logits_of_prompts_are_never_more_than_a_piece(
         self, device: str, make: Callable[..., LLM], monkeypatch: pytest.MonkeyPatch
     ) -> None:
-        monkeypatch.setattr(logit_extras, "PIECE_BYTES", 4 * VOCAB_SIZE * 7)
+        monkeypatch.setattr(logit_extras, "ROW_BATCH_BYTES", 4 * VOCAB_SIZE * 7)
         llm = make(device)
         sizes = watch_logits_of_prompts(llm.engine.runner.extras, monkeypatch)
         run(llm, [(prompt, SamplingParams(max_tokens=1, prompt_logprobs=0)) for prompt in PROMPTS])

@@ -3,6 +3,7 @@
 import asyncio
 import gc
 import os
+import signal
 import subprocess
 import sys
 import threading
@@ -17,7 +18,7 @@ from checkpoints import random_prompts
 from engine.simulated_engine import add_request, make_engine
 from inside import (
     engine_of,
-    processes_of_ranks,
+    pids_of_ranks,
     requests_in_thread,
     streams_open,
     submit_to_thread,
@@ -412,7 +413,7 @@ class TestHealth:
     def test_rank_lost_while_nobody_calls_is_seen(self, text_model: Path, nothing_is_left: None) -> None:
         async def main() -> None:
             llm = AsyncLLM(str(text_model), tensor_parallel_size=2, **OPTIONS)
-            processes_of_ranks(llm)[0].kill()
+            os.kill(pids_of_ranks(llm)[0], signal.SIGKILL)
             deadline = time.monotonic() + 10
             while llm.is_running and time.monotonic() < deadline:
                 await asyncio.sleep(0.01)

@@ -1,1 +1,1 @@
-"""Several ranks: the group through which layers talk, how ranks are connected, started, told and ended."""
+"""Tensor parallelism: the group that layers talk through, how ranks connect, and how rank 0 runs the other ranks."""

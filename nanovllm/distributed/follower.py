@@ -1,6 +1,7 @@
-"""A rank other than 0: a process that does as it is told over its socket, until it is killed.
+"""A rank other than 0: a process that runs the commands which arrive on its socket, until rank 0 kills it.
 
-It reports when a command is done, where rank 0 waits for that, and the traceback when one fails, after which it ends.
+After a command that rank 0 waits for, it reports that it is done. When a command fails, it reports the traceback and
+ends.
 """
 
 import ctypes
@@ -26,20 +27,20 @@ from nanovllm.worker.model_runner import ModelRunner
 from nanovllm.worker.resolve import resolve_device
 from nanovllm.worker.sleep import load_weights, sleep, wake_up
 
-MAX_REPORT = 20_000  # characters: less than a socket's buffer, so that who reports never waits
+MAX_REPORT = 20_000  # characters: less than a socket's buffer, so that sending a report never blocks
 PR_SET_PDEATHSIG = 1
 
-Inbox = queue.SimpleQueue[tuple[str, tuple, bool]]  # command, arguments, whether it must be reported as done
+Inbox = queue.SimpleQueue[tuple[str, tuple, bool]]  # command, arguments, whether rank 0 waits for the report
 
 
 def follow(rank: int, parent: int, fd: int) -> None:
-    """A follower's whole life. `fd` is its end of the socket, which first brings what the model is made of."""
+    """The follower's main function. `fd` is its end of the socket; the first message says which model to build."""
     end_with_parent(parent)
     link = Connection(fd)
     config: Config
     num_threads, config, hf_config, model_cls, path = pickle.loads(link.recv_bytes())
     torch.set_num_threads(num_threads)
-    logging.getLogger("nanovllm").setLevel(logging.ERROR)  # the rest rank 0 says too
+    logging.getLogger("nanovllm").setLevel(logging.ERROR)  # rank 0 logs the same warnings
     inbox: Inbox = queue.SimpleQueue()
     threading.Thread(target=_receive, args=(link, inbox), daemon=True).start()
     timeout = timedelta(seconds=config.tensor_parallel_timeout)
@@ -73,7 +74,7 @@ def follow(rank: int, parent: int, fd: int) -> None:
 
 
 def _tensors(inbox: Inbox, runner: ModelRunner) -> Iterator[tuple[str, torch.Tensor]]:
-    """The weights that rank 0 announces and then broadcasts, one in memory at a time, until it says that was all."""
+    """Receive the weights, each announced and then broadcast by rank 0, one in memory at a time, until the last."""
     while True:
         command, args, _ = inbox.get()
         if command == "no_more_tensors":
@@ -83,7 +84,7 @@ def _tensors(inbox: Inbox, runner: ModelRunner) -> Iterator[tuple[str, torch.Ten
 
 
 def end_with_parent(parent: int) -> None:
-    """Have the kernel kill this process when the thread that started it ends, or end now if that is too late."""
+    """Have Linux kill this process when the thread that started it ends; if the parent has ended already, end now."""
     if sys.platform == "linux":
         ctypes.CDLL(None).prctl(PR_SET_PDEATHSIG, signal.SIGKILL)
     if os.getppid() != parent:
@@ -91,7 +92,7 @@ def end_with_parent(parent: int) -> None:
 
 
 def _receive(link: Connection, inbox: Inbox) -> None:
-    """Empty the pipe at once, so that rank 0 never waits for a step to end before it can send; and notice its end."""
+    """Empty the socket as messages arrive, so that rank 0's sends never wait for a step; end when rank 0 ends."""
     try:
         while True:
             inbox.put(pickle.loads(link.recv_bytes()))

@@ -1,8 +1,8 @@
-"""How ranks are connected: gloo between CPUs, NCCL and each other's memory between devices.
+"""Connects the ranks: CPUs over gloo, GPUs over NCCL and through each other's memory.
 
-A group is the engine's own and not torch.distributed's default one: engines side by side, and a trainer in the same
-process, do not meet. Nothing listens but on the loopback interface. CPUs find each other at a file in a private
-directory, which is needed only until all are connected and then removed; devices by what rank 0 tells them.
+Each engine has a group of its own, not torch.distributed's default group: so engines side by side, and a trainer in the
+same process, do not interfere. Ranks listen only on the loopback interface. CPU ranks find each other through a file
+in a private folder, which rank 0 removes once all are connected; GPU ranks through an id that rank 0 sends them.
 """
 
 from collections.abc import Callable
@@ -20,20 +20,20 @@ START_TIMEOUT = timedelta(minutes=30)
 
 
 @dataclass(slots=True, frozen=True)
-class Meeting:
-    """What rank 0 tells the others so that they find each other."""
+class Rendezvous:
+    """What rank 0 sends the other ranks so that they find each other."""
 
-    folder: Path  # of the store
+    folder: Path  # holds the file through which CPU ranks meet
     nccl_id: bytes  # empty on CPUs
-    peer_bytes: int  # the greatest message that is summed over each other's memory: the same on every rank
+    peer_bytes: int  # ranks sum messages up to this size through each other's memory: the same on every rank
     hidden_size: int
     dtype: torch.dtype
 
 
-def join_group(meeting: Meeting, rank: int, size: int, timeout: timedelta) -> TensorParallel:
-    """This rank among all, connected when it returns. Raises PeerLostError, or what the store raises."""
-    if not meeting.nccl_id:
-        store = dist.FileStore(str(meeting.folder / "store"), size)
+def join_group(rendezvous: Rendezvous, rank: int, size: int, timeout: timedelta) -> TensorParallel:
+    """Connect this rank with all others; returns once all are. Raises PeerLostError, or the store's error."""
+    if not rendezvous.nccl_id:
+        store = dist.FileStore(str(rendezvous.folder / "store"), size)
         store.set_timeout(timeout)
         tp = TensorParallel(rank, size, GlooGroup(store, rank, size, timeout))
         tp.minimum(0, "cpu")
@@ -41,18 +41,18 @@ def join_group(meeting: Meeting, rank: int, size: int, timeout: timedelta) -> Te
     from nanovllm.distributed.nccl import NcclGroup
     from nanovllm.distributed.peer_memory import connect_peers
 
-    tp = TensorParallel(rank, size, NcclGroup(meeting.nccl_id, rank, size))
-    peers = connect_peers(tp.group, rank, size, meeting.peer_bytes, meeting.hidden_size, meeting.dtype)
-    # All ranks or none: one that summed its own way would wait for the others forever.
+    tp = TensorParallel(rank, size, NcclGroup(rendezvous.nccl_id, rank, size))
+    peers = connect_peers(tp.group, rank, size, rendezvous.peer_bytes, rendezvous.hidden_size, rendezvous.dtype)
+    # All ranks use it or none: a rank that summed in another way than the rest would wait for them forever.
     if tp.minimum(int(peers is not None), "cuda"):
         tp = TensorParallel(rank, size, tp.group, peers)
     return tp
 
 
 class GlooGroup:
-    """A rank's end of a gloo group over the loopback interface. A collective is done when it returns.
+    """A rank's end of a gloo group over the loopback interface. A collective returns when it is done.
 
-    Raises PeerLostError where another rank has ended, or has not come within `timeout`.
+    Raises PeerLostError if another rank has ended, or does not join a collective within `timeout`.
     """
 
     def __init__(self, store: dist.Store, rank: int, size: int, timeout: timedelta) -> None:
@@ -62,24 +62,24 @@ class GlooGroup:
         self._group = dist.ProcessGroupGloo(store, rank, size, options)
 
     def all_reduce(self, x: torch.Tensor, is_minimum: bool = False) -> None:
-        """The sum over all ranks, or the least, over `x`. The latter has time: it may be a model's to load."""
+        """Replace `x` by the sum over all ranks, or by the minimum, which may wait for a rank to load its model."""
         options = dist.AllreduceOptions()
         if is_minimum:
             options.reduceOp, options.timeout = dist.ReduceOp.MIN, START_TIMEOUT
         _finish(lambda: self._group.allreduce([x], options))
 
     def all_gather(self, out: torch.Tensor, part: torch.Tensor) -> None:
-        """Every rank's `part`, one after the other, in `out`."""
+        """Write every rank's `part` into `out`, one after the other."""
         _finish(lambda: self._group._allgather_base(out, part))
 
     def broadcast(self, x: torch.Tensor) -> None:
-        """Rank 0's `x` on every rank."""
+        """Replace `x` by rank 0's."""
         options = dist.BroadcastOptions()
         options.rootRank = 0
         _finish(lambda: self._group.broadcast([x], options))
 
     def abort(self) -> None:
-        """Nothing: whoever waits for a process that has ended sees its connection close."""
+        """Does nothing: a rank that waits for a process that has ended sees its connection close."""
 
 
 def _finish(start: Callable[[], Any]) -> None:

@@ -1,9 +1,9 @@
-"""Memory of one device that the processes of the other ranks can write into, by CUDA's IPC handles.
+"""Gives every rank memory on the other ranks' devices to write into, through CUDA's IPC handles.
 
-torch.distributed's symmetric memory does the same and is not used: its rendezvous numbers its messages by process, so
-that a process which has met others before, as with an earlier engine, waits for an answer that never comes; and
-unless told otherwise it sets up NVLink multicast, for which there is no need. The few functions of the CUDA runtime
-that this takes are called directly; PyTorch has loaded it.
+We do not use torch.distributed's symmetric memory, which does the same: its rendezvous numbers its messages by process,
+so a process that has met others before, say for an earlier engine, waits for an answer that never comes; and by default
+it sets up NVLink multicast, which we do not need. We call the few functions of the CUDA runtime directly; PyTorch has
+already loaded it.
 """
 
 import ctypes
@@ -24,7 +24,7 @@ LAZY_ENABLE_PEER_ACCESS = 1
 
 
 class IpcHandle(ctypes.Structure):
-    """What another process needs to map an allocation."""
+    """Lets another process map an allocation."""
 
     _fields_ = [("reserved", ctypes.c_byte * HANDLE_BYTES)]
 
@@ -32,10 +32,10 @@ class IpcHandle(ctypes.Structure):
 def connect_peers(
     group: Group, rank: int, size: int, max_bytes: int, columns: int, dtype: torch.dtype
 ) -> PeerBuffers | None:
-    """Inboxes for messages `[rows, columns]` of up to `max_bytes`, mapped by all ranks, each of which calls this.
+    """Make inboxes for messages `[rows, columns]` of up to `max_bytes`, and map those of all other ranks.
 
-    Nobody may send before all have returned. None, with the reason logged, where a device cannot reach the others'
-    memory; None on every rank where no message is small enough.
+    Every rank must call this, and no rank may send before all have returned. Returns None, and logs the reason, if this
+    rank's device cannot reach the others' memory; None on every rank if not even one row fits in `max_bytes`.
     """
     max_rows = max_bytes // (columns * dtype.itemsize)
     if not max_rows:
@@ -49,9 +49,9 @@ def connect_peers(
         reason = str(error)
     part = torch.tensor(list(handle), dtype=torch.uint8, device="cuda")
     handles = torch.empty(size, HANDLE_BYTES, dtype=torch.uint8, device="cuda")
-    group.all_gather(handles, part)  # also by a rank that has none to give
+    group.all_gather(handles, part)  # even a rank without a handle: the others wait for it
     try:
-        for other, theirs in enumerate(handles.tolist()):  # the inboxes above are empty when this has come
+        for other, theirs in enumerate(handles.tolist()):  # a handle's arrival says that its inboxes are cleared
             if other != rank and not reason:
                 opened.append(_open(bytes(theirs)))
     except RuntimeError as error:
@@ -65,14 +65,14 @@ def connect_peers(
     addresses = torch.tensor(bases, dtype=torch.int64, device="cuda")
     turns = torch.zeros(PROGRAMS, dtype=torch.int32, device="cuda")
     peers = PeerBuffers(rank, size, max_rows, columns, dtype, inboxes, addresses, turns, stop)
-    # At the process's end there is nothing to give back, and perhaps no CUDA any more.
+    # Not at the process's end: CUDA frees the memory itself, and may be gone by then.
     weakref.finalize(peers, _release, own, opened).atexit = False
     return peers
 
 
 @lru_cache
 def _runtime() -> ctypes.CDLL:
-    """Raises OSError where there is no CUDA runtime."""
+    """Raises OSError if there is no CUDA runtime."""
     library = ctypes.CDLL(f"libcudart.so.{(torch.version.cuda or '').partition('.')[0]}")
     pointer = ctypes.c_void_p
     signatures = {
@@ -93,12 +93,12 @@ def _runtime() -> ctypes.CDLL:
 def _call(name: str, *args: Any) -> None:
     result = getattr(_runtime(), name)(*args)
     if result:
-        _runtime().cudaGetLastError()  # or PyTorch would take it for that of its next call
+        _runtime().cudaGetLastError()  # clears it, or PyTorch would take it for its next call's error
         raise RuntimeError(f"{name}: {_runtime().cudaGetErrorString(result).decode()}")
 
 
 def _allocate(num_bytes: int) -> int:
-    """An allocation of its own: a handle is of a whole one, and PyTorch's hold other tensors too."""
+    """Allocate apart from PyTorch: a handle shares a whole allocation, and PyTorch's hold other tensors too."""
     address = ctypes.c_void_p()
     _call("cudaMalloc", ctypes.byref(address), num_bytes)
     return address.value or 0
@@ -122,12 +122,12 @@ def _release(own: int, opened: list[int]) -> None:
             _call("cudaIpcCloseMemHandle", address)
         if own:
             _call("cudaFree", own)
-    except RuntimeError as error:  # a device that an error has taken down frees all in its own way
+    except RuntimeError as error:  # after a fatal error the device frees everything itself
         logger.debug("inboxes could not be freed: %s", error)
 
 
 def _tensor_at(address: int, shape: tuple[int, ...], dtype: torch.dtype) -> torch.Tensor:
-    """A view of memory that is not PyTorch's."""
+    """A tensor over memory that PyTorch did not allocate."""
     interface = {"shape": shape, "typestr": f"<i{dtype.itemsize}", "data": (address, False), "version": 3}
     holder = type("Memory", (), {"__cuda_array_interface__": interface})()
     return torch.as_tensor(holder, device="cuda")

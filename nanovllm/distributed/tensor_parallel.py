@@ -1,6 +1,7 @@
-"""The group of ranks that share a model's layers, as a layer sees it: how to cut a size, and how to talk.
+"""What a layer needs of tensor parallelism: its part of each size, and collectives with the other ranks.
 
-What connects the ranks is in `groups.py`; where a layer talks, in `layers/linear.py` and `layers/embed_head.py`.
+Each rank holds a part of every layer's weights and computes with it; collectives join the partial results. Layers call
+them in `layers/linear.py` and `layers/embed_head.py`; `groups.py` makes the groups that carry them out.
 """
 
 from dataclasses import dataclass
@@ -12,35 +13,52 @@ from nanovllm.kernels.norm.all_reduce import PeerBuffers, one_shot_all_reduce
 
 
 class PeerLostError(RuntimeError):
-    """Another rank did not answer: its process has ended, or the group's time ran out."""
+    """A collective failed: another rank's process has ended, or did not answer within the timeout."""
 
 
 class Group(Protocol):
-    """What connects this rank with the others: NCCL's or gloo's, `distributed/groups.py`. All raise PeerLostError."""
+    """This rank's connection to the others: `NcclGroup` between GPUs, `GlooGroup` between CPUs.
 
-    def all_reduce(self, x: torch.Tensor, is_minimum: bool = False) -> None: ...
-    def all_gather(self, out: torch.Tensor, part: torch.Tensor) -> None: ...
-    def broadcast(self, x: torch.Tensor) -> None: ...
-    def abort(self) -> None: ...
+    The collectives work in place on contiguous tensors and raise PeerLostError.
+    """
+
+    def all_reduce(self, x: torch.Tensor, is_minimum: bool = False) -> None:
+        """Replace `x` by the sum over all ranks, or by the minimum."""
+
+    def all_gather(self, out: torch.Tensor, part: torch.Tensor) -> None:
+        """Write every rank's `part` into `out`, one after the other."""
+
+    def broadcast(self, x: torch.Tensor) -> None:
+        """Replace `x` by rank 0's."""
+
+    def abort(self) -> None:
+        """Unblock kernels that wait for other ranks. Any thread may call it, and again."""
 
 
 @dataclass(slots=True, frozen=True)
 class TensorParallel:
-    """This rank's place among those that share the model's layers, and the means by which they talk."""
+    """One rank's number among `size` ranks, and its connections to the others.
+
+    With the defaults (one rank) the model is whole, and every collective returns its argument.
+
+    Attributes:
+        group: carries the collectives; None without other ranks, and in outlines that only need the sizes.
+        peers: carries small sums faster, on devices that reach each other's memory; None elsewhere.
+    """
 
     rank: int = 0
     size: int = 1
-    group: Group | None = None  # None where nobody is to be talked to
-    peers: PeerBuffers | None = None  # a faster way for small sums, on devices that reach each other's memory
+    group: Group | None = None
+    peers: PeerBuffers | None = None
 
     def split(self, total: int, what: str) -> int:
-        """A rank's share of `total`. Raises ValueError if it does not come out even."""
+        """One rank's part of `total`, named `what`. Raises ValueError if `size` does not divide it."""
         if total % self.size:
             raise ValueError(f"{what}={total} cannot be cut into tensor_parallel_size={self.size} equal parts")
         return total // self.size
 
     def padded_share(self, total: int) -> int:
-        """A rank's share of `total`, rounded up: the last ranks have padding."""
+        """One rank's part of `total`, rounded up: the last ranks are padded."""
         return -(-total // self.size)
 
     def is_one_shot(self, num_tokens: int, size: int, dtype: torch.dtype) -> bool:
@@ -48,9 +66,9 @@ class TensorParallel:
         return self.peers is not None and self.peers.fit(num_tokens, size, dtype)
 
     def all_reduce(self, partial: torch.Tensor) -> torch.Tensor:
-        """The sum of every rank's `partial [tokens, n]`; the same bits on every rank. `partial` may be written over.
+        """The sum of all ranks' `partial [tokens, n]`, the same bits on every rank. May overwrite `partial`.
 
-        Raises PeerLostError, as do the others here.
+        All collectives raise PeerLostError.
         """
         if self.size == 1:
             return partial
@@ -61,7 +79,7 @@ class TensorParallel:
         return partial
 
     def all_gather(self, part: torch.Tensor) -> torch.Tensor:
-        """Every rank's `part [n, share]` side by side: `[n, size * share]`."""
+        """All ranks' `part [n, share]` side by side: `[n, size * share]`."""
         if self.group is None:
             return part
         parts = part.new_empty(self.size * part.shape[0], part.shape[1])
@@ -69,20 +87,20 @@ class TensorParallel:
         return parts.view(self.size, *part.shape).transpose(0, 1).flatten(1)
 
     def broadcast(self, tensor: torch.Tensor) -> torch.Tensor:
-        """Rank 0's `tensor`, contiguous, written over the others'. Its bytes travel as they are, whatever the dtype."""
+        """Overwrite every rank's contiguous `tensor` with rank 0's. Sends plain bytes, so any dtype will do."""
         if self.group is not None:
             self.group.broadcast(tensor.view(-1).view(torch.uint8))
         return tensor
 
     def abort(self) -> None:
-        """Have all that waits for other ranks on the device go on, with whatever there is. From any thread."""
+        """Unblock kernels that wait for other ranks; their results are garbage. Any thread may call it."""
         if self.peers is not None:
             self.peers.give_up()
         if self.group is not None:
             self.group.abort()
 
     def minimum(self, value: int, device: str) -> int:
-        """The least of every rank's `value`. Not for a step: it may wait as long as a rank takes to load the model."""
+        """The minimum of all ranks' `value`. Not for steps: it may wait as long as a rank takes to load the model."""
         if self.group is None:
             return value
         least = torch.tensor([value], device=device)

@@ -68,7 +68,7 @@ class LLMEngine:
         self.health = EngineHealth(self.followers)
         self.health.guard(self)
         self.followers.start(hf_config, model_class, self.model_path)
-        with self.followers.doing("build", wait=True):
+        with self.followers.also_run("build", wait=True):
             self.runner = ModelRunner(config, hf_config, model_class, self.model_path, self.followers.tp)
             source = self.model_path if config.has_checkpoint else None
             self.tied_head = TiedHead(self.runner.dtype, source) if hf_config.tie_word_embeddings else None
@@ -142,8 +142,8 @@ class LLMEngine:
         if not plan.rows:
             return False
         # A launch waits for a GPU whose queue is full, and so perhaps for other ranks. On a CPU it is the whole step.
-        waiting = self.followers.awaited() if self.runner.is_cuda else nullcontext()
-        with self.followers.doing("launch", plan), waiting:
+        waiting = self.followers.time_limit() if self.runner.is_cuda else nullcontext()
+        with self.followers.also_run("launch", plan), waiting:
             handle = self.runner.launch(plan)
         self._in_flight.append(_StepInFlight(step, handle))
         self.stats.num_steps += 1
@@ -154,7 +154,7 @@ class LLMEngine:
     def _read_tokens(self, step: _StepInFlight) -> list[Sequence]:
         """Wait for a step's tokens and append each to its sequence. Returns the sequences that this finishes."""
         finished = []
-        with self.followers.awaited():
+        with self.followers.time_limit():
             token_ids = step.handle.tokens()
         self._read_prompt_logprobs(step)
         samples = step.scheduled.samples

@@ -50,19 +50,19 @@ def load_weights(engine: LLMEngine, named_tensors: Iterable[tuple[str, "torch.Te
     def shared() -> Iterator[tuple[str, "torch.Tensor"]]:
         """Yields each tensor after sending it to the other ranks. They never receive a refused one."""
         for name, tensor in checked_tensors(outline, named_tensors, tied_head):
-            yield name, followers.share(name, tensor, runner.device, dtypes[name])
+            yield name, followers.broadcast(name, tensor, runner.device, dtypes[name])
 
     refusal: Exception | None = None
     engine.begin_change()  # however this ends, the cache no longer fits the weights
     try:
-        with followers.doing("load_weights", wait=True):
+        with followers.also_run("load_weights", wait=True):
             try:
                 load_weights(runner, shared())
             except (PeerLostError, RankError):
                 raise
             except Exception as error:  # of a tensor or of the caller's generator: all ranks have the ones before it
                 refusal = error
-            followers.tell("no_more_tensors")
+            followers.send("no_more_tensors")
     finally:
         engine.reset_prefix_cache()
     if refusal is not None:
@@ -84,7 +84,7 @@ def sleep(engine: LLMEngine, level: int) -> None:
     _require_idle(engine, "sleep()")
     engine.begin_change()
     try:
-        with engine.followers.doing("sleep", level, wait=True):
+        with engine.followers.also_run("sleep", level, wait=True):
             sleep(engine.runner, level)
     except Exception:
         engine.is_changing = False  # nothing has changed
@@ -108,7 +108,7 @@ def wake_up(engine: LLMEngine, tags: list[str] | None = None) -> None:
     from nanovllm.worker.sleep import require_tags, wake_up
 
     tags = require_tags(tags, engine.runner.has_weights)
-    with engine.followers.doing("wake_up", tags, wait=True):
+    with engine.followers.also_run("wake_up", tags, wait=True):
         wake_up(engine.runner, tags)
 
 

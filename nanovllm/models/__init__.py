@@ -1,4 +1,4 @@
-"""The models there are, by the name that a checkpoint's config.json gives its architecture."""
+"""The registry of models: finds the class for the architecture that a checkpoint's config.json names."""
 
 import importlib
 from typing import Any
@@ -7,7 +7,7 @@ ARCHITECTURES = {"Qwen3ForCausalLM": "qwen3"}
 
 
 def model_class(architectures: Any) -> type:
-    """The class for the `architectures` of a config.json. Raises ValueError if there is none."""
+    """The class for a config.json's `architectures`. Raises ValueError if we have none of them."""
     for name in architectures if isinstance(architectures, list) else []:
         if isinstance(name, str) and name in ARCHITECTURES:
             return getattr(importlib.import_module(f"nanovllm.models.{ARCHITECTURES[name]}"), name)

@@ -1,7 +1,7 @@
-"""A checkpoint's config.json: what transformers 5 computes from it, or an error that names the key.
+"""Reads a checkpoint's config.json as transformers 5 does, or raises an error that names the key.
 
-transformers takes each key in one type only: "1e-06", 320.0 and null are refused there, and so they are here. Keys that
-it does not know change nothing there, and so they are passed over here.
+transformers accepts each key in one type only and refuses "1e-06", 320.0 and null; so do we. It ignores keys that it
+does not know; so do we.
 """
 
 import math
@@ -17,14 +17,15 @@ from nanovllm.models.weight_files import read_json
 
 
 def load_hf_config(path: Path, overrides: dict[str, Any] | None = None) -> tuple[Any, type]:
-    """A checkpoint's config.json, with what it may leave out filled in, and the class of its model.
+    """Read a checkpoint's config.json, fill in the defaults of optional keys, and find the model's class.
 
-    `overrides` replace its keys, as if the file had them so. Read as plain JSON: transformers' class for the same takes
-    two seconds to import.
+    `overrides` replace keys as if the file had them. We read plain JSON, because transformers' config class takes two
+    seconds to import.
 
     Raises:
-        FileNotFoundError: there is none; ValueError: it names no architecture of ours, lacks a key, has one of a wrong
-            type, or asks for what is not here.
+        FileNotFoundError: there is no config.json.
+        ValueError: it names no architecture of ours, lacks a key, has a key of a wrong type, or asks for a feature
+            that we lack.
     """
     file = path / "config.json"
     if not file.is_file():
@@ -37,7 +38,7 @@ def load_hf_config(path: Path, overrides: dict[str, Any] | None = None) -> tuple
     hf_config = SimpleNamespace(**{**cls.default_config, **content})
     try:
         _check_types(hf_config)
-        _refuse_what_is_not_here(hf_config, cls)
+        _refuse_unsupported(hf_config, cls)
         if hf_config.num_key_value_heads is None:
             hf_config.num_key_value_heads = hf_config.num_attention_heads
         rope_parameters(hf_config)
@@ -52,10 +53,10 @@ def _check_types(hf_config: Any) -> None:
         if not is_right(value) and not (value is None and key in _MAY_BE_NULL):
             raise ValueError(f"{key}={value!r:.80} must be {allowed}{' or null' if key in _MAY_BE_NULL else ''}")
     if hf_config.head_dim % 2:
-        raise ValueError(f"head_dim={hf_config.head_dim} must be even, for its halves are rotated")
+        raise ValueError(f"head_dim={hf_config.head_dim} must be even: rotary embedding rotates its halves")
 
 
-def _refuse_what_is_not_here(hf_config: Any, cls: type) -> None:
+def _refuse_unsupported(hf_config: Any, cls: type) -> None:
     for key in ("quantization_config", "compression_config"):
         quantization = getattr(hf_config, key, None)
         if quantization is not None:
@@ -72,7 +73,7 @@ def _refuse_what_is_not_here(hf_config: Any, cls: type) -> None:
 
 
 def _refuse_sliding_windows(hf_config: Any) -> None:
-    """`use_sliding_window` alone changes nothing: which layers slide is decided by the other keys."""
+    """`use_sliding_window` alone changes nothing: the other keys decide which layers have a window."""
     num_layers, layer_types = hf_config.num_hidden_layers, hf_config.layer_types
     if layer_types is None:
         first = hf_config.max_window_layers
@@ -110,7 +111,7 @@ def _are_strings(value: object) -> bool:
     return isinstance(value, list) and all(isinstance(v, str) for v in value)
 
 
-# key: (what it must be, the same in words). Keys that a model has no use for it does not have.
+# key: (check, what the check allows, in words).
 _RULES: dict[str, tuple[Callable[[Any], bool], str]] = {
     **dict.fromkeys(
         (

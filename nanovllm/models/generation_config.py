@@ -1,4 +1,4 @@
-"""A checkpoint's generation_config.json: which tokens end a sequence, and how to sample where nobody says how."""
+"""Reads a checkpoint's generation_config.json: the tokens that end a sequence, and the default sampling parameters."""
 
 import logging
 from pathlib import Path
@@ -11,7 +11,7 @@ from nanovllm.sampling_params import SamplingParams
 logger = logging.getLogger(__name__)
 
 FILE = "generation_config.json"
-# Its keys that vLLM takes too; do_sample is none of them. Most have the name of the field of SamplingParams.
+# The keys that vLLM reads too (not do_sample). All but max_new_tokens are named like the field of SamplingParams.
 SAMPLING_KEYS = (
     "temperature",
     "top_k",
@@ -26,10 +26,11 @@ SAMPLING_KEYS = (
 
 
 def load_generation_config(config: Config, path: Path) -> tuple[Path, dict[str, Any] | None]:
-    """The file that the option `generation_config` means, and its content; None if the model's directory has none.
+    """The file that the option `generation_config` means, and its content: None if the model's directory has no file.
 
     Raises:
-        FileNotFoundError: the option names a directory without one; ValueError: the file is no JSON object.
+        FileNotFoundError: the option names a directory without the file.
+        ValueError: the file holds no JSON object.
     """
     if config.generation_config in ("auto", "vllm"):
         file = path / FILE
@@ -43,10 +44,10 @@ def load_generation_config(config: Config, path: Path) -> tuple[Path, dict[str, 
 
 
 def load_eos_token_ids(config: Config, path: Path, hf_config: Any) -> frozenset[int]:
-    """Every id that ends a sequence: generation_config.json's; the config's only where that file is missing.
+    """The ids that end a sequence: those of generation_config.json, or, if that file is missing, of config.json.
 
-    An id outside the vocabulary is left out, since it is never drawn. Raises as `load_generation_config`, and
-    ValueError for what is no token id.
+    Leaves out ids outside the vocabulary, which the sampler never draws. Raises as `load_generation_config`, and
+    ValueError if `eos_token_id` holds anything but token ids.
     """
     file, content = load_generation_config(config, path)
     if content is None:
@@ -66,9 +67,9 @@ def load_eos_token_ids(config: Config, path: Path, hf_config: Any) -> frozenset[
 
 
 def load_default_sampling(config: Config, path: Path) -> dict[str, Any]:
-    """The fields of SamplingParams for requests that come without: the file's, with `override_generation_config`.
+    """SamplingParams' fields for requests without any: the file's, replaced by `override_generation_config`'s.
 
-    Raises as `load_generation_config`, and ValueError for a value that SamplingParams refuses, naming file and key.
+    Raises as `load_generation_config`, and ValueError, with file and key, for a value that SamplingParams refuses.
     """
     file, content = load_generation_config(config, path)
     if config.generation_config == "vllm":
@@ -82,7 +83,7 @@ def load_default_sampling(config: Config, path: Path) -> dict[str, Any]:
 
 
 def are_token_ids(value: object) -> bool:
-    """Whether it is an integer or a list of integers, not yet whether a vocabulary has them."""
+    """Whether `value` is an integer or a list of integers. Does not check that a vocabulary has them."""
     return all(isinstance(i, int) and not isinstance(i, bool) for i in (value if isinstance(value, list) else [value]))
 
 

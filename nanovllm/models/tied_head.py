@@ -1,7 +1,7 @@
-"""A model whose head is tied has one matrix for the embedding and the head. What if a checkpoint brings two?
+"""A tied model has one matrix for the embedding and the head: decides what to do with weights that have two.
 
-Where it is loaded, as in transformers: two that differ are both taken, and nothing is tied. A model that runs cannot
-grow a second matrix, so there a head that differs is refused.
+When the engine starts, it does as transformers does: if the two differ, the model takes both and is not tied. A running
+model cannot add a second matrix, so `load_weights` refuses a head that differs.
 """
 
 import logging
@@ -15,13 +15,13 @@ import torch
 from nanovllm.models.weight_files import read_tensors
 
 HEAD, EMBEDDING = "lm_head.weight", "model.embed_tokens.weight"
-ROWS = 4096  # compared at once: of the widest models 64 MB in float32
+ROWS = 4096  # compared at once: 64 MB in float32 for a hidden size of 4096
 
 logger = logging.getLogger(__name__)
 
 
 def untie_if_heads_differ(hf_config: Any, path: Path, dtype: torch.dtype) -> None:
-    """Set `hf_config.tie_word_embeddings` to False if the weights, in the model's `dtype`, have a head of their own.
+    """Set `hf_config.tie_word_embeddings` to False if the weights' head, in `dtype`, differs from their embedding.
 
     Raises as `read_tensors`.
     """
@@ -37,16 +37,16 @@ def untie_if_heads_differ(hf_config: Any, path: Path, dtype: torch.dtype) -> Non
 
 @dataclass(slots=True)
 class TiedHead:
-    """Watches the tensors that a running model gets, bucket by bucket, for a head unlike its embedding.
+    """Watches the weights that a running model receives for a head that differs from the embedding.
 
-    Of each it keeps a fingerprint, for a trainer may write its next tensor to the same memory. The head is held
-    against the embedding that is in force at the end of the call in which it comes.
+    A trainer may send them over several calls and write its next tensor to the same memory, so this keeps fingerprints.
+    At the end of a call that brought a head, it compares the head with the model's embedding at that time.
     """
 
     dtype: torch.dtype
-    path: Path | None  # where the first embedding came from; None when it has been dropped, or was a dummy
-    embedding: int | None = None  # of the one in force, once it is known
-    head: int | None = None  # of the call's; it outlives the call only if there is no embedding yet
+    path: Path | None  # the first embedding's checkpoint; None for dummy weights, and once the weights are dropped
+    embedding: int | None = None  # fingerprint of the model's embedding, once known
+    head: int | None = None  # fingerprint of this call's head; kept after the call only if there is no embedding yet
 
     def begin(self) -> None:
         if self.embedding is not None:
@@ -59,7 +59,7 @@ class TiedHead:
             self.embedding = fingerprint(tensor, self.dtype)
 
     def end(self) -> None:
-        """Raises ValueError if a head has come that differs."""
+        """Raises ValueError if the head differs from the embedding."""
         if self.head is None:
             return
         if self.embedding is None and self.path is not None:
@@ -74,13 +74,13 @@ class TiedHead:
                 )
 
     def forget(self) -> None:
-        """The weights have been dropped."""
+        """Call when the engine drops the weights."""
         self.path = self.embedding = self.head = None
 
 
 @torch.no_grad()
 def fingerprint(tensor: torch.Tensor, dtype: torch.dtype) -> int:
-    """64 bits of a matrix `[rows, columns]` in `dtype`: a sum of its elements' bits with random weights."""
+    """A 64-bit hash of a matrix `[rows, columns]` cast to `dtype`: the randomly weighted sum of its elements' bits."""
     generator = torch.Generator().manual_seed(0)
     by_row, by_column = (
         torch.randint(-(2**63), 2**63 - 1, (n,), generator=generator).to(tensor.device) for n in tensor.shape
@@ -88,7 +88,7 @@ def fingerprint(tensor: torch.Tensor, dtype: torch.dtype) -> int:
     bits = {2: torch.int16, 4: torch.int32}[dtype.itemsize]
     total = torch.zeros((), dtype=torch.int64, device=tensor.device)
     for rows, weights in zip(tensor.split(ROWS), by_row.split(ROWS), strict=True):
-        rows = (rows.to(dtype) + 0.0).view(bits).long()  # adding makes a zero of -0.0, which is equal to it
+        rows = (rows.to(dtype) + 0.0).view(bits).long()  # adding 0.0 turns -0.0 into the equal 0.0
         total += ((rows * by_column).sum(1) * weights).sum()
     return int(total)
 

@@ -1,4 +1,4 @@
-"""The *.safetensors of a directory: which of them are the checkpoint's, and what tensors they hold."""
+"""Finds the *.safetensors files that make up a checkpoint, and reads the tensors in them."""
 
 import json
 from collections.abc import Iterator
@@ -9,10 +9,11 @@ import torch
 
 
 def read_tensors(path: Path, only: frozenset[str] | None = None) -> Iterator[tuple[str, torch.Tensor]]:
-    """Each tensor, or those named, as a map of its part of the file: what nobody touches is not read.
+    """Yield each tensor, or only those named, mapped from its file: the system reads only the parts that are used.
 
     Raises:
-        FileNotFoundError: no weights, or a file of the index is missing; OSError: a file is damaged.
+        FileNotFoundError: there are no weights, or a file that the index lists is missing.
+        OSError: a file is damaged.
     """
     from safetensors import SafetensorError, safe_open
 
@@ -27,7 +28,7 @@ def read_tensors(path: Path, only: frozenset[str] | None = None) -> Iterator[tup
 
 
 def weight_files(path: Path) -> list[Path]:
-    """A whole model.safetensors goes before an index, which may be an older save's; transformers decides likewise."""
+    """The checkpoint's files. As in transformers, model.safetensors wins over an index, which may be older."""
     single, index = path / "model.safetensors", path / "model.safetensors.index.json"
     if single.is_file():
         return [single]

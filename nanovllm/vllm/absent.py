@@ -1,4 +1,4 @@
-"""What vLLM has and nano-vLLM has not: to be imported, since programs import it at their top, and refused when used."""
+"""vLLM's classes that nano-vLLM lacks: importable, since programs import them at their top, but refused when used."""
 
 from typing import Any
 

@@ -15,7 +15,7 @@ _SHORT = {"tensor_parallel_size": "-tp", "data_parallel_size": "-dp", "pipeline_
 
 
 def _options() -> list[tuple[str, Any, Any]]:
-    """(name, type, default) of all that `LLM` takes: our options, vLLM's names for them, and what asks for nothing."""
+    """(name, type, default) of every option of `LLM`: ours, vLLM's names for them, and vLLM's that we lack."""
     ours = [(f.name, f.type, DEFAULT_MODEL if f.name == "model" else f.default) for f in fields(Config)]
     type_of = {name: type_ for name, type_, _ in ours}
     others = [(name, type_of[own], None) for name, own in SAME_OPTIONS.items()]

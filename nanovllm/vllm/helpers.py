@@ -111,7 +111,7 @@ resolve_hf_chat_template = resolve_chat_template
 
 
 def cleanup_dist_env_and_memory(shutdown_ray: bool = False) -> None:
-    """Collect garbage: an engine that nobody holds any more has ended its processes and freed its memory by itself."""
+    """Collect garbage. An engine without references has already ended its processes and freed its memory."""
     gc.collect()
 
 

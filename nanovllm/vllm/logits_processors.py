@@ -1,8 +1,8 @@
 """A program's own logits processors, by vLLM's protocol: classes of `LLM(logits_processors=[…])`.
 
 An engine that has some lets them change the float32 logits of every row that samples, before the edits that requests
-ask for and before the temperature; log-probabilities stay the model's. They see which sequences are where in the batch
-by updates, and need the last tokens: so an engine with processors does not plan ahead, and has one rank.
+ask for and before the temperature; log-probabilities stay the model's. Updates tell them which place of the batch each
+sequence has, and they need the last tokens: so an engine with processors does not plan ahead, and has one rank.
 """
 
 import importlib
@@ -116,7 +116,7 @@ def process_dict_updates(
 
 
 class Processors:
-    """An engine's, and the batch as they know it: who is where, densely."""
+    """An engine's processors, and the batch as they know it: the sequences in consecutive places."""
 
     def __init__(self, engine: LLMEngine, classes: list[str | type[LogitsProcessor]]) -> None:
         """Raises TypeError: a class is not a LogitsProcessor."""
@@ -149,7 +149,7 @@ class Processors:
         return logits[order.argsort()]
 
     def _update(self, seqs: list[sequence.Sequence]) -> BatchUpdate | None:
-        """Bring the batch to these sequences: newcomers take the places of those who are gone, the last the rest."""
+        """Update the batch to these sequences: new ones take freed places, and the last ones fill what gaps remain."""
         batch, present, known = self._batch, set(seqs), set(self._batch)
         free = [i for i, seq in enumerate(batch) if seq not in present]
         for i in free:
@@ -178,7 +178,7 @@ class Processors:
 
 
 def install(engine: LLMEngine) -> None:
-    """Let the engine's processors have their say in every step. Raises as `Processors`."""
+    """Have the engine run its processors in every step. Raises as `Processors`."""
     engine.logits_processors = Processors(engine, engine.config.logits_processors)
     engine.runner.set_logits_processors(engine.logits_processors)
     engine.max_behind = 0

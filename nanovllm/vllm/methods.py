@@ -1,4 +1,4 @@
-"""What vLLM's LLM and AsyncLLM have besides: the base classes of ours, so that their files stay the reader's."""
+"""Further methods of vLLM's LLM and AsyncLLM, as base classes of ours, so that llm.py and async_llm.py stay short."""
 
 from __future__ import annotations
 

@@ -42,7 +42,7 @@ class Worker:
         if engine.runner.not_ready:
             raise RuntimeError(engine.runner.not_ready)
         folder.mkdir(parents=True, exist_ok=True)
-        with engine.followers.doing("save_shard", folder, pattern, max_size, wait=True):
+        with engine.followers.also_run("save_shard", folder, pattern, max_size, wait=True):
             save_shard(engine.runner.model, 0, folder, pattern, max_size)
 
     def update_config(self, overrides: dict[str, Any]) -> None:

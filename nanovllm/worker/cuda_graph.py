@@ -1,11 +1,11 @@
-"""A step as one launch: everything from reading the rows to writing the sampled tokens back, recorded once.
+"""CUDA graphs launch a whole step at once: the runner records the kernels of a step, then replays the recording.
 
-A step of a small model is a few hundred kernels of a few microseconds each; launched one by one they leave the
-device waiting for the host. A graph's shapes are fixed, so there is one for each of a few of them, and a step is padded
-to the next: padding entries (row -1) read and write no sequence's memory. Without graphs steps are padded all the same,
-since libraries choose a matrix product's kernel, and with it the rounding, by its shape: so a sequence gets the same
-tokens either way. A step with many prompts keeps the device busy for longer than the host takes to launch it, and has
-no graph.
+A step of a small model is a few hundred kernels of a few microseconds each. If the host launches them one by one, the
+device waits for the host. A graph has fixed shapes, so the runner captures one for each of a few step shapes and pads
+a step up to the next of them: padding entries (row -1) read and write no sequence's memory. The runner pads steps even
+without graphs, because libraries choose a matrix product's kernel, and with it the rounding, by its shape: so a
+sequence gets the same tokens either way. A step with many prompts has no graph: it keeps the device busy for longer
+than the host takes to launch it.
 """
 
 import bisect
@@ -17,14 +17,14 @@ import torch
 
 from nanovllm.step_plan import StepPlan
 
-MAX_CHUNKS = 16  # entries for chunks in a graph, one of them for padding
-CHUNK_TOKENS = (256, 512, 768, 1024, 1536, 2048, 3072, 4096)  # padded by less than a third, or by less than 256
-MIXED_DECODES = (16, 64, 128, 256)  # decodes beside chunks, whose padding costs little there
+MAX_CHUNKS = 16  # entries for chunks in a graph; one of them is a padding entry
+CHUNK_TOKENS = (256, 512, 768, 1024, 1536, 2048, 3072, 4096)  # padding is less than a third, or less than 256
+MIXED_DECODES = (16, 64, 128, 256)  # decodes beside chunks: their padding costs little there
 
 
 @dataclass(slots=True, frozen=True)
 class StepShape:
-    """For what a step is launched: entries of one token, then chunks and their tokens, all with padding."""
+    """The size of a step, padding included: entries of one token (decodes), then chunks and all their tokens."""
 
     num_decodes: int
     num_chunks: int = 0
@@ -46,11 +46,12 @@ class StepShape:
 
 @dataclass(slots=True, frozen=True)
 class StepShapes:
-    """The shapes to which steps are padded. With graphs there is one for each of them.
+    """The shapes to which the runner pads steps; if it uses graphs, it captures one for each shape.
 
     Attributes:
-        decodes: sizes of a step without chunks. mixed_decodes: of the decodes in one with chunks.
-        chunk_tokens: sizes of the chunks together.
+        decodes: numbers of decodes in a step without chunks.
+        mixed_decodes: numbers of decodes in a step with chunks.
+        chunk_tokens: numbers of tokens of all chunks of a step together.
     """
 
     decodes: list[int]
@@ -65,19 +66,19 @@ class StepShapes:
         )
 
     def all(self) -> list[StepShape]:
-        """Every shape that `pad` may give: those of decodes alone, then those with chunks, the smallest first."""
+        """Every shape that `pad` may return: first those of decodes alone, then those with chunks, smallest first."""
         return [*map(StepShape, self.decodes), *self.with_chunks()]
 
     def with_chunks(self) -> list[StepShape]:
-        """The smallest first."""
+        """The shapes with chunks, smallest first."""
         return [StepShape(n, MAX_CHUNKS, tokens) for tokens in self.chunk_tokens for n in self.mixed_decodes]
 
     def pad(self, plan: StepPlan, has_extras: bool = False) -> StepShape | None:
-        """The shape to which the step is padded, which has a graph where there are graphs. None: run it as it is.
+        """The shape to pad the step to, which has a graph if the runner uses graphs. None: run the step unpadded.
 
-        A step that runs as it is may happen to have the shape of a graph, which must not be replayed for it: in a graph
-        every entry samples, also that of a prompt which is cut short, and a graph with chunks keeps no hidden states,
-        which extras (edits of logits, log-probabilities) need.
+        An unpadded step may happen to have the shape of a graph. The runner must not replay the graph for it: in a
+        graph every entry samples, even a chunk that does not reach its prompt's end; and a graph with chunks keeps no
+        hidden states, which extras (edited logits, log-probabilities) need.
         """
         num_chunks = len(plan.rows) - plan.num_decodes
         if not num_chunks:
@@ -91,7 +92,7 @@ class StepShapes:
 
 
 def batch_sizes(largest: int) -> list[int]:
-    """The sizes worth a graph: a batch is padded by less than 16, or by less than an eighth."""
+    """The numbers of decodes worth a graph: padding is less than 16 entries, or less than an eighth."""
     sizes = {1, 2, 4, 8, *range(16, 257, 16), *range(288, largest, 32), largest}
     return sorted(size for size in sizes if size <= largest)
 
@@ -102,24 +103,27 @@ def _at_least(number: int, sizes: list[int]) -> int:
 
 @lru_cache
 def _capture_stream() -> torch.cuda.Stream:
-    """One for the process: PyTorch keeps a workspace of 32 MiB for every stream that has multiplied matrices."""
+    """One stream a process: PyTorch keeps a workspace of 32 MiB for every stream that has multiplied matrices."""
     return torch.cuda.Stream()
 
 
 class StepGraphs:
-    """Graphs of `run(shape)`, one for each shape, in one memory pool: they never run side by side."""
+    """Graphs of `run(shape)`, one for each shape. They share one memory pool, since no two ever run at once."""
 
     def __init__(self) -> None:
         self._graphs: dict[StepShape, torch.cuda.CUDAGraph] = {}
 
     def capture(self, run: Callable[[StepShape], object], shapes: list[StepShape]) -> None:
-        """Record `run` at each shape, the largest first, which are the last: the smaller ones fit in its memory."""
+        """Record `run` at each of `shapes`, which come smallest first.
+
+        The largest is recorded first, so that the smaller ones reuse its memory.
+        """
         pool = torch.cuda.graph_pool_handle()
         stream = _capture_stream()
         stream.wait_stream(torch.cuda.current_stream())
         with torch.cuda.stream(stream):
             for shape in reversed(shapes):
-                run(shape)  # kernels are compiled and libraries make their handles outside the capture
+                run(shape)  # a capture must not compile kernels or create library handles: do both here
                 stream.synchronize()
                 graph = torch.cuda.CUDAGraph()
                 graph.capture_begin(pool=pool, capture_error_mode="thread_local")

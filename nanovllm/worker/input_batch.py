@@ -1,7 +1,7 @@
-"""Device-resident rows: what the device must remember of each running sequence between steps.
+"""The device keeps a row of state for each running sequence, and the host sends only what changes in a step.
 
-The host sends only changes. All row state is one flat int32 tensor, so a step's changes, of whatever kind (a new
-request's tokens and parameters, one more block of an old one), are pairs (index, value) and one scatter.
+All rows are views of one flat int32 tensor. Every change (a new request's tokens and parameters, one more block of a
+running one) is therefore a pair (index, value), and a step writes all its changes with one scatter.
 """
 
 import numpy as np
@@ -12,27 +12,27 @@ from nanovllm.sampling_params import MAX_STOP_IDS
 from nanovllm.step_plan import NewRow, StepPlan
 from nanovllm.worker.cuda_graph import MAX_CHUNKS, StepShape
 
-# Columns of a row's scalars. Floats are stored as their 32 bits.
+# Columns of a row's scalars. A float is stored as its 32 bits.
 TEMPERATURE, TOP_K, TOP_P, MIN_P, SEED_LO, SEED_HI, MIN_LEN, STOP_IDS = range(8)
 NUM_SCALARS = STOP_IDS + MAX_STOP_IDS
-MAX_STATE = 2**31 - 1  # numbers: the host names the places of a step's changes in int32
+MAX_STATE = 2**31 - 1  # numbers in the flat tensor: the host sends int32 indices
 
 
 class InputBatch:
-    """The rows, as views of one tensor, and the staging buffers through which the host changes them.
+    """The rows on the device, this step's batch of them, and the staging buffers from which the host writes both.
 
-    Attributes (int32, on the device unless said otherwise):
-        token_ids `[rows, max_model_len + 1]`: prompt, then sampled tokens as the device writes them.
-        block_table `[rows, max_blocks]`, num_computed `[rows]`: tokens whose keys and values are in the cache.
-        params: the sampler's view of the rows' scalars.
-        live_rows `[entries]`, query_start `[entries + 1]`: this step's batch, padding (row -1) included.
+    Attributes (int32, on the device):
+        token_ids: `[rows, max_model_len + 1]`, the prompt, then the sampled tokens, which the device itself writes.
+        block_table: `[rows, max_blocks]`. num_computed: `[rows]`, the tokens whose keys and values are in the cache.
+        params: the rows' sampling parameters, as the sampler reads them.
+        live_rows: `[entries]`, the row of each entry of this step's batch; -1 is a padding entry.
+        query_start: `[entries + 1]`, where each entry's tokens start among the step's tokens.
     """
 
     def __init__(self, num_rows: int, max_model_len: int, max_blocks: int, device: str, num_slots: int) -> None:
         self.device = device
-        self.width = max_model_len + 1  # a surplus token may be sampled past the last
-        self.max_blocks = max_blocks
-        self.num_rows = num_rows
+        self.width = max_model_len + 1  # the device may sample one surplus token past the last
+        self.num_rows, self.max_blocks = num_rows, max_blocks
         sizes = [num_rows * self.width, num_rows * max_blocks, num_rows, num_rows * NUM_SCALARS]
         if sum(sizes) > MAX_STATE:
             raise ValueError(
@@ -59,29 +59,28 @@ class InputBatch:
         self.num_entries = num_rows + MAX_CHUNKS
         self.live = torch.zeros(2 * self.num_entries + 1, dtype=torch.int32, device=device)
         self.live_rows, self.query_start = self.live[: self.num_entries], self.live[self.num_entries :]
-        self._sent_batch: tuple[list[int], list[int], StepShape] | None
         self.forget()
-        # A slot's pinned buffers are written again only when the step that last used them has ended.
+        # Pinned, one per slot: the host rewrites a slot's only after the step that last used it, and its copies, ended.
         self._live_staging = [_pinned(2 * self.num_entries + 1, device) for _ in range(num_slots)]
         self._delta_staging = [_pinned(1 << 12, device) for _ in range(num_slots)]
 
     def forget(self) -> None:
-        """Make the batch one of padding, of no tokens."""
-        self._sent_batch = None
+        """Make every entry of the batch a padding entry without tokens."""
+        self._sent_batch: tuple[list[int], list[int], StepShape] | None = None
         self.live_rows.fill_(-1)
         self.query_start.fill_(0)
 
     def apply(self, plan: StepPlan, slot: int, shape: StepShape) -> None:
-        """Send the plan's changes and its batch, padded to `shape`. Does not wait for the device."""
+        """Send the plan's changes, and its batch padded to `shape`. Does not wait for the device."""
         batch = (plan.rows, plan.query_lens, shape)
-        if batch != self._sent_batch:  # while nobody comes or goes, the device has it already
-            self._sent_batch = None  # until it is certain what the device has
+        if batch != self._sent_batch:  # else unchanged since the last step: the device's copy is valid
+            self._sent_batch = None  # if sending fails, the device's copy is unknown
             self._send_batch(plan, slot, shape)
             self._sent_batch = batch
         self._send_changes(plan, slot)
 
     def _send_batch(self, plan: StepPlan, slot: int, shape: StepShape) -> None:
-        """Padding comes after the decodes, one token each, and after the chunks: its last entry has what is left."""
+        """Entries: decodes, padding of one token each, chunks, padding; the last one takes the tokens to spare."""
         live = self._live_staging[slot].numpy()
         rows, lens = live[: shape.num_seqs], np.zeros(shape.num_seqs, dtype=np.int32)
         num_decodes, num_chunks = plan.num_decodes, len(plan.rows) - plan.num_decodes
@@ -116,7 +115,7 @@ class InputBatch:
         self.state.index_put_((changes[:n].long(),), changes[n:])
 
     def _contents(self, new: NewRow) -> list[tuple[int, np.ndarray]]:
-        """The runs of state that describe a new row: (flat index, int32 values)."""
+        """Everything the device must know of a new row, as runs of state: (first flat index, int32 values)."""
         scalars = np.full(NUM_SCALARS, -1, dtype=np.int32)
         floats = scalars.view(np.float32)
         floats[TEMPERATURE], floats[TOP_P], floats[MIN_P] = new.temperature, new.top_p, new.min_p

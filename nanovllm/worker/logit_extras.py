@@ -1,8 +1,8 @@
-"""What few requests ask: edited logits and log-probabilities. Done after a step's plain part, for those rows alone.
+"""Edited logits and log-probabilities: the extras that few requests ask for, computed after the step's plain part.
 
-The plain part samples every row as if nothing had been asked, from a CUDA graph if it can. Here the rows that edit
-their logits draw again, from edited copies, over the first draw; so a batch without such rows pays nothing, and in any
-other each pays for itself. Work goes in pieces of rows, so that memory is bounded whatever is asked.
+The plain part samples every row as if no request had asked for extras, from a CUDA graph if it can. Then the rows with
+edits draw again, from edited copies of their logits, and overwrite their first draw. So a step without such rows pays
+nothing, and in any other step only those rows pay. The work goes in batches of rows, so that memory stays bounded.
 """
 
 from collections.abc import Callable, Iterator
@@ -19,47 +19,49 @@ from nanovllm.sampling_params import NAN_LOGITS
 from nanovllm.step_plan import LogitEdits, NewRow, PromptSpan, StepPlan
 from nanovllm.worker.input_batch import InputBatch
 
-PIECE_BYTES = 64 << 20  # of float32 logits
-MAX_PIECE_ROWS = 256
-MAX_BIAS = 1e30  # no logit counts beside it, and what is done to it afterwards does not exceed float32
-SORTED_COST = 8  # memory for one of the likeliest tokens (its logit and int64 index, twice), in float32 numbers
+ROW_BATCH_BYTES = 64 << 20  # of float32 logits
+MAX_BATCH_ROWS = 256
+MAX_BIAS = 1e30  # dwarfs any logit, and leaves room in float32 for the edits that follow
+SORTED_COST = 8  # float32 numbers of memory for one of the likeliest tokens: its logit and int64 index, twice
 
-
-# (rows, their logits in float32) to logits: the user's, see `vllm/logits_processors.py`; few engines have any.
+# The user's function from (rows, their float32 logits) to logits (`vllm/logits_processors.py`); few engines have one.
 ProcessLogits = Callable[[list[int], torch.Tensor], torch.Tensor]
 NO_EDITS = RowEdits(prompt_len=0)
 
 
 @dataclass(slots=True)
 class PendingLogprobs:
-    """A step's log-probabilities: copies to the host that have ended when the step has."""
+    """A step's log-probabilities, on their way to the host. They are complete once the step has ended.
+
+    A row batch is (owners, packed): `packed` has an entry for each owner, which is the index of a sample or of a span.
+    """
 
     num_samples: int
     num_spans: int
-    # Whether a piece is of spans; the sample or span that each of its entries belongs to; the entries
-    pieces: list[tuple[bool, list[int], torch.Tensor]] = field(default_factory=list)
+    sample_batches: list[tuple[list[int], torch.Tensor]] = field(default_factory=list)
+    span_batches: list[tuple[list[int], torch.Tensor]] = field(default_factory=list)
 
-    def samples(self) -> list[TokenLogprobs | None]:
-        """Of each sample, None where not asked."""
-        found = {index: values for index, values in self._values(of_spans=False)}
+    def sample_logprobs(self) -> list[TokenLogprobs | None]:
+        """One item per sample; None where the plan does not ask for it."""
+        found = dict(_unpack(self.sample_batches))
         return [found.get(i) for i in range(self.num_samples)]
 
-    def spans(self) -> list[list[TokenLogprobs]]:
-        """Of each prompt span, its tokens'."""
+    def prompt_logprobs(self) -> list[list[TokenLogprobs]]:
+        """One list per prompt span, with an item for each of its tokens."""
         spans: list[list[TokenLogprobs]] = [[] for _ in range(self.num_spans)]
-        for index, values in self._values(of_spans=True):
+        for index, values in _unpack(self.span_batches):
             spans[index].append(values)
         return spans
 
-    def _values(self, of_spans: bool) -> Iterator[tuple[int, TokenLogprobs]]:
-        for are_spans, owners, packed in self.pieces:
-            if are_spans is of_spans:
-                for owner, values in zip(owners, unpack(packed), strict=True):
-                    yield owner, TokenLogprobs(*values)
+
+def _unpack(batches: list[tuple[list[int], torch.Tensor]]) -> Iterator[tuple[int, TokenLogprobs]]:
+    for owners, packed in batches:
+        for owner, values in zip(owners, unpack(packed), strict=True):
+            yield owner, TokenLogprobs(*values)
 
 
 class LogitExtras:
-    """The edits of the rows that have any, and the work after a step's plain part."""
+    """Keeps the edits of the rows that have any, and computes the extras after a step's plain part."""
 
     def __init__(
         self,
@@ -72,19 +74,19 @@ class LogitExtras:
         self._compute_logits = compute_logits
         self._vocab_size = vocab_size
         self._edits: dict[int, RowEdits] = {}
-        self._lengths: dict[int, int] = {}  # of the rows in _edits: tokens before the one to be sampled
+        self._lengths: dict[int, int] = {}  # of the rows in _edits: how many tokens precede the next sample
         self.process = process
 
-    def take(self, new_rows: list[NewRow]) -> None:
-        """Remember the edits of rows that begin, and forget those of the rows' last owners."""
+    def add_rows(self, new_rows: list[NewRow]) -> None:
+        """Keep the edits of requests that get a row in this step, and drop those of the row's last request."""
         for new in new_rows:
             self._edits.pop(new.row, None)
             if new.edits is not None:
                 self._edits[new.row] = row_edits(new.edits, self._batch.state.device)
                 self._lengths[new.row] = len(new.token_ids)
 
-    def are_asked(self, plan: StepPlan) -> bool:
-        """Whether anything is to be done in this step."""
+    def has_work(self, plan: StepPlan) -> bool:
+        """Whether the plan asks for extras."""
         edits = self._edits
         is_edited = bool(edits) and any(row in edits for row in plan.rows[: plan.num_samples])
         is_edited |= self.process is not None and plan.num_samples > 0
@@ -98,13 +100,13 @@ class LogitExtras:
         seq_lens: torch.Tensor,
         sampled: torch.Tensor,
     ) -> PendingLogprobs:
-        """Queue it all: draw again where logits are edited, then work out and copy the log-probabilities.
+        """Queue all extras: draw again in rows with edits, then compute log-probabilities and copy them to the host.
 
         Args:
             hidden: `[tokens, hidden_size]`, of all tokens of the step.
-            logits: `[>= num_samples, vocab]`, left as they are; None if there are no samples.
+            logits: `[>= num_samples, vocab]`, not changed; None if the step has no samples.
             seq_lens: `[>= num_samples]` int32.
-            sampled: `[num_samples]` int32, overwritten, as is the rows' last token, where a row is drawn again.
+            sampled: `[num_samples]` int32. A row that draws again overwrites its item, and its last token in the batch.
         """
         out = PendingLogprobs(plan.num_samples, len(plan.prompt_logprobs))
         if logits is not None:
@@ -116,19 +118,19 @@ class LogitExtras:
     def _draw_again(self, plan: StepPlan, logits: torch.Tensor, seq_lens: torch.Tensor, sampled: torch.Tensor) -> None:
         batch = self._batch
         sampling = plan.rows[: plan.num_samples]
-        asking = [i for i, row in enumerate(sampling) if row in self._edits]
+        edited = [i for i, row in enumerate(sampling) if row in self._edits]
         if self.process is not None:
             logits = self.process(sampling, logits[: len(sampling)].to(torch.float32, copy=True))
-            asking = list(range(len(sampling)))
-        for piece in _pieces(asking, self._vocab_size):
-            edits = [self._edits.get(plan.rows[i], NO_EDITS) for i in piece]
-            max_len = max(self._lengths.get(plan.rows[i], 1) for i in piece)
-            entries = send(piece, torch.int64, logits.device)
+            edited = list(range(len(sampling)))
+        for row_batch in _row_batches(edited, self._vocab_size):
+            edits = [self._edits.get(plan.rows[i], NO_EDITS) for i in row_batch]
+            max_len = max(self._lengths.get(plan.rows[i], 1) for i in row_batch)
+            entries = send(row_batch, torch.int64, logits.device)
             x, rows, lens = logits[entries].float(), batch.live_rows[entries], seq_lens[entries]
             edit_logits(x, edits, batch.token_ids[rows.long(), :max_len], lens, max_len)
             drawn = torch.empty_like(rows)
             sample(x, rows, lens, batch.params, batch.token_ids, drawn)
-            # The edits may have hidden a NaN.
+            # The plain draw has reported NaN logits, which the edits may have hidden.
             sampled[entries] = torch.where(sampled[entries] == NAN_LOGITS, NAN_LOGITS, drawn)
         for row in sampling:
             if row in self._edits:
@@ -137,38 +139,39 @@ class LogitExtras:
     def _sample_logprobs(
         self, plan: StepPlan, logits: torch.Tensor, sampled: torch.Tensor, out: PendingLogprobs
     ) -> None:
-        for num_top, asking in _by_num_top(plan.logprobs, self._vocab_size):
-            for piece in _pieces(asking, self._vocab_size + SORTED_COST * num_top):
-                entries = send(piece, torch.int64, logits.device)
+        for num_top, samples in _by_num_top(plan.logprobs, self._vocab_size):
+            for row_batch in _row_batches(samples, self._vocab_size + SORTED_COST * num_top):
+                entries = send(row_batch, torch.int64, logits.device)
                 packed = token_logprobs(logits[entries], sampled[entries].clamp(min=0), num_top)
-                out.pieces.append((False, piece, _to_host(packed)))
+                out.sample_batches.append((row_batch, _to_host(packed)))
 
     def _prompt_logprobs(self, plan: StepPlan, hidden: torch.Tensor, out: PendingLogprobs) -> None:
-        """The logits of prompt tokens exist only here, a piece at a time."""
+        """Only here are logits of prompt tokens computed, one batch of rows at a time."""
         first_token = [0, *accumulate(plan.query_lens)]
         wanted = [((i, span), span.num_top) for i, span in enumerate(plan.prompt_logprobs)]
         for num_top, spans in _by_num_top(wanted, self._vocab_size):
             tokens = [(i, span, offset) for i, span in spans for offset in range(span.num_tokens)]
-            for piece in _pieces(tokens, self._vocab_size + SORTED_COST * num_top):
+            for row_batch in _row_batches(tokens, self._vocab_size + SORTED_COST * num_top):
                 places = [
                     (first_token[span.index] + offset, plan.rows[span.index], span.start + offset + 1)
-                    for _, span, offset in piece
+                    for _, span, offset in row_batch
                 ]
                 token, row, position = send(places, torch.int64, hidden.device).unbind(1)
                 logits = self._compute_logits(hidden[token])
                 packed = token_logprobs(logits, self._batch.token_ids[row, position], num_top)
-                out.pieces.append((True, [i for i, _, _ in piece], _to_host(packed)))
+                out.span_batches.append(([i for i, _, _ in row_batch], _to_host(packed)))
 
 
-def _by_num_top(asking: list[tuple], vocab_size: int) -> list[tuple[int, list]]:
-    """(who, num_top) pairs, those with equal num_top together."""
-    asking = [(who, vocab_size if n < 0 else min(n, vocab_size)) for who, n in asking]
-    asking.sort(key=lambda pair: pair[1])
-    return [(n, [who for who, _ in pairs]) for n, pairs in groupby(asking, key=lambda pair: pair[1])]
+def _by_num_top(pairs: list[tuple], vocab_size: int) -> list[tuple[int, list]]:
+    """Group (item, num_top) pairs by num_top; a negative one means the whole vocabulary."""
+    pairs = [(item, vocab_size if n < 0 else min(n, vocab_size)) for item, n in pairs]
+    pairs.sort(key=lambda pair: pair[1])
+    return [(n, [item for item, _ in group]) for n, group in groupby(pairs, key=lambda pair: pair[1])]
 
 
-def _pieces(items: list, numbers_each: int) -> list[list]:
-    size = max(1, min(MAX_PIECE_ROWS, PIECE_BYTES // (4 * numbers_each)))
+def _row_batches(items: list, numbers_per_row: int) -> list[list]:
+    """Cut `items`, one per row of logits, into batches that fit ROW_BATCH_BYTES."""
+    size = max(1, min(MAX_BATCH_ROWS, ROW_BATCH_BYTES // (4 * numbers_per_row)))
     return [items[i : i + size] for i in range(0, len(items), size)]
 
 
@@ -179,7 +182,7 @@ def _to_host(x: torch.Tensor) -> torch.Tensor:
 
 
 def row_edits(edits: LogitEdits, device: torch.device) -> RowEdits:
-    """The edits of a plan, on the device."""
+    """Copy a request's edits to the device."""
     row = RowEdits(edits.prompt_len, edits.repetition_penalty, edits.frequency_penalty, edits.presence_penalty)
     if edits.allowed_token_ids is not None:
         row.allowed = send(list(edits.allowed_token_ids), torch.int64, device)
@@ -196,13 +199,13 @@ def row_edits(edits: LogitEdits, device: torch.device) -> RowEdits:
     return row
 
 
-def ask_for_the_most(plan: StepPlan) -> None:
-    """Let a plan of new prompts ask for all that takes memory here, as much as there is in a piece."""
+def add_largest_extras(plan: StepPlan) -> None:
+    """Let a plan of new prompts ask for the extras that need the most memory: a full row batch of each kind."""
     num_tokens = 0
     for i, (new, length) in enumerate(zip(plan.new_rows, plan.query_lens, strict=True)):
-        if i < MAX_PIECE_ROWS:
+        if i < MAX_BATCH_ROWS:
             new.edits = LogitEdits(prompt_len=0, repetition_penalty=1.1, allowed_token_ids=[0], logit_bias={0: 1.0})
             plan.logprobs.append((i, 20))
-        if num_tokens < MAX_PIECE_ROWS:
+        if num_tokens < MAX_BATCH_ROWS:
             plan.prompt_logprobs.append(PromptSpan(i, 0, length, 20))
             num_tokens += length

@@ -17,7 +17,7 @@ from nanovllm.config import Config
 from nanovllm.distributed.tensor_parallel import TensorParallel
 from nanovllm.kernels.attention.contract import AttentionSpec
 from nanovllm.step_plan import NewRow, StepPlan
-from nanovllm.worker.logit_extras import ask_for_the_most
+from nanovllm.worker.logit_extras import add_largest_extras
 
 logger = logging.getLogger(__name__)
 
@@ -122,7 +122,7 @@ def largest_step(config: Config, num_rows: int, max_model_len: int) -> StepPlan:
         plan.new_rows.append(NewRow(row, [0] * length, 0, [0], 1.0, 0, 1.0, 0.0, row, 0, []))
         plan.rows.append(row)
         plan.query_lens.append(length)
-    ask_for_the_most(plan)
+    add_largest_extras(plan)
     return plan
 
 

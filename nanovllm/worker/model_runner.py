@@ -111,8 +111,8 @@ class ModelRunner:
             self.done[slot].synchronize()  # no wait, unless a failed step was dropped: its buffers may be in use yet
         else:
             clear_fresh_tails(self.kv_cache, plan)
-        self.extras.take(plan.new_rows)
-        has_extras = self.extras.are_asked(plan)
+        self.extras.add_rows(plan.new_rows)
+        has_extras = self.extras.has_work(plan)
         padded = self.shapes.pad(plan, has_extras)
         shape = padded or StepShape.of(plan)
         self.batch.apply(plan, slot, shape)

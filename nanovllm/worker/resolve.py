@@ -1,4 +1,4 @@
-"""What "auto" and None mean for this machine and this checkpoint, and into how many ranks they can be cut."""
+"""Replaces "auto" and None in the options by what this machine and checkpoint need; checks tensor_parallel_size."""
 
 from pathlib import Path
 from typing import Any
@@ -15,10 +15,11 @@ from nanovllm.models.weight_files import read_tensors
 
 
 def resolve_device(device: str) -> str:
-    """ "auto" is CUDA where there is one.
+    """ "auto" becomes "cuda" if PyTorch sees a CUDA device, and "cpu" if not.
 
     Raises:
-        ValueError: "cuda" is asked for and absent. RuntimeError: CUDA is there without Triton, whose kernels it needs.
+        ValueError: `device` is "cuda", but PyTorch sees no CUDA device.
+        RuntimeError: PyTorch sees a CUDA device, but Triton, whose kernels it would run, is not installed.
     """
     has_cuda = torch.cuda.is_available()
     if has_cuda and device != "cpu" and not HAS_TRITON:
@@ -31,7 +32,10 @@ def resolve_device(device: str) -> str:
 
 
 def resolve_by_weights(config: Config, hf_config: Any, path: Path) -> None:
-    """What the weights have to say in config.json's place: the dtype it leaves out, and whether a tied head is tied.
+    """Correct `hf_config` by what the weight files hold.
+
+    Where config.json names no dtype, `hf_config` gets that of the first weight of a dtype we know. Where it says that
+    the head is tied but the files have a head that differs from the embedding, the head becomes untied.
 
     Raises as `models.weight_files.read_tensors`.
     """
@@ -46,7 +50,7 @@ def resolve_by_weights(config: Config, hf_config: Any, path: Path) -> None:
 
 
 def resolve_dtype(dtype: str, hf_config: Any) -> torch.dtype:
-    """ "auto" is what the checkpoint was saved in, or float32 if nothing says."""
+    """ "auto" becomes the dtype that config.json names, or float32 if it names none. Raises ValueError for another."""
     if dtype != "auto":
         return getattr(torch, dtype)
     saved = _saved_dtype(hf_config)
@@ -63,7 +67,7 @@ def _saved_dtype(hf_config: Any) -> Any:
 
 
 def resolve_max_model_len(config: Config, hf_config: Any) -> int:
-    """The length asked for, or the model's. Raises ValueError for more than the model's positions can express."""
+    """`config.max_model_len`, or the model's own. Raises ValueError for more positions than the model has."""
     own = hf_config.max_position_embeddings
     if config.max_model_len is None:
         return own
@@ -77,7 +81,7 @@ def resolve_max_model_len(config: Config, hf_config: Any) -> int:
 
 
 def require_cut(config: Config, hf_config: Any, model_cls: type) -> None:
-    """Raises ValueError, saying why, if the model cannot be cut into so many parts or there are too few devices."""
+    """Raises ValueError if tensor_parallel_size does not divide the model's sizes, or exceeds the CUDA devices."""
     size = config.tensor_parallel_size
     build_outline(hf_config, model_cls, TensorParallel(0, size))
     if resolve_device(config.device) == "cuda":
@@ -85,8 +89,8 @@ def require_cut(config: Config, hf_config: Any, model_cls: type) -> None:
             raise ValueError(
                 f"tensor_parallel_size={size} must be at most the number of CUDA devices, {torch.cuda.device_count()}"
             )
-        if torch.cuda.current_device() != 0:  # a thread of the engine's own would begin with 0 anyway
+        if torch.cuda.current_device() != 0:  # the engine's own thread would start on device 0 anyway
             raise ValueError(
-                f"tensor_parallel_size={size} takes the devices from 0 on, but device {torch.cuda.current_device()} is "
-                "current: choose devices with CUDA_VISIBLE_DEVICES"
+                f"tensor_parallel_size={size} uses devices 0 to {size - 1}, but the current device is "
+                f"{torch.cuda.current_device()}: choose devices with CUDA_VISIBLE_DEVICES"
             )

@@ -1,4 +1,4 @@
-"""A step that has been launched: its tokens, once there are any."""
+"""A launched step, through which the engine reads the step's tokens when it needs them."""
 
 from dataclasses import dataclass
 
@@ -10,7 +10,7 @@ from nanovllm.worker.logit_extras import PendingLogprobs
 
 @dataclass(slots=True)
 class StepHandle:
-    """A launched step. Whatever is read from it waits for it."""
+    """A launched step. Every method but `is_done` waits until the device has finished it."""
 
     sampled: torch.Tensor  # [num_samples] int32, on the host
     done: torch.cuda.Event | None
@@ -24,14 +24,14 @@ class StepHandle:
         return self.sampled.tolist()
 
     def logprobs(self) -> list[TokenLogprobs | None]:
-        """Of each sampled token, None where the plan's `logprobs` did not ask."""
+        """One item per sampled token; None where the plan's `logprobs` does not ask for it."""
         self._wait()
-        return self.extras.samples() if self.extras else [None] * len(self.sampled)
+        return self.extras.sample_logprobs() if self.extras else [None] * len(self.sampled)
 
     def prompt_logprobs(self) -> list[list[TokenLogprobs]]:
-        """Of the tokens of each of the plan's `prompt_logprobs`."""
+        """One list per span of the plan's `prompt_logprobs`: the log-probabilities of its tokens."""
         self._wait()
-        return self.extras.spans() if self.extras else []
+        return self.extras.prompt_logprobs() if self.extras else []
 
     def _wait(self) -> None:
         if self.done is not None:

@@ -160,7 +160,7 @@ import signal, sys, time
 from nanovllm import LLM, SamplingParams
 llm = LLM(sys.argv[1], device="cpu", dtype="float32", skip_tokenizer_init=True, tensor_parallel_size=2,
           num_kvcache_blocks=64, max_num_seqs=4)
-print(*(process.pid for process in llm.engine.followers._processes), flush=True)
+print(*llm.engine.followers.processes.pids, flush=True)
 while True:
     llm.generate([[1, 2, 3]], SamplingParams(max_tokens=200), use_tqdm=False)
 """

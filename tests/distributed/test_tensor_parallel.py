@@ -13,7 +13,7 @@ from leftovers import rank_processes
 from safetensors.torch import load_file
 
 from nanovllm import LLM, SamplingParams
-from nanovllm.distributed.ranks import threads_of_a_rank
+from nanovllm.distributed.ranks import threads_per_rank
 
 pytestmark = pytest.mark.skipif(sys.platform != "linux", reason="reads /proc")
 
@@ -62,7 +62,7 @@ def test_a_rank_gets_its_share_of_the_threads_unless_they_were_meant_for_each(
     monkeypatch.delenv("OMP_NUM_THREADS", raising=False)
     if of_environment is not None:
         monkeypatch.setenv("OMP_NUM_THREADS", of_environment)
-    assert threads_of_a_rank(2) == of_a_rank
+    assert threads_per_rank(2) == of_a_rank
 
 
 def test_rank_0_computes_on_its_share_and_leaves_its_caller_his_number(

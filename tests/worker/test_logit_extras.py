@@ -13,14 +13,14 @@ from nanovllm.worker import logit_extras
 
 
 @pytest.mark.parametrize(("max_num_seqs", "num_tokens"), [(16, 1024), (40, 600), (4, 64)])
-def test_the_step_that_memory_is_measured_in_has_the_largest_pieces(
+def test_the_step_that_memory_is_measured_in_has_the_largest_row_batches(
     max_num_seqs: int,
     num_tokens: int,
     checkpoint: Callable[..., Path],
     make_llm: Callable[..., Any],
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    monkeypatch.setattr(logit_extras, "PIECE_BYTES", 4 * VOCAB_SIZE * 48)
+    monkeypatch.setattr(logit_extras, "ROW_BATCH_BYTES", 4 * VOCAB_SIZE * 48)
     edited, scored = [], []
     edit_logits, token_logprobs = logit_extras.edit_logits, logit_extras.token_logprobs
     monkeypatch.setattr(logit_extras, "edit_logits", lambda x, *rest: edited.append(len(x)) or edit_logits(x, *rest))
