@@ -24,6 +24,7 @@ AFTERNOON = [
     ("worker/model_runner.py", "a plan becomes a forward pass"),
     ("worker/input_batch.py", "rows that stay on the device"),
     ("layers/attention.py", "keys and values to their slots, and back through the block table"),
+    ("kernels/attention/contract.py", "what attention is told: the layer as data, and where tokens are"),
     ("layers/linear.py", "column and row split, and the one all-reduce"),
     ("layers/layernorm.py", "the norm that reduces a partial sum"),
     ("models/qwen3.py", "a model as the textbook writes it"),
