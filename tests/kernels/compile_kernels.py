@@ -1,10 +1,13 @@
-"""Compiles all kernels for a Hopper GPU on a machine without one, and prints their names.
+"""Compiles all kernels for a GPU on a machine without one, and prints their names.
+
+python compile_kernels.py [compute capability: 90, Hopper's, by default; 80, 86, 89, 100, 120]
 
 It calls the launchers as ever, but a launch only compiles. On a CPU the other tests use Triton's interpreter, which
 accepts what the compiler refuses, such as a variable whose type changes in a loop. This is a program of its own because
 it must import Triton as a compiler.
 """
 
+import sys
 from typing import Any
 
 import torch
@@ -13,11 +16,12 @@ from triton.backends.compiler import GPUTarget
 from triton.runtime import driver
 from triton.runtime.jit import JITFunction
 
-from nanovllm.kernels.attention import paged_decode_kernel
+from nanovllm.kernels.attention import paged_decode_kernel, paged_prefill
 from nanovllm.kernels.attention.decode_splits import DecodeSplits, split_contexts_triton
 from nanovllm.kernels.attention.paged_decode_kernel import paged_decode_triton
 from nanovllm.kernels.attention.paged_prefill import paged_prefill_triton
 from nanovllm.kernels.attention.qk_norm_rope_store import qk_norm_rope_store_triton
+from nanovllm.kernels.linear import skinny_linear
 from nanovllm.kernels.linear.silu_mul import silu_mul_triton
 from nanovllm.kernels.linear.skinny_linear import skinny_linear_triton
 from nanovllm.kernels.norm.all_reduce import PeerBuffers, make_inboxes, one_shot_add_rms_norm, one_shot_all_reduce
@@ -27,7 +31,9 @@ from nanovllm.kernels.sampling.logprobs import summarize_triton
 from nanovllm.kernels.sampling.sample_kernel import sample_triton
 from nanovllm.kernels.sampling.tensors import SamplingTensors
 
-HOPPER = GPUTarget("cuda", 90, 32)
+CAPABILITY = int(sys.argv[1]) if len(sys.argv) > 1 else 90
+TARGET = GPUTarget("cuda", CAPABILITY, 32)
+KIB_OF_SHARED_MEMORY = {80: 163, 86: 99, 89: 99, 90: 227, 100: 227, 120: 99}
 SEQS, VOCAB = 3, 1000
 
 
@@ -39,7 +45,7 @@ class AbsentDevice:
         return 0
 
     def get_current_target(self) -> GPUTarget:
-        return HOPPER
+        return TARGET
 
 
 def compile_instead_of_launching() -> set[str]:
@@ -53,7 +59,12 @@ def compile_instead_of_launching() -> set[str]:
 
     driver.set_active(AbsentDevice())
     JITFunction.run = compile_only
-    launch_kernels_early()
+    for module in (paged_decode_kernel, paged_prefill, skinny_linear):
+        module.shared_memory_bytes = lambda device: KIB_OF_SHARED_MEMORY[CAPABILITY] << 10
+    if CAPABILITY >= 90:
+        launch_kernels_early()
+    else:
+        paged_decode_kernel.is_hopper = lambda device: False
     return compiled
 
 
@@ -87,11 +98,14 @@ def call_linear_kernels() -> None:
     one_shot_add_rms_norm(zeros(2, SEQS, 1024, dtype=torch.float32), x.clone(), weight, 1e-6, peers)
 
 
-def call_attention_kernels(head_dim: int, block_size: int, dtype: torch.dtype, has_norm: bool) -> None:
+def call_attention_kernels(
+    head_dim: int, block_size: int, dtype: torch.dtype, has_norm: bool, rotary_dim: int | None = None
+) -> None:
     heads, kv_heads, lens = 16, 8, ints(SEQS) + 1
     k_cache, v_cache = zeros(2, 4, kv_heads, block_size, head_dim, dtype=dtype).unbind(0)
     table, rows, starts = ints(4, 4), ints(SEQS), torch.arange(SEQS + 1, dtype=torch.int32)
-    qkv, cos_sin = zeros(SEQS, (heads + 2 * kv_heads) * head_dim, dtype=dtype), zeros(9, head_dim, dtype=torch.float32)
+    qkv = zeros(SEQS, (heads + 2 * kv_heads) * head_dim, dtype=dtype)
+    cos_sin = zeros(9, head_dim if rotary_dim is None else rotary_dim, dtype=torch.float32)
     weight = zeros(head_dim, dtype=dtype) if has_norm else None
     norms, cache = (weight, weight, 1e-6), (k_cache, v_cache)
     slots = zeros(SEQS, dtype=torch.int64)
@@ -119,6 +133,7 @@ if __name__ == "__main__":
     paged_decode_kernel.multiprocessors = lambda device: 1  # many programs for each
     call_attention_kernels(128, 256, torch.bfloat16, has_norm=True)
     call_attention_kernels(80, 48, torch.float32, has_norm=False)
+    call_attention_kernels(128, 256, torch.bfloat16, has_norm=True, rotary_dim=0)
     call_sampler(torch.bfloat16)
     call_sampler(torch.float32)
     print(*sorted(names))

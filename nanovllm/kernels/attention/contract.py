@@ -48,7 +48,7 @@ class AttentionSpec:
 
     def cos_sin(self, device: torch.device) -> torch.Tensor:
         """The rotations `[max_position, rotary_dim]`; without rope none of the dimensions is rotated."""
-        return torch.empty(1, 0, device=device) if self.rope is None else self.rope.cos_sin
+        return torch.empty(1, 0, dtype=torch.float32, device=device) if self.rope is None else self.rope.cos_sin
 
 
 class KVCache(NamedTuple):

@@ -111,7 +111,7 @@ def qk_norm_rope_store_triton(
         HEAD_DIM=head_dim,
         HALF=rotary_dim // 2,
         TILE_HEADS=tile_heads,
-        TILE_HALF=triton.next_power_of_2(rotary_dim // 2),
+        TILE_HALF=triton.next_power_of_2(max(rotary_dim // 2, 1)),  # without rope a tile of which nothing is read
         TILE_REST=triton.next_power_of_2(head_dim - rotary_dim) if rotary_dim < head_dim else 0,
         num_warps=max(tile_heads // 4, 1),
         **early_launch(qkv),
