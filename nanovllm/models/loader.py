@@ -72,8 +72,7 @@ def checked_tensors(outline: nn.Module, named_tensors: NamedTensors, tied_head: 
     Raises:
         TypeError: an entry is not a name and a tensor.
         ValueError: naming a tensor that is unexpected, there twice, or of the wrong shape or dtype; at the end, naming
-        a
-            head that should equal the embedding and does not.
+            a head that should equal the embedding and does not.
     """
     places = tensor_places(outline)
     if tied_head is not None:
