@@ -170,7 +170,7 @@ def build_outline(
 
 
 def lay_out_weights(model: nn.Module) -> None:
-    """Turn loaded weights into what the products want, as each format has it."""
+    """Turn loaded weights into the form that each layer's product reads."""
     for layer in _linears(model):
         layer.format.lay_out(layer)
 
