@@ -170,7 +170,7 @@ class RowParallelLinear(Linear):
         return PartialSum(self.format.matmul(self, x, bias, in_slices=in_slices), x.dtype, self.tp)
 
     def load_shard(self, param: nn.Parameter, loaded: torch.Tensor, shard: str | int | None) -> None:
-        if param.dim() == 1:  # one number an output, as a bias: whole on every rank
+        if param.dim() == 1:  # one number for each output, as a bias: whole on every rank
             copy_exactly(param, loaded)
         else:
             copy_share(param, loaded, 1, self.total, self.tp.rank)
