@@ -24,7 +24,7 @@ MAY_IMPORT = {
     "text": ("sampling_params", "config"),
     **{module: ("vllm_defaults", "errors") for module in PLAIN_DATA},
     # The way back up is closed: nothing that works on a device knows the engine or a front.
-    "worker": ("kernels", "layers", "models", "distributed", *PLAIN_DATA),
+    "worker": ("kernels", "layers", "models", "distributed.tensor_parallel", *PLAIN_DATA),
     "distributed": ("kernels", "models", "worker", *PLAIN_DATA),
 }
 

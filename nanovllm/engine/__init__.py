@@ -1,1 +1,1 @@
-"""The decisions, in plain Python: which sequences run, which blocks they hold, what is refused. Never imports torch."""
+"""The decisions, in plain Python, loaded without torch: sequences, blocks, the schedule, and refusals with reasons."""

@@ -2,7 +2,7 @@
 
 The child has a copy of the parent's memory, but not its threads and not its device, and the ranks are not its children.
 Destroying the engine there would kill the parent's ranks and let libraries (gloo, CUDA) tear down what the parent
-still uses. So the child keeps it for ever: memory pages that nobody writes cost the child nothing.
+still uses. So the child keeps it for ever: a memory page that is never written costs the child nothing.
 """
 
 import ctypes

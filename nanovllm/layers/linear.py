@@ -22,7 +22,7 @@ from nanovllm.layers.weight_format import PlainFormat, WeightFormat
 
 @dataclass(slots=True, frozen=True)
 class PartialSum:
-    """This rank's part of a sum over all ranks, not reduced yet: whoever consumes it reduces it, in its own kernel.
+    """This rank's part of a sum over all ranks, not reduced yet: its consumer reduces it, in its own kernel.
 
     Attributes:
         partial: `[tokens, n]`, or `[slices, tokens, n]` in float32, which are to be added up too.
@@ -112,8 +112,7 @@ class QKVParallelLinear(Linear):
     """The query, key and value projections as one matrix, cut by heads. Shards are "q", "k" and "v".
 
     A rank keeps the key/value heads that its query heads read; neighbouring ranks may keep the same one. Every kept
-    head
-    serves equally many query heads: where the cut would make groups uneven, a rank keeps a head more than once.
+    head serves equally many query heads: where the cut would make groups uneven, a rank keeps a head more than once.
     """
 
     def __init__(
@@ -171,7 +170,7 @@ class RowParallelLinear(Linear):
         return PartialSum(self.format.matmul(self, x, bias, in_slices=in_slices), x.dtype, self.tp)
 
     def load_shard(self, param: nn.Parameter, loaded: torch.Tensor, shard: str | int | None) -> None:
-        if param.dim() == 1:  # one number an output, as a bias: whole on every rank
+        if param.dim() == 1:  # one number for each output, as a bias: whole on every rank
             copy_exactly(param, loaded)
         else:
             copy_share(param, loaded, 1, self.total, self.tp.rank)

@@ -146,7 +146,7 @@ def _yarn(dim: int, max_position: int, params: RopeParameters) -> tuple[torch.Te
     elif scale is None:
         scale = magnitude(factor)
 
-    def feature_turning(rotations: float) -> float:  # the feature with so many turns over the original context
+    def feature_turning(rotations: float) -> float:  # the feature that makes so many turns over the original context
         return dim * math.log(original / (rotations * 2 * math.pi)) / (2 * math.log(theta))
 
     low = feature_turning(params.get("beta_fast") or 32)

@@ -29,7 +29,7 @@ class WeightFormat(Protocol):
 
         Args:
             gated: silu(first half) · second half of that: `[tokens, out_features / 2]`.
-            in_slices: partial sums `[slices, tokens, out_features]` in float32 will do as well.
+            in_slices: the result may be partial sums `[slices, tokens, out_features]` in float32 instead.
         """
 
     def rows(self, layer: nn.Module, ids: torch.Tensor) -> torch.Tensor:
@@ -37,13 +37,13 @@ class WeightFormat(Protocol):
 
     @property
     def is_laid_out(self) -> bool:
-        """Whether the weight is as the product wants it and not as a checkpoint has it."""
+        """Whether the weight has the product's layout instead of the checkpoint's."""
 
     def lay_out(self, layer: nn.Module) -> None:
-        """Turn loaded parameters into what the product wants. Does nothing if they are that already."""
+        """Turn loaded parameters into the form that the product reads. Does nothing if they have it already."""
 
     def undo_layout(self, layer: nn.Module) -> None:
-        """The reverse, so that a tensor can be copied in. Does nothing if it has been done."""
+        """The reverse, so that a tensor can be copied in. Does nothing if `is_laid_out` is False."""
 
     def drop(self, layer: nn.Module) -> None:
         """Forget what `lay_out` has made: the parameters are as before loading, but without memory."""

@@ -72,8 +72,7 @@ def checked_tensors(outline: nn.Module, named_tensors: NamedTensors, tied_head: 
     Raises:
         TypeError: an entry is not a name and a tensor.
         ValueError: naming a tensor that is unexpected, there twice, or of the wrong shape or dtype; at the end, naming
-        a
-            head that should equal the embedding and does not.
+            a head that should equal the embedding and does not.
     """
     places = tensor_places(outline)
     if tied_head is not None:
@@ -93,8 +92,8 @@ def checked_tensors(outline: nn.Module, named_tensors: NamedTensors, tied_head: 
 def update_weights(model: nn.Module, outline: nn.Module, named_tensors: NamedTensors, loaded: set[str]) -> None:
     """Write tensors, all of a checkpoint's or some, over the weights of a running model.
 
-    When one is faulty, the tensors before it have been written. A layer whose weight is laid out for its product gets
-    the checkpoint's layout for as long as this takes.
+    When one is faulty, the tensors before it have been written. A layer whose weight is laid out for its product has
+    the checkpoint's layout from the first tensor for it until this returns.
 
     Args:
         outline: the same model without memory.
@@ -171,7 +170,7 @@ def build_outline(
 
 
 def lay_out_weights(model: nn.Module) -> None:
-    """Turn loaded weights into what the products want, as each format has it."""
+    """Turn loaded weights into the form that each layer's product reads."""
     for layer in _linears(model):
         layer.format.lay_out(layer)
 
@@ -223,7 +222,7 @@ def _fill(
             raise ValueError(f"tensor {name!r}{source} is not a part of {type(model).__name__}")
         module_name, leaf, shard = places[name]
         owner = model.get_submodule(module_name)
-        if isinstance(owner, Linear):
+        if isinstance(owner, Linear) and leaf != "bias":  # no format lays out a bias
             owner.format.undo_layout(owner)
         param = getattr(owner, leaf)
         allowed = DTYPES if param.dtype in DTYPES else (param.dtype,)  # numbers, or a format's codes

@@ -1,4 +1,4 @@
-"""What a step needs on a CPU alone: work that layers would repeat, done once; finite memory past sequences' ends."""
+"""What only a step on a CPU needs: it does once what layers would repeat, and keeps memory past sequences finite."""
 
 import torch
 
@@ -10,10 +10,10 @@ from nanovllm.step_plan import StepPlan
 
 
 class CpuStep:
-    """Fills in what the CPU's attention takes of a step: places, rotations and gathered blocks."""
+    """Adds to a step's records what the CPU's attention needs: the places of tokens, and the blocks to gather."""
 
     def __init__(self, cache: KVCache) -> None:
-        """`cache` is a layer's: all have its shape."""
+        """`cache` is that of any layer: all have one shape."""
         self._cache = cache
         self._gather: KvGather | None = None  # the last step's, for its workspace
 

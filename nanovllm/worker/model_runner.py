@@ -1,8 +1,7 @@
 """Runs the model on one device: takes a step's plan, launches it, and returns a handle that waits for its tokens.
 
 `launch` returns while the device still works. A step finds its input in the rows on the device, where the step before
-it
-left its tokens: so no token waits for the host.
+it left its tokens: so no token waits for the host.
 """
 
 import logging

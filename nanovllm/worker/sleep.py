@@ -1,9 +1,8 @@
 """Lends the device's memory to another program, as to a trainer between rollouts, and takes it back; new weights.
 
 The levels are those of vLLM's sleep mode. Both drop the cache, the rows and the graphs. Level 1 keeps the weights in
-host
-memory: on CUDA page-locked, so that they travel at the bus's rate and stay resident for the next time. Level 2 keeps
-nothing, for weights that will be replaced anyway. On a CPU level 1 leaves the weights where they are.
+host memory: on CUDA page-locked, so that they travel at the bus's rate and stay resident for the next time. Level 2
+keeps nothing, for weights that will be replaced anyway. On a CPU level 1 leaves the weights where they are.
 
 A captured graph holds addresses, and freed memory loses them. vLLM keeps them: it replaces PyTorch's allocator and maps
 other pages under the same addresses. Here `wake_up` captures the graphs again, which takes as long as at the engine's
@@ -65,13 +64,11 @@ def wake_up(runner: ModelRunner, tags: Collection[str] = TAGS) -> None:
 
     Args:
         tags: "weights" alone lets new ones be loaded while another program still uses the cache's memory; "kv_cache"
-            takes
-            the rest, and the engine is awake.
+            takes the rest, and the engine is awake.
 
     Raises:
         torch.OutOfMemoryError: other programs hold the device's memory. The engine stays asleep, with the weights that
-        it
-            had before, and can be woken again.
+            it had before, and can be woken again.
     """
     if not runner.sleep_level:
         return

@@ -56,12 +56,15 @@ def test_a_rank_killed_at_any_moment_is_an_error_and_leaves_nothing(
     size, is_early = (2, 4)[seed % 2], seed % 5 == 4
 
     def kill() -> None:
+        deadline = time.monotonic() + 60
         while len(rank_processes()) < size - 1:
+            if time.monotonic() > deadline:
+                return  # the ranks have ended before all had started: the test has failed already
             time.sleep(0.01)
         time.sleep(draw.uniform(0, 2 if is_early else 0.3))  # of some seconds that the start takes, or of the steps
         os.kill(draw.choice(sorted(rank_processes())), signal.SIGKILL)
 
-    killer = threading.Thread(target=kill)
+    killer = threading.Thread(target=kill, daemon=True)
     with pytest.raises(RankError, match="was killed by signal 9"):
         if is_early:
             killer.start()
@@ -70,8 +73,8 @@ def test_a_rank_killed_at_any_moment_is_an_error_and_leaves_nothing(
             killer.start()
         while True:
             answers(llm)
-    killer.join()
-    assert not rank_processes()
+    killer.join(timeout=70)
+    assert not killer.is_alive() and not rank_processes()
 
 
 def interrupt(plan: Any) -> None:

@@ -15,8 +15,11 @@ from interrupts import Interrupts
 
 import nanovllm.engine.admission
 import nanovllm.engine.block_manager
+import nanovllm.engine.health
 import nanovllm.engine.llm_engine
+import nanovllm.engine.new_row
 import nanovllm.engine.one_caller
+import nanovllm.engine.prompts
 import nanovllm.engine.scheduler
 import nanovllm.engine.sequence
 import nanovllm.engine.text_engine
@@ -27,8 +30,11 @@ from nanovllm import LLM, SamplingParams
 MODULES = [
     nanovllm.engine.admission,
     nanovllm.engine.block_manager,
+    nanovllm.engine.health,
     nanovllm.engine.llm_engine,
+    nanovllm.engine.new_row,
     nanovllm.engine.one_caller,
+    nanovllm.engine.prompts,
     nanovllm.engine.text_engine,
     nanovllm.engine.scheduler,
     nanovllm.engine.sequence,

@@ -108,6 +108,21 @@ def test_some_tensors_replace_only_themselves(
     assert tokens(llm) == expected(mixture(tmp_path, checkpoint(shape), new)) != expected(checkpoint(shape))
 
 
+def test_a_new_bias_leaves_packed_weights_packed(
+    checkpoint: Callable[..., Path], trained: Callable[..., Path], make_llm: Callable[..., LLM], tmp_path: Path
+) -> None:
+    """To unpack a weight and to pack it again takes its time, and its memory twice."""
+    shape = "gqa3-bias-linear"
+    llm = make_llm(checkpoint(shape))
+    layers = [m for m in llm.engine.runner.model.modules() if isinstance(m, Linear) and m.format.is_laid_out]
+    before = [layer.format.packed for layer in layers]
+    new = {name: tensor for name, tensor in tensors_of(trained(shape)).items() if name.endswith(".bias")}
+    assert new and before
+    llm.load_weights(new.items())
+    assert all(layer.format.packed is packed for layer, packed in zip(layers, before, strict=True))
+    assert tokens(llm) == expected(mixture(tmp_path, checkpoint(shape), new))
+
+
 def test_a_model_may_come_in_buckets(
     checkpoint: Callable[..., Path], trained: Callable[..., Path], make_llm: Callable[..., LLM]
 ) -> None:

@@ -1,4 +1,4 @@
-"""What an attention kernel is told: the layer as data, its part of the cache, and where a step's tokens are.
+"""The arguments of an attention kernel: the layer as data, its part of the cache, and where a step's tokens are.
 
 A batch lists its decodes first (one token each), then its chunks of prompts. The two go to different kernels, so each
 has a record of its own, made once a step and shared by all layers. Their tensors are on the device. Grids depend on

@@ -23,7 +23,7 @@ class TokenPlaces:
     block: torch.Tensor  # [tokens] int64
     offset: torch.Tensor  # [tokens] int64
     is_stored: torch.Tensor | None = None  # [tokens] bool, False for padding; None if there is none
-    # By table of rotations, which layers share.
+    # By table of rotations: each layer has a rope of its own, but layers of equal parameters share the table.
     _rotations: dict[int, tuple[torch.Tensor, torch.Tensor]] = field(default_factory=dict)
 
     @classmethod
@@ -35,7 +35,7 @@ class TokenPlaces:
 
     def rotation(self, rope: "Rotation | None") -> tuple[torch.Tensor, torch.Tensor]:
         """Cosines and sines for both halves, `[tokens, 1, rotary_dim]` float32; sines negative for the first half."""
-        key = id(rope)
+        key = 0 if rope is None else id(rope.cos_sin)
         if key not in self._rotations:
             if rope is None:
                 cos = sin = torch.empty(len(self.positions), 1, 0)

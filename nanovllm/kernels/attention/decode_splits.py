@@ -17,7 +17,7 @@ from nanovllm.kernels.device import multiprocessors
 from nanovllm.kernels.early_launch import early_launch, wait_for_previous
 from nanovllm.kernels.triton_shim import tl, triton
 
-# Measured on an H100: docs/performance.md; benchmarks/paged_attention.py measures alternatives.
+# Measured on an H100: docs/lab-notebook.md; benchmarks/paged_attention.py measures alternatives.
 PROGRAMS_PER_SM = 3  # the aim for splits * kv_heads on a multiprocessor: as many as run at a time; more cost merging
 MIN_SPLIT = 512  # tokens; smaller splits give few sequences more programs, but cost more launching and merging
 SPLIT_MULTIPLE = 64  # tokens; every tile divides it, so that only the end of a sequence is a partial tile

@@ -35,7 +35,7 @@ from nanovllm.kernels.device import is_hopper, multiprocessors, shared_memory_by
 from nanovllm.kernels.early_launch import LINE_BYTES, early_launch, wait_for_previous
 from nanovllm.kernels.triton_shim import TensorDescriptor, tl, triton
 
-# Measured on an H100 and an H200: docs/performance.md; benchmarks/paged_attention.py measures alternatives.
+# Measured on an H100 and an H200: docs/lab-notebook.md; benchmarks/paged_attention.py measures alternatives.
 TILE_BYTES = 16 * 1024  # of K a loop iteration: 64 tokens of 128 bf16
 MAX_STAGES = 3  # of the load pipeline
 # Programs on a multiprocessor if no sequence were cut: only the device knows the number of splits.

@@ -48,7 +48,7 @@ class Tiling(NamedTuple):
 # Most rows of x -> tilings of a plain product, of one in slices, of a gated one; None: a library's kernel is as fast.
 # The next kernel can start early in the shared memory that a program leaves free, so a tiling's own time does not tell.
 # We chose each by the time of whole steps: of Qwen3-0.6B on an H100 and an H200 and, for large weights, of Qwen3-8B on
-# an H200 (docs/performance.md).
+# an H200 (docs/lab-notebook.md).
 TILINGS = {
     16: (Tiling(16, 64, 256, 4), Tiling(16, 64, 256, 4), Tiling(16, 64, 256, 4)),
     32: (Tiling(32, 64, 256, 3), Tiling(32, 64, 128, 3), Tiling(32, 64, 256, 4)),

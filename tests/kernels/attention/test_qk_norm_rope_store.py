@@ -200,6 +200,14 @@ def test_without_rope_nothing_is_rotated(device: str):
     assert torch.equal(case.k_cache[0, :, :5].transpose(0, 1), heads[:, 6:8])
 
 
+def test_layers_that_share_a_table_look_its_rotations_up_once_a_step():
+    """Each layer has a rope of its own: at one token the look-up costs as much as the rest of the work."""
+    case = draw(4, SHAPES[1], torch.float32, "cpu")
+    places = TokenPlaces.of(case.positions, case.slot_mapping, 48)
+    first, second = (places.rotation(SimpleNamespace(cos_sin=case.cos_sin)) for _ in range(2))
+    assert first is second
+
+
 def test_layers_with_different_ropes_turn_by_their_own():
     """One step's places serve layers whose tables differ."""
     case = draw(4, SHAPES[1], torch.float32, "cpu")
