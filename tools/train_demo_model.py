@@ -67,7 +67,7 @@ def tokenize(tokenizer: PreTrainedTokenizerFast, texts: list[str]) -> tuple[torc
 
 @torch.inference_mode()
 def mean_loss(model: Qwen3ForCausalLM, tokens: torch.Tensor, context: int) -> float:
-    """One shuffled stream of documents, each ended by EOS: `(tokens [N] int32, the documents' offsets [D])`."""
+    """Nats per token over consecutive windows of `context` tokens; a window's first token is not predicted."""
     model.eval()
     rows = tokens[: len(tokens) // context * context].view(-1, context).long()
     losses = [model(input_ids=part, labels=part, use_cache=False).loss.float() * len(part) for part in rows.split(16)]
