@@ -151,7 +151,7 @@ def parse_args() -> argparse.Namespace:
     add("--tensor-parallel-size", type=int, default=1, help="number of ranks that share the model, one device each")
     args = parser.parse_args()
     if args.model and args.shape:
-        parser.error("--model has a shape of its own: give one of --model and --shape")
+        parser.error("--model has its own shape: give --model or --shape, not both")
     if args.repeat < 1:
         parser.error(f"--repeat {args.repeat} must be at least 1")
     mode = "ranks" if args.ranks else args.mode

@@ -161,7 +161,7 @@ def time_copies(copy: Callable[[torch.Tensor, torch.Tensor], Any]) -> float:
     end.record()
     torch.cuda.synchronize()
     if not torch.equal(here, there.to(here.device)):
-        raise RuntimeError("what arrived is not what was sent")
+        raise RuntimeError("device 1 did not receive the bytes that device 0 sent")
     return LARGE_COPIES * LARGE_BYTES / (begin.elapsed_time(end) / 1e3)
 
 

@@ -102,5 +102,5 @@ def sum_lines(sums: dict[str, Any]) -> list[str]:
             took = f"{SUMS_PER_LAYER * entry['microseconds']:.2f}"
             cells.append([f"{entry['rows']} x {entry['hidden']}", f"{num_bytes:,}", took, floor])
     if not cells:
-        return [f"no sums were measured: {'; '.join(sums['errors'])}"]
+        return [f"no all-reduce was measured: {'; '.join(sums['errors'])}"]
     return table_lines(["sum", "bytes", f"us a layer ({SUMS_PER_LAYER} sums)", "bytes / link"], cells)

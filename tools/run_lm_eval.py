@@ -129,7 +129,7 @@ def main() -> None:
             if isinstance(value, float):
                 print(f"    {key}: {value:.6f} and {theirs[task][key]:.6f}")
     if not is_equal:
-        sys.exit("the two differ")
+        sys.exit("the answers of the two classes differ")
 
 
 if __name__ == "__main__":

@@ -1,7 +1,7 @@
 """vLLM's names for nano-vLLM's classes and functions, at vLLM's module paths.
 
-This package decides nothing: it maps names, and no other part of nano-vLLM needs it to be understood. A program for
-vLLM runs with `vllm` replaced by `nanovllm.vllm` in its imports, or unchanged, with the alias:
+The package only hands calls on; a reader of the engine can skip it. A program for vLLM runs with `vllm` replaced by
+`nanovllm.vllm` in its imports, or unchanged, with the alias:
 
     python -m nanovllm.vllm program.py …        or, in the program, before it imports vllm,
     nanovllm.vllm.install()

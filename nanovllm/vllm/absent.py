@@ -9,11 +9,11 @@ _REASONS = {
     "there are no LoRA adapters": "LoRARequest",
     "there is no beam search; SamplingParams(n=…) draws several completions": "BeamSearchParams",
     "there are no grammars": "GuidedDecodingParams StructuredOutputsConfig StructuredOutputsParams",
-    "models generate text: none are for pooling": """
+    "its models generate text; none does pooling": """
         ClassificationOutput ClassificationRequestOutput EmbeddingOutput EmbeddingRequestOutput PoolerConfig
         PoolingOutput PoolingParams PoolingRequestOutput ScoringOutput ScoringRequestOutput
     """,
-    "another way to the same tokens is not to be chosen": "CompilationConfig",
+    "the engine alone chooses how to compile; the tokens are the same": "CompilationConfig",
     "there is no speculative decoding": "SpeculativeConfig",
     "the cache stays on the device": "KVEventsConfig KVTransferConfig",
     "new weights come by LLM.load_weights()": "WeightTransferConfig",

@@ -1,4 +1,4 @@
-"""Methods that only vLLM's programs call, as base classes of our fronts, so that llm.py and async_llm.py stay short."""
+"""vLLM's further methods of LLM and AsyncLLM, as base classes of ours, so that llm.py and async_llm.py stay short."""
 
 from __future__ import annotations
 
