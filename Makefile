@@ -1,4 +1,4 @@
-# `make demo` runs the main job, `make test` the tests; both set up what they need.
+# `make demo` runs example.py, `make test` runs the tests; both install what they need first.
 VENV := .venv
 PYTHON ?= python3
 PY := $(VENV)/bin/python
@@ -22,7 +22,7 @@ lint: setup
 test: lint
 	$(PY) -m pytest -q -n 2 -m 'not gpu'
 
-# On a machine with a CUDA device, in the Python environment that is active there.
+# Runs in the Python environment that is active, on a machine with a CUDA device.
 test-gpu:
 	$(PYTHON) -m pytest -q -n 8 tests/kernels
 	$(PYTHON) -m pytest -q -m gpu

@@ -1,23 +1,23 @@
-"""Benchmark nano-vLLM, vLLM or transformers on equal requests, and say how near the hardware's limit the run came.
+"""Benchmark nano-vLLM, vLLM or transformers on equal requests, and compare the speed with the hardware's limit.
 
     python bench.py                                       the headline workload: 256 requests, 133,966 output tokens
     python bench.py --streams 1,8,32                      latency of few streams, 128 tokens in and 512 out
-    python bench.py --workload cpu-a --compare transformers    both engines, run by run in turn
+    python bench.py --workload cpu-a --compare transformers    two engines, whose runs alternate
     python bench.py --model DIR --engine vllm             a real checkpoint, another engine
     python bench.py --shape qwen3-8b --tensor-parallel-size 2    two devices, against the roofline of both
 
-Without `--model` the weights are random, of the shape of `--shape`: speed does not depend on their values. Printed
-are the runs, the best of them against the roofline (see benchmarks/roofline.py) at ceilings measured in the same
-process, where the time of a separate, instrumented run went (benchmarks/step_timing.py), and all of it as one line of
-JSON, the last. Four more modes print a table before it:
+Without `--model` the benchmark makes a model of `--shape` with random weights: speed does not depend on their values.
+It prints every run; the best run against the roofline (benchmarks/roofline.py), whose ceilings it measures in the same
+process; and where the time of one more, instrumented run went (benchmarks/step_timing.py). The last line has all of it
+as JSON. Four more modes print a table before that line:
 
     python bench.py --all                                 every goal of benchmarks/targets.py, measured and judged
     python bench.py --scaling                             more requests, more rows, and a quarter of the cache they need
-    python bench.py --ranks 1,2 --shape qwen3-8b          what several devices gain, and what their sums cost
+    python bench.py --ranks 1,2 --shape qwen3-8b          what several devices gain, and what all-reduces cost
     python bench.py --ablate [--chart FILE.png]           the headline with one optimization off at a time
     python bench.py --ablate --from-json FILE --chart FILE.png     the chart of an earlier run's output
 
-They have workloads of their own, which `--shrink N` makes N times smaller to try a mode out.
+These modes have their own workloads. `--shrink N` makes them N times smaller, to try a mode out.
 """
 
 import argparse
@@ -62,7 +62,7 @@ def main() -> None:
 
 
 def describe(setting: Setting) -> dict[str, Any]:
-    """What was measured, on what."""
+    """The options, the machine and the versions, for the JSON."""
     options = setting.options
     return {
         "benchmark": "nano-vllm",
@@ -77,7 +77,7 @@ def describe(setting: Setting) -> dict[str, Any]:
 
 
 def measure(setting: Setting, args: argparse.Namespace) -> dict[str, Any]:
-    """Every workload's timed runs, comparison and split: printed, and returned for the JSON."""
+    """Time, compare and split up every workload. Prints the figures, and returns them for the JSON."""
     workloads = [setting.draw(name, mix) for name, mix in workload_mixes(args).items()]
     engines = [make_engine(args.engine, setting.options)]
     startup = {"engine_ready_s": seconds_since_process_start()}
@@ -116,30 +116,28 @@ def parse_args() -> argparse.Namespace:
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False
     )
     add = parser.add_argument
-    add("--model", type=Path, help="directory of a checkpoint")
+    add("--model", type=Path, help="a checkpoint's directory")
     add("--shape", choices=sorted(p.name for p in SHAPES.iterdir()), help="random weights of this shape (qwen3-0.6b)")
-    add("--load-format", choices=["auto", "dummy"], help="dummy: random weights; default for --shape")
+    add("--load-format", choices=["auto", "dummy"], help="dummy: random weights, the default for --shape")
     add("--engine", choices=ENGINES, default="nanovllm")
-    add(
-        "--compare", choices=ENGINES, help="a second engine, loaded beside the first, its runs in turn with the first's"
-    )
+    add("--compare", choices=ENGINES, help="a second engine, loaded beside the first; their runs alternate")
     modes = parser.add_mutually_exclusive_group()
     for mode in MODES:
         modes.add_argument(f"--{mode}", dest="mode", action="store_const", const=mode, help="see above")
-    modes.add_argument("--ranks", type=numbers, metavar="N,N", help="see above: numbers of ranks, as in 1,2,4")
-    add("--shrink", type=int, default=1, help="of these modes: divide every number of requests and tokens by so much")
-    add("--chart", type=Path, help="of --ablate: a PNG to draw, with matplotlib")
-    add("--from-json", type=Path, help="of --ablate: what an earlier run printed, in place of measuring")
-    workload = parser.add_argument_group("workload, where no mode has its own")
-    own = [workload.add_argument("--workload", choices=sorted(PRESETS), help="headline if nothing is said")]
+    modes.add_argument("--ranks", type=numbers, metavar="N,N", help="numbers of ranks, as in 1,2,4; see above")
+    add("--shrink", type=int, default=1, help="in these modes: divide every number of requests and tokens by this")
+    add("--chart", type=Path, help="with --ablate: draw this PNG, with matplotlib")
+    add("--from-json", type=Path, help="with --ablate: read an earlier run's output, measure nothing")
+    workload = parser.add_argument_group("workload, unless a mode has its own")
+    own = [workload.add_argument("--workload", choices=sorted(PRESETS), help="default: headline")]
     own.append(workload.add_argument("--streams", type=numbers, help="latency mode: numbers of streams, as in 1,8,32"))
     for name in (f.name for f in fields(LengthMix) if f.type is int):
         option = "--" + name.replace("_", "-")
-        own.append(workload.add_argument(option, type=int, help="in place of the workload's own"))
+        own.append(workload.add_argument(option, type=int, help="replaces the workload's own value"))
     add("--temperature", type=float, default=0.6)
-    add("--seed", type=int, default=0, help="of the workload's lengths and ids")
+    add("--seed", type=int, default=0, help="for the workload's lengths and ids")
     add("--repeat", type=int, default=2, help="timed runs; the best counts")
-    add("--no-split", action="store_true", help="leave out the instrumented run")
+    add("--no-split", action="store_true", help="skip the instrumented run")
     add("--device", choices=["auto", "cuda", "cpu"], default="auto")
     add("--dtype", choices=["auto", "bfloat16", "float16", "float32"], default="auto")
     add("--max-model-len", type=int, default=4096)
@@ -149,11 +147,11 @@ def parse_args() -> argparse.Namespace:
     add("--num-blocks", type=int, help="blocks of the KV cache")
     add("--max-num-seqs", type=int)
     add("--max-num-batched-tokens", type=int)
-    add("--gpu-memory-utilization", type=float, default=0.9, help="of each engine")
-    add("--tensor-parallel-size", type=int, default=1, help="ranks over which the model is cut, a device each")
+    add("--gpu-memory-utilization", type=float, default=0.9, help="for each engine")
+    add("--tensor-parallel-size", type=int, default=1, help="number of ranks that share the model, one device each")
     args = parser.parse_args()
     if args.model and args.shape:
-        parser.error("--model has a shape of its own: give one of --model and --shape")
+        parser.error("--model has its own shape: give --model or --shape, not both")
     if args.repeat < 1:
         parser.error(f"--repeat {args.repeat} must be at least 1")
     mode = "ranks" if args.ranks else args.mode
@@ -193,7 +191,7 @@ def numbers(text: str) -> list[int]:
 
 
 def workload_mixes(args: argparse.Namespace) -> dict[str, LengthMix]:
-    """The chosen preset with the lengths given in place of its own, or one mix for each number of streams."""
+    """The chosen preset, or one mix for each number of streams; length options replace its own."""
     if args.streams:
         mixes = {f"{n} stream{'s' * (n > 1)}": few_streams(n) for n in args.streams}
     else:
@@ -205,7 +203,7 @@ def workload_mixes(args: argparse.Namespace) -> dict[str, LengthMix]:
 
 
 def make_setting(args: argparse.Namespace) -> Setting:
-    """The options' values, in the benchmark's own terms."""
+    """The command line's options as the benchmark's own types."""
     config = read_config(args.model)
     options = EngineOptions(
         model_dir=args.model,

@@ -1,6 +1,6 @@
 """Complete a few prompts.
 
-python example.py                                 with the small model that ships with nano-vLLM
+python example.py                                 uses the small model that ships with nano-vLLM
 python example.py --model ~/models/Qwen3-0.6B --prompt "What is a KV cache?"
 """
 

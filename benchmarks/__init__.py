@@ -1,1 +1,1 @@
-"""The parts of `bench.py`: workloads, engines, the device's ceilings, the roofline and the step's breakdown."""
+"""The parts of `bench.py` (workloads, engines, ceilings, roofline, step timing, modes), and single benchmarks."""

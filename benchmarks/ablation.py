@@ -1,8 +1,8 @@
-"""`bench.py --ablate`: the headline and one stream with one optimization off at a time, each on an engine of its own.
+"""`bench.py --ablate`: what each optimization gains: the headline and one stream with one of them off at a time.
 
-A variant uses the engine's option if there is one, and otherwise replaces the engine's code while it measures: the
-engine itself has no switches for benchmarks. The headline's prompts share no prefix, so the prefix cache shows only its
-cost there.
+Each variant has its own engine. To switch an optimization off, it uses the engine's option if there is one; otherwise
+it replaces the engine's code while it measures, since the engine has no switches for benchmarks alone. The headline's
+prompts share no prefix, so on the headline the prefix cache shows only its cost.
 """
 
 import importlib
@@ -25,13 +25,13 @@ from benchmarks.workloads import PRESETS, few_streams
 
 @dataclass(slots=True, frozen=True)
 class Variant:
-    """An engine with one optimization off. It is made and run inside `inside`; `prepare` changes its LLMEngine."""
+    """An engine with one optimization off. `run` makes and runs it inside `inside`; `prepare` changes its LLMEngine."""
 
     name: str
     options: dict[str, Any] = field(default_factory=dict)
     inside: Callable[[], AbstractContextManager] = nullcontext
     prepare: Callable[[Any], object] = lambda engine: None
-    module: str = "nanovllm"  # has the optimization; if the module is missing, the variant is left out
+    module: str = "nanovllm"  # has the optimization; without this module, `run` skips the variant
 
 
 @contextmanager
@@ -47,12 +47,12 @@ def constant(module_name: str, name: str, value: int) -> Iterator[None]:
 
 
 def wait_for_each_step(engine: Any) -> None:
-    """Have the engine read a step's tokens before it plans the next."""
+    """Make the engine read a step's tokens before it plans the next step."""
     engine.max_behind = 0
 
 
 def late_launch() -> AbstractContextManager:
-    """Let each kernel start only when the one before it has ended."""
+    """Make each kernel start only after the kernel before it has ended."""
     early_launch = importlib.import_module(EARLY_LAUNCH).early_launch
     return replaced({early_launch: lambda tensor: {"EARLY": False}})
 
@@ -72,7 +72,7 @@ VARIANTS = [
 
 
 def run(setting: Setting) -> dict[str, Any]:
-    """Measure and print every variant; returned for the JSON. Variants of what this engine has not are left out."""
+    """Measure every variant whose optimization this engine has. Prints the figures, and returns them for the JSON."""
     headline = setting.draw("headline", PRESETS["headline"])
     stream = setting.draw("1 stream", few_streams(1))
     ceilings = setting.measure_ceilings()
@@ -97,7 +97,7 @@ def run(setting: Setting) -> dict[str, Any]:
 
 
 def ablation_lines(variants: list[dict[str, Any]]) -> list[str]:
-    """The rates of every variant, and how much of the first one's they are."""
+    """A table of every variant's rates, also in percent of the first variant's."""
     workloads = [result["workload"] for result in variants[0]["results"]]
     cells = []
     for variant in variants:
@@ -109,9 +109,9 @@ def ablation_lines(variants: list[dict[str, Any]]) -> list[str]:
 
 
 def read_report(path: Path) -> dict[str, Any]:
-    """What an earlier `bench.py --ablate` printed: the JSON alone, or all of it, the JSON last.
+    """Read the report out of a file with an earlier `bench.py --ablate`'s output, or with its last line alone.
 
-    Raises ValueError if it is not of an ablation.
+    Raises ValueError if the last line is not the JSON of an ablation.
     """
     lines = path.read_text().strip().splitlines()
     try:
@@ -124,7 +124,7 @@ def read_report(path: Path) -> dict[str, Any]:
 
 
 def check_chart(path: Path) -> None:
-    """Raise before anything is measured if the chart could not be drawn: ImportError, ValueError."""
+    """Check, before the benchmark measures, that it can draw the chart. Raises ImportError or ValueError if not."""
     if importlib.util.find_spec("matplotlib") is None:
         raise ImportError("a chart needs matplotlib: pip install 'nano-vllm[bench]'")
     if path.suffix != ".png" or not path.parent.is_dir():
@@ -132,7 +132,7 @@ def check_chart(path: Path) -> None:
 
 
 def draw_chart(report: dict[str, Any], path: Path) -> None:
-    """Horizontal bars of tokens per second, a panel for each workload, as a PNG."""
+    """Draw tokens per second as horizontal bars into a PNG, with a panel for each workload."""
     from matplotlib.figure import Figure
 
     variants = report["ablation"]

@@ -1,7 +1,7 @@
-"""`bench.py --all`: every row of the table of goals (benchmarks/targets.py), measured in one process.
+"""`bench.py --all`: measures every row of the table of goals (benchmarks/targets.py) in one process.
 
-One engine serves the rows that need one; it is closed before the attention kernels are timed alone, on a cache of the
-same layout and with the launch parameters that the engine uses.
+One engine serves all rows that need an engine. After it has closed, the mode times the attention kernels alone, on a
+cache of the same layout and with the launch parameters that the engine uses.
 """
 
 from dataclasses import asdict
@@ -26,13 +26,13 @@ from benchmarks.targets import goal_lines, goals_for, judge
 from benchmarks.workloads import PRESETS, LengthMix, few_streams, shrunk
 
 STREAMS = (1, 8, 32)
-STEPS = (0, 300, 600, 900)  # of the headline, at which the decode kernel is timed
+STEPS = (0, 300, 600, 900)  # the headline's steps at which the mode times the decode kernel
 PREFILL = LengthMix(num_seqs=64, min_input=2048, max_input=2048, min_output=1, max_output=1)
 LONG_CONTEXT = [32_768] * 8
 
 
 def run(setting: Setting) -> dict[str, Any]:
-    """Measure and print every row; returned for the JSON, with what the rows are taken from."""
+    """Measure every row. Prints the figures, and returns the rows with the measurements behind them for the JSON."""
     report, block_size = run_engine(setting)
     kernels = time_kernels(setting, block_size)
     measured = report.pop("measured") | kernel_rows(kernels, Ceilings(**report["ceilings"]))
@@ -42,7 +42,10 @@ def run(setting: Setting) -> dict[str, Any]:
 
 
 def run_engine(setting: Setting) -> tuple[dict[str, Any], int]:
-    """The rows that an engine serves: start-up, streams, the headline and its split, and prompts without outputs."""
+    """Measure the rows that need an engine: start-up, streams, the headline and its split, prompts without outputs.
+
+    Returns the report and the engine's block size.
+    """
     headline = setting.draw("headline", PRESETS["headline"])
     engine = make_engine("nanovllm", setting.options)
     startup = {"engine_ready_s": seconds_since_process_start()}
@@ -71,7 +74,7 @@ def run_engine(setting: Setting) -> tuple[dict[str, Any], int]:
         "device_idle": 100 * split["device_idle_share"],
         **{f"streams_{n}": results[w.name].output_tok_s for n, w in zip(STREAMS, streams, strict=True)},
         "token_1": results[streams[0].name].ms_per_token,
-        "prefill_model": results[prefill.name].percent_of_roofline,  # without outputs: prefill's FLOPs at matmul rate
+        "prefill_model": results[prefill.name].percent_of_roofline,  # no outputs: prefill's FLOPs at matmul rate
         "start_up": startup["first_token_s"],
     }
     report = {
@@ -85,7 +88,7 @@ def run_engine(setting: Setting) -> tuple[dict[str, Any], int]:
 
 
 def time_kernels(setting: Setting, block_size: int) -> dict[str, dict[str, float]]:
-    """By row: sequences and seconds of a launch, and the bytes it must read or the FLOPs it must compute."""
+    """For each row: a launch's sequences and seconds, and the bytes it must read or the FLOPs it must compute."""
     heads, kv_heads, head_dim = attention_heads(setting.config)
     num_ranks = setting.options.tensor_parallel_size
     shape = AttentionShape(heads // num_ranks, max(1, kv_heads // num_ranks), head_dim, setting.dtype)  # a rank's
@@ -108,7 +111,7 @@ def time_kernels(setting: Setting, block_size: int) -> dict[str, dict[str, float
 
 
 def kernel_rows(kernels: dict[str, dict[str, float]], ceilings: Ceilings) -> dict[str, float]:
-    """The rows that come from the kernels alone, in the units of the table."""
+    """The kernels' rows, in the units of the table."""
     rates = {row: kernel.get("bytes", kernel.get("flops")) / kernel["seconds"] for row, kernel in kernels.items()}
     return {
         **{f"decode_{step}": rates[f"decode_{step}"] / 1e12 for step in STEPS},

@@ -1,8 +1,8 @@
-"""Paged attention's kernels timed alone, on a cache of their own: one layer's, with blocks dealt out at random.
+"""Times paged attention's kernels without an engine, on one layer's KV cache whose blocks are dealt out at random.
 
-Every timed launch reads other blocks than the ones before it, so that nothing comes out of a cache. On CUDA the
-launches of decode attention are recorded in a graph, as the engine's are. On a CPU the same functions run what the
-engine runs there.
+Every launch reads other blocks than the launches before it, so no block comes out of the hardware's caches. On CUDA a
+graph replays the launches of decode attention, as in the engine. On a CPU the same functions time what the engine runs
+there.
 """
 
 import statistics
@@ -23,7 +23,7 @@ from nanovllm.kernels.attention.paged_decode import paged_decode
 from nanovllm.kernels.attention.paged_decode_kernel import DecodeConfig, paged_decode_triton
 from nanovllm.kernels.attention.paged_prefill import PrefillConfig, paged_prefill, paged_prefill_triton
 
-FRESH_BYTES = 400_000_000  # to be read by different launches before a block comes again: far more than an L2 cache
+FRESH_BYTES = 400_000_000  # what launches read before a block comes again: far more than an L2 cache has
 MIN_LAUNCHES, MAX_LAUNCHES = 4, {"cuda": 128, "cpu": 4}
 REPEATS = {"cuda": 9, "cpu": 3}
 
@@ -48,18 +48,18 @@ class AttentionShape:
 
 
 def decode_lengths(workload: Workload, step: int) -> list[int]:
-    """Context lengths of the requests that are alive `step` steps after all of them began to decode."""
+    """Context lengths of the requests that still run `step` steps after all of them began to decode."""
     lengths = zip(workload.input_lens, workload.max_tokens, strict=True)
     return [prompt + step for prompt, most in lengths if most > step]
 
 
 def median_seconds(run: Callable[[], object], device: str) -> float:
-    """The median of several runs, on the device's clock."""
+    """The median time of several runs, by the device's clock."""
     return statistics.median(run_seconds(run, device, REPEATS[device]))
 
 
 def in_one_go(launches: list[Callable[[], object]], device: str) -> Callable[[], object]:
-    """All the launches as one call: on CUDA a graph, whose first run is behind it."""
+    """All the launches as one call: on CUDA the replay of a graph, after one launch has compiled the kernel."""
 
     def run() -> None:
         for launch in launches:
@@ -67,7 +67,7 @@ def in_one_go(launches: list[Callable[[], object]], device: str) -> Callable[[],
 
     if device == "cpu":
         return run
-    launches[0]()  # kernels are compiled outside the capture
+    launches[0]()  # Triton compiles the kernel here, outside the capture
     torch.cuda.synchronize()
     graph = torch.cuda.CUDAGraph()
     with torch.cuda.graph(graph):
@@ -86,13 +86,13 @@ class Pool:
 
     @staticmethod
     def num_launches(shape: AttentionShape, lengths: list[int], device: str) -> int:
-        """How many launches over such contexts are timed together."""
+        """How many launches over contexts of these lengths one timing takes together."""
         fresh = FRESH_BYTES // (sum(lengths) * shape.token_bytes)
         return max(MIN_LAUNCHES, min(MAX_LAUNCHES[device], fresh))
 
     @staticmethod
     def tokens_for(shape: AttentionShape, lengths: list[int], block_size: int, device: str) -> int:
-        """The size of a pool in which such contexts can be timed."""
+        """The number of tokens that a pool needs to time contexts of these lengths."""
         in_blocks = sum(-(-length // block_size) * block_size for length in lengths)
         return Pool.num_launches(shape, lengths, device) * in_blocks
 
@@ -104,7 +104,7 @@ class Pool:
         return self._storage.flatten()[:used].view(size).unbind(0)
 
     def tables(self, lengths: list[int], block_size: int, count: int) -> list[torch.Tensor]:
-        """`count` block tables `[seqs, max_blocks]` without a block in common."""
+        """`count` block tables `[seqs, max_blocks]` that share no block."""
         key = (tuple(lengths), block_size, count)
         if key not in self._tables:
             needed = [-(-length // block_size) for length in lengths]
@@ -122,8 +122,9 @@ class Pool:
 def time_decode(
     pool: Pool, lengths: list[int], block_size: int, config: DecodeConfig | None = None, **cut: int
 ) -> float:
-    """Seconds that a layer's decode attention takes, with norms, RoPE and the newest tokens' store; on CUDA `config`
-    and `cut`, the latter of `DecodeSplits.allocate`, stand in place of the engine's own.
+    """Seconds that a layer's decode attention takes, with norms, RoPE and the store of the newest tokens.
+
+    On CUDA, `config` and `cut` (arguments of `DecodeSplits.allocate`) replace the engine's own parameters.
     """
     shape, device = pool.shape, pool.device
     tables = pool.tables(lengths, block_size, pool.num_launches(shape, lengths, device))
@@ -144,7 +145,7 @@ def time_decode(
             slots = table[rows, newest].long() * block_size + positions % block_size
             gather = gather_blocks(seq_lens, rows, table, k_cache)
             places = TokenPlaces.of(positions, slots, block_size)
-            places.rotation(spec.rope)  # layers share it
+            places.rotation(spec.rope)  # computed here, outside the timing: all layers share it
             decodes = DecodeBatch(rows, seq_lens, table, gather=gather, places=places)
             launches.append(partial(paged_decode, qkv, spec, KVCache(k_cache, v_cache), decodes, out))
     else:
@@ -167,8 +168,9 @@ def time_prefill(
     config: PrefillConfig | None = None,
     num_heads: int | None = None,
 ) -> float:
-    """Seconds of one launch of prefill attention over `num_seqs` whole prompts; on CUDA `config` stands in place of
-    the engine's own. `num_heads` in place of the pool's shape's.
+    """Seconds that one launch of prefill attention takes over `num_seqs` whole prompts.
+
+    On CUDA, `config` replaces the engine's own parameters. `num_heads` replaces the number in the pool's shape.
     """
     shape, device = pool.shape, pool.device
     q = torch.randn(num_seqs * length, num_heads or shape.num_heads, shape.head_dim, dtype=shape.dtype, device=device)
@@ -187,5 +189,5 @@ def time_prefill(
 
 
 def prefill_flops(num_heads: int, head_dim: int, num_seqs: int, length: int) -> float:
-    """Of causal attention over whole prompts: 4 * head_dim for each head and pair of query and visible key."""
+    """FLOPs of causal attention over whole prompts: 4 * head_dim for each head and pair of query and visible key."""
     return 4 * num_heads * head_dim * num_seqs * length * (length + 1) / 2

@@ -1,7 +1,8 @@
-"""The device's limits, measured and not read off a data sheet: bytes read per second and matmul FLOPs per second.
+"""Measures the device's limits, the roofline's ceilings: bytes read per second and matmul FLOPs per second.
 
-A roofline is only as honest as its ceilings. Each is therefore the best of several ways to reach it, every one
-counting only the bytes it must move: the truth is at or above the figure, so no engine looks better than it is.
+A roofline is only as honest as its ceilings, so they come from this device and not from a data sheet. Each is the best
+of several runs, the read bandwidth also the best of several kernels. A run counts only the bytes that it must move, so
+the true limit is at or above the figure.
 """
 
 from collections.abc import Callable
@@ -13,11 +14,11 @@ import torch
 
 from nanovllm.kernels.triton_shim import tl, triton
 
-READ_BYTES = {"cuda": 4 << 30, "cpu": 1 << 30}  # far beyond any cache
+READ_BYTES = {"cuda": 4 << 30, "cpu": 1 << 30}  # far more than any cache has
 MATMUL_SIZE = {"cuda": 8192, "cpu": 2048}
 NUM_TRIALS = 8
-WHOLE = 1 << 15  # elements: two halves of whole tiles, or masks would keep the read kernel from wide loads
-# Launches of the read kernel: programs (None: as many as there are tiles), elements each takes at a time, warps
+WHOLE = 1 << 15  # elements; makes both halves whole tiles: masks of a partial tile would prevent wide loads
+# Launches of the read kernel: (programs or None: one a tile, elements that each loads at a time, warps)
 _READERS = ((16384, 4096, 4), (None, 4096, 4), (None, 8192, 8), (None, 16384, 8))
 
 
@@ -30,17 +31,17 @@ class Ceilings:
     matmul_flops_per_s: float
 
     def times(self, num_devices: int) -> "Ceilings":
-        """Of so many devices together."""
+        """The ceilings of `num_devices` such devices together."""
         return Ceilings(*(num_devices * rate for rate in astuple(self)))
 
 
 def measure_ceilings(device: str, dtype: torch.dtype, shrink: int = 1) -> Ceilings:
-    """Measure `device` ("cuda" or "cpu", with the threads torch uses); the matmul is of `dtype`. A second or two.
+    """Measure `device` ("cuda", or "cpu" with torch's threads), with a matmul of `dtype`. Takes a second or two.
 
-    With `shrink` the operands have that many times fewer bytes: quick, and no ceilings any more.
+    `shrink` divides the operands' bytes. The call is then quick, but its figures are no longer ceilings.
     """
     num_bytes = READ_BYTES[device] // shrink
-    if device == "cuda":  # an engine may hold most of the memory
+    if device == "cuda":  # an engine may already hold most of the memory
         num_bytes = min(num_bytes, torch.cuda.mem_get_info()[0] // 4)
     x = torch.ones(num_bytes // 4 // WHOLE * WHOLE, dtype=torch.float32, device=device)
     source, target = x.chunk(2)
@@ -60,12 +61,12 @@ def measure_ceilings(device: str, dtype: torch.dtype, shrink: int = 1) -> Ceilin
 
 
 def best_seconds(run: Callable[[], object], device: str) -> float:
-    """The shortest of several runs."""
+    """Seconds of the shortest of `NUM_TRIALS` runs."""
     return min(run_seconds(run, device, NUM_TRIALS))
 
 
 def run_seconds(run: Callable[[], object], device: str, repeats: int) -> list[float]:
-    """The seconds of each of several runs after a first one that does not count, on the device's own clock."""
+    """Seconds of each of `repeats` runs, by the device's own clock, after one that does not count."""
     run()
     if device == "cpu":
         times = []
@@ -93,7 +94,7 @@ def _read_all(x: torch.Tensor, num_programs: int | None, tile: int, num_warps: i
 
 @triton.jit
 def _read_kernel(x_ptr, sums_ptr, n, num_readers, TILE: tl.constexpr):
-    """Sum `x [n]` into `sums [num_readers]`: nothing but reading, with many loads in flight."""
+    """Sum `x [n]` into `sums [num_readers]`: reads and does little else, with many loads in flight."""
     offsets = tl.program_id(0).to(tl.int64) * TILE + tl.arange(0, TILE)
     total = tl.zeros([TILE], dtype=tl.float32)
     stride = num_readers * TILE

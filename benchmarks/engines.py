@@ -1,7 +1,7 @@
-"""nano-vLLM, vLLM and transformers behind one function each, with equal options and equal requests.
+"""Makes nano-vLLM, vLLM and transformers run equal requests with equal options, behind one interface.
 
-All get token ids, ignore EOS, sample from the whole vocabulary at the workload's temperature, and start a run with
-no prefix cached.
+Every engine gets token ids, ignores EOS, samples from the whole vocabulary at the workload's temperature, and starts a
+run with an empty prefix cache.
 """
 
 from collections.abc import Callable
@@ -16,7 +16,7 @@ ENGINES = ("nanovllm", "vllm", "transformers")
 
 @dataclass(slots=True, kw_only=True)
 class EngineOptions:
-    """Options in vLLM's words; None leaves the engine's own default."""
+    """Options under vLLM's names. None means the engine's own default."""
 
     model_dir: Path
     load_format: str  # "auto" | "dummy": random weights
@@ -35,7 +35,7 @@ class EngineOptions:
 
 @dataclass(slots=True, frozen=True)
 class BenchmarkedEngine:
-    """An engine that is loaded: `generate(workload)` gives each request's tokens; `llm` is what its library made."""
+    """A loaded engine. `generate(workload)` returns each request's tokens; `llm` is the library's own object."""
 
     name: str
     generate: Callable[[Workload], list[list[int]]]
@@ -91,7 +91,7 @@ def _make_vllm(options: EngineOptions) -> BenchmarkedEngine:
 
 
 def _vllm_options(options: EngineOptions) -> dict[str, Any]:
-    """What nano-vLLM and vLLM call by the same name."""
+    """The options that nano-vLLM and vLLM call by the same name."""
     optional = {
         "max_num_seqs": options.max_num_seqs,
         "max_num_batched_tokens": options.max_num_batched_tokens,
@@ -110,7 +110,7 @@ def _vllm_options(options: EngineOptions) -> dict[str, Any]:
 
 
 def _make_transformers(options: EngineOptions) -> BenchmarkedEngine:
-    """`generate` on left-padded batches: all run until the longest has ended; only the tokens asked for count."""
+    """`generate` on left-padded batches. A batch runs until its longest request ends; further tokens are cut."""
     import torch
     from transformers import AutoConfig, AutoModelForCausalLM, GenerationConfig
 
@@ -123,7 +123,7 @@ def _make_transformers(options: EngineOptions) -> BenchmarkedEngine:
     else:
         model = AutoModelForCausalLM.from_pretrained(options.model_dir, dtype=dtype).to(options.device)
     model = model.eval()
-    model.generation_config.eos_token_id = None  # it would fill in where ours says nothing
+    model.generation_config.eos_token_id = None  # transformers would use it, since the config below sets none
 
     def generate_batch(prompts: list[list[int]], max_tokens: list[int], temperature: float) -> list[list[int]]:
         width = max(map(len, prompts))

@@ -1,4 +1,4 @@
-"""Describes the machine and the versions behind a figure, and tells how long the process has been running."""
+"""Describes what a figure depends on: the machine, the versions, and how long the process has been running."""
 
 import os
 import platform
@@ -11,8 +11,9 @@ _IMPORTED = time.perf_counter()
 
 
 def seconds_since_process_start() -> float:
-    """Wall-clock seconds since this process was made, interpreter start included; where the system does not tell
-    (it does on Linux), since this module was imported.
+    """Wall-clock seconds since the system started this process, so the interpreter's start counts.
+
+    Only Linux tells; elsewhere, seconds since the import of this module.
     """
     try:
         fields = Path("/proc/self/stat").read_text().rpartition(")")[2].split()
@@ -23,7 +24,7 @@ def seconds_since_process_start() -> float:
 
 
 def describe_machine(device: str) -> dict[str, str | int | float]:
-    """The names and sizes of what the benchmark ran on."""
+    """The names and sizes of the machine's parts."""
     import torch
 
     machine: dict[str, str | int | float] = {
@@ -42,7 +43,7 @@ def describe_machine(device: str) -> dict[str, str | int | float]:
 
 
 def describe_versions() -> dict[str, str]:
-    """The versions of everything that has a say in the speed; what is not installed is left out."""
+    """The versions of the installed packages that affect the speed."""
     versions = {"python": sys.version.split()[0]}
     for package in ("torch", "triton", "transformers", "vllm", "nano-vllm"):
         try:

@@ -1,11 +1,12 @@
-"""Paged attention on this GPU, against its read bandwidth and matmul rate: where the kernels' constants come from.
+"""Times paged attention over its launch parameters on this GPU: the measurement behind the kernels' constants.
 
     python -m benchmarks.paged_attention [--quick]
 
-Decode is timed on the length mix of the headline workload (256 requests, prompts and outputs uniform in 100..1024) at
-four of its steps, on long contexts, and on a few short streams; prefill on whole prompts. One line per set of launch
-parameters, the default first. Every timed launch reads other blocks than the ones before it, so that nothing comes out
-of L2. The engine's own cut and stages go by the number of sequences. The last line is JSON.
+It times decode on the headline's length mix (256 requests, prompts and outputs uniform in 100..1024) at four of its
+steps, on long contexts, and on a few short streams; and prefill on whole prompts. It prints the GPU's read bandwidth
+and matmul rate, then a line for each set of launch parameters, the default first. Every timed launch reads other blocks
+than the launches before it, so that no block comes out of L2. The engine itself chooses splits and stages by the number
+of sequences. The last line is JSON.
 """
 
 import argparse
@@ -41,7 +42,7 @@ POOL_TOKENS = 3_000_000
 
 
 def decode_scenarios() -> dict[str, list[int]]:
-    """Context lengths of the sequences of one decode step, by name."""
+    """Scenario name -> the context lengths of one decode step's sequences."""
     headline = draw("headline", PRESETS["headline"], vocab_size=151936)
     mixes = {f"step{step}": decode_lengths(headline, step) for step in (0, 300, 600, 900)}
     few = {f"{streams}x400": [400] * streams for streams in (1, 8, 32)}
@@ -49,7 +50,7 @@ def decode_scenarios() -> dict[str, list[int]]:
 
 
 def bench_decode(pool: Pool, bandwidth: float, quick: bool) -> list[dict]:
-    """Decode attention over launch parameters and cutting parameters; prints a table."""
+    """Time decode attention over launch parameters and split parameters. Prints a table."""
     scenarios = decode_scenarios()
     num_sms = multiprocessors(torch.device("cuda"))
     config = paged_decode_kernel.DecodeConfig
@@ -84,7 +85,7 @@ def bench_decode(pool: Pool, bandwidth: float, quick: bool) -> list[dict]:
 
 
 def bench_splits() -> dict:
-    """Seconds of `split_contexts`, once a step, inside a CUDA graph."""
+    """Microseconds that `split_contexts`, which runs once a step, takes inside a CUDA graph, by number of sequences."""
     result = {}
     for num_seqs in (1, 256, 1024):
         seq_lens = torch.randint(1, 2048, (num_seqs,), dtype=torch.int32, device="cuda")
@@ -99,7 +100,7 @@ def bench_splits() -> dict:
 
 
 def bench_prefill(pool: Pool, rate: float, quick: bool) -> list[dict]:
-    """Prefill attention of whole prompts over launch parameters; prints a table."""
+    """Time prefill attention of whole prompts over launch parameters. Prints a table."""
     default = paged_prefill.prefill_config(SHAPE.head_dim, 2, shared_memory_bytes(torch.device("cuda")))
     config = paged_prefill.PrefillConfig
     variants = [default, config(128, 64, 8, 3, not default.pack), config(128, 128, 8, 2, True)]
@@ -141,7 +142,7 @@ def bench_prefill(pool: Pool, rate: float, quick: bool) -> list[dict]:
 
 
 def time_sdpa(num_seqs: int, length: int, num_heads: int) -> float:
-    """Seconds of torch's SDPA over so many whole prompts, on dense tensors."""
+    """Seconds that torch's SDPA takes over `num_seqs` whole prompts, on dense tensors."""
     q = torch.randn(num_seqs, num_heads, length, SHAPE.head_dim, dtype=SHAPE.dtype, device="cuda")
     keys = torch.randn(num_seqs, SHAPE.num_kv_heads, length, SHAPE.head_dim, dtype=SHAPE.dtype, device="cuda")
     attention = torch.nn.functional.scaled_dot_product_attention
@@ -149,10 +150,10 @@ def time_sdpa(num_seqs: int, length: int, num_heads: int) -> float:
 
 
 def main() -> None:
-    """Run everything and print the tables and the JSON."""
+    """Time decode and prefill. Prints the tables and the JSON."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--quick", action="store_true", help="fewer variants, under a minute")
-    parser.add_argument("--only", choices=("decode", "prefill"), help="leave the other out")
+    parser.add_argument("--only", choices=("decode", "prefill"), help="time only this")
     arguments = parser.parse_args()
     if not torch.cuda.is_available():
         sys.exit("this benchmark needs a CUDA device")

@@ -1,9 +1,9 @@
-"""Stand-ins for the fused kernels, in PyTorch's own operations: the ablation measures what the kernels gain.
+"""Stand-ins for the fused kernels in plain PyTorch, with which the ablation measures what the kernels gain.
 
-Where a kernel's reference is a few dense operations, it is the stand-in. Other references loop over the entries, work
-in pieces that fit a CPU's cache, or wait for the device, which no CUDA graph can capture; for those, this file has
-dense stand-ins for any device. A batch's padding entries repeat what the first entry writes, so that shapes do not
-depend on how many pad; the engine reads none of their results.
+A kernel's reference is the stand-in if it is a few dense operations. Other references loop over the entries, work in
+pieces that fit a CPU's cache, or wait for the device, which no CUDA graph can capture; for those, this file has dense
+stand-ins for any device. Padding entries repeat the first entry's writes, so that shapes do not depend on their number;
+the engine reads none of their results.
 """
 
 import sys
@@ -26,7 +26,7 @@ from nanovllm.sampling_params import MIN_TEMPERATURE
 
 @contextmanager
 def plain_kernels() -> Iterator[None]:
-    """Put the stand-ins in the kernels' place, for engines that are made and run inside."""
+    """Replace the kernels by the stand-ins, for engines that the caller makes and runs inside."""
     plain = {
         rms_norm.rms_norm: rms_norm.rms_norm_reference,
         rms_norm.add_rms_norm: rms_norm.add_rms_norm_reference,
@@ -42,10 +42,10 @@ def plain_kernels() -> Iterator[None]:
 
 @contextmanager
 def replaced(functions: dict[Callable, Callable]) -> Iterator[None]:
-    """Put functions in the place of others, in all imported modules of nanovllm that have these by name.
+    """Replace functions, old -> new, in all imported modules of nanovllm that have the old one by name.
 
-    Enter it after an engine has been made, which imports the modules that engines need. Raises RuntimeError if only the
-    module that defines a function has it: then no engine would run the other one.
+    Enter it after making an engine, which imports the modules that engines need. Raises RuntimeError if only its own
+    module has the old function: then no engine would run the new one.
     """
     places = []
     modules = [module for name, module in sys.modules.items() if name.split(".")[0] == "nanovllm"]
@@ -74,7 +74,7 @@ def plain_skinny_linear(
     gated: bool = False,
     in_slices: bool = False,
 ) -> torch.Tensor:
-    """The kernel's product, never in slices; then the gate, in operations of its own."""
+    """The kernel's product, never in slices, then the gate as operations of its own."""
     out = _skinny_linear(x, weight, bias)
     return plain_silu_mul(out) if gated else out
 
@@ -88,7 +88,7 @@ def plain_silu_mul(gate_up: torch.Tensor) -> torch.Tensor:
 def plain_qk_norm_rope_store(
     qkv: torch.Tensor, spec: AttentionSpec, cache: KVCache, chunks: ChunkBatch
 ) -> torch.Tensor:
-    """`qk_norm_rope_store`; where a token of a batch pads it (slot -1), the first must not."""
+    """`qk_norm_rope_store`. The first token must not be a padding entry (slot -1)."""
     block_size = cache.k.shape[2]
     q, k, v = _plain_heads(qkv, spec, chunks.positions)
     source = _padding_repeats_first(chunks.slot_mapping)
@@ -102,7 +102,7 @@ def plain_qk_norm_rope_store(
 def plain_paged_decode(
     qkv: torch.Tensor, spec: AttentionSpec, cache: KVCache, decodes: DecodeBatch, out: torch.Tensor
 ) -> None:
-    """`paged_decode`, with norms and RoPE in operations of their own; the kernel still stores and attends."""
+    """`paged_decode` with norms and RoPE as operations of their own; the kernel still stores and attends."""
     heads = _plain_heads(qkv, spec, (decodes.seq_lens - 1).clamp(min=0))
     done = torch.cat(heads, dim=1).flatten(1)
     _paged_decode(done, replace(spec, rope=None, q_norm=None, k_norm=None), cache, decodes, out)
@@ -138,12 +138,12 @@ def plain_sample(
     out: torch.Tensor,
     *_: object,
 ) -> None:
-    """`sample` with a temperature and nothing else, as the benchmark asks; the noise is PyTorch's."""
+    """`sample` with a temperature alone, the one parameter that the benchmark sets; PyTorch draws the noise."""
     rows, seq_lens = rows[: len(logits)], seq_lens[: len(logits)].long()
     row = rows.clamp(min=0).long()
     temperature = params.temperature[row, None]  # [entries, 1]
     scores = logits.float() / temperature.clamp(min=MIN_TEMPERATURE)
-    noise = torch.empty_like(scores).exponential_().log_().neg_()  # Gumbel's
+    noise = torch.empty_like(scores).exponential_().log_().neg_()  # Gumbel noise
     token = torch.where(temperature < MIN_TEMPERATURE, scores, scores + noise).argmax(dim=-1).int()
     out.copy_(token.masked_fill(rows < 0, 0))
     source = _padding_repeats_first(rows)
@@ -151,5 +151,5 @@ def plain_sample(
 
 
 def _padding_repeats_first(index: torch.Tensor) -> torch.Tensor:
-    """Which entry each entry stands for: itself, or the first if it pads (is negative)."""
+    """For each entry the entry that it repeats: itself, or the first if it is padding (negative)."""
     return torch.where(index >= 0, torch.arange(len(index), device=index.device), 0)

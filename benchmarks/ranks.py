@@ -1,9 +1,9 @@
-"""`bench.py --ranks 1,2,4`: how much faster the model runs on so many ranks, and what a layer's two sums cost.
+"""`bench.py --ranks 1,2,4`: how much faster the model runs on several ranks, and what a layer's two all-reduces cost.
 
-For each number of ranks an engine runs the headline and few streams; its efficiency is its rate on the headline over
-that of as many engines of the first number. Then, on CUDA and with the engine gone, benchmarks/all_reduce.py times the
-sums of the engine's decode steps, with the norm in them, and the link's bandwidth. After each number of ranks it prints
-a table of all results so far.
+For each number of ranks an engine runs the headline and few streams. Its efficiency is the headline's rate per rank,
+relative to that of the first number of ranks. Then, on CUDA and after the engine has closed, benchmarks/all_reduce.py
+times the all-reduces of the engine's decode steps, with their norms, and the link's bandwidth. After each number of
+ranks the mode prints a table of all results so far.
 """
 
 from dataclasses import asdict, replace
@@ -23,15 +23,15 @@ from benchmarks.workloads import PRESETS, few_streams
 from nanovllm.kernels.norm.all_reduce import one_shot_limit
 
 STREAMS = (1, 8, 32)
-ROWS = (*STREAMS, PRESETS["headline"].num_seqs)  # of a decode step's messages
+ROWS = (*STREAMS, PRESETS["headline"].num_seqs)  # of the messages that decode steps all-reduce
 SUMS_PER_LAYER = 2
-SUMS_SECONDS = 60  # of measuring them, most of which the processes take to start
+SUMS_SECONDS = 60  # to measure all-reduces; most of it the processes take to start
 
 
 def run(setting: Setting, sizes: list[int]) -> dict[str, Any]:
-    """Measure and print every number of ranks; returned for the JSON.
+    """Measure every number of ranks. Prints the figures, and returns them for the JSON.
 
-    Raises ValueError, before anything is measured, if there are too few devices.
+    Raises ValueError at once if there are too few devices.
     """
     if setting.options.device == "cuda" and max(sizes) > torch.cuda.device_count():
         raise ValueError(
@@ -54,7 +54,7 @@ def run(setting: Setting, sizes: list[int]) -> dict[str, Any]:
 
 
 def run_engine(setting: Setting, ceilings: Ceilings) -> dict[str, Any]:
-    """One engine on all workloads: the headline's rate, milliseconds a token by number of streams, and the runs."""
+    """Run one engine on all workloads. Returns the headline's rate, milliseconds a token by streams, and the runs."""
     headline = setting.draw("headline", PRESETS["headline"])
     streams = [setting.draw(f"{n} stream{'s' * (n > 1)}", few_streams(n), all_seqs=True) for n in STREAMS]
     engine = make_engine("nanovllm", setting.options)
@@ -73,7 +73,7 @@ def run_engine(setting: Setting, ceilings: Ceilings) -> dict[str, Any]:
 
 
 def rank_lines(runs: list[dict[str, Any]]) -> list[str]:
-    """A line for each number of ranks."""
+    """A table with a line for each number of ranks."""
     base = runs[0]["headline_tok_s"] / runs[0]["ranks"]
     latencies = [f"{n} stream{'s' * (n > 1)}, ms" for n in STREAMS]
     header = ["ranks", "headline tok/s", "efficiency", *latencies, "bytes to a rank a step"]
@@ -91,16 +91,16 @@ def rank_lines(runs: list[dict[str, Any]]) -> list[str]:
 
 
 def sum_lines(sums: dict[str, Any]) -> list[str]:
-    """Microseconds that a layer's sums take with their norms, and that their bytes need on the link."""
+    """A table: microseconds that a layer's all-reduces take with their norms, and that their bytes take on the link."""
     rate = all_reduce.link_rate(sums)
     cells = []
     for entry in sums["times"]:
         num_bytes = all_reduce.message_bytes(entry["rows"], entry["hidden"])
         is_small = num_bytes <= one_shot_limit(sums["ranks"])
-        if entry["method"] == ("ours, fused + norm" if is_small else "NCCL + norm"):  # as the model does it
+        if entry["method"] == ("ours, fused + norm" if is_small else "NCCL + norm"):  # the method that the model uses
             floor = f"{1e6 * SUMS_PER_LAYER * num_bytes / rate:.2f}" if rate else "-"
             took = f"{SUMS_PER_LAYER * entry['microseconds']:.2f}"
             cells.append([f"{entry['rows']} x {entry['hidden']}", f"{num_bytes:,}", took, floor])
     if not cells:
-        return [f"no sums were measured: {'; '.join(sums['errors'])}"]
+        return [f"no all-reduce was measured: {'; '.join(sums['errors'])}"]
     return table_lines(["sum", "bytes", f"us a layer ({SUMS_PER_LAYER} sums)", "bytes / link"], cells)

@@ -1,4 +1,4 @@
-"""A benchmark's figures as lines for people; the JSON line holds the same for programs."""
+"""Formats a benchmark's figures as lines of text; programs read the same figures in the JSON line."""
 
 from typing import Any
 
@@ -44,7 +44,7 @@ def comparison_line(comparison: dict[str, Any]) -> str:
 
 
 def split_lines(split: dict[str, Any]) -> list[str]:
-    """An instrumented run's time by kind of step, and the host's part in it."""
+    """An instrumented run's time by kind of step, and the host's share of it."""
     names = {"decode": "decode", "prefill": "with prefill"}
     lines = [f"{split['workload']}, instrumented run: {split['wall_s']:.3f} s"]
     for kind, name in names.items():
@@ -62,7 +62,7 @@ def split_lines(split: dict[str, Any]) -> list[str]:
 
 
 def table_lines(header: list[str], rows: list[list[str]]) -> list[str]:
-    """A table in columns: the first flush left, the others flush right."""
+    """A table whose first column is flush left, the others flush right."""
     widths = [max(map(len, column)) for column in zip(header, *rows, strict=True)]
 
     def line(cells: list[str]) -> str:

@@ -1,16 +1,16 @@
-"""The time below which no engine can run a workload on this device: what must be read and computed, and no more.
+"""The roofline: the least time in which an engine can run a workload on this device, by the bytes and FLOPs it needs.
 
-A decode step reads every weight once, whatever the batch, and every live sequence's keys and values once; it
-computes 2 FLOPs per weight and sequence. It takes at least the longer of the two at the measured ceilings:
+A decode step reads every weight once, whatever the batch, and every running sequence's keys and values once; it
+computes 2 FLOPs per weight and sequence. At the measured ceilings it takes at least the longer of the two times:
 
     step >= max((weight_bytes + context_tokens * kv_bytes) / read_bytes_per_s, flops / matmul_flops_per_s)
 
-The prompts are computed in as few passes as can be (2 FLOPs per weight and token, 4 * head_dim per head and pair of
-query and earlier key), again no faster than the weights can be read. Activations, the writing of keys and values,
-and sampling are counted as free. (Williams, Waterman, Patterson: "Roofline", CACM 52(4), 2009.)
+Prefill takes 2 FLOPs per weight and token and 4 * head_dim per head and pair of query and earlier key, and at least
+one read of the weights. Activations, the stores of keys and values, and sampling count as free. (Williams, Waterman,
+Patterson: "Roofline", CACM 52(4), 2009.)
 
-The lengths are the workload's own. All sequences run from the first step on; only if `max_num_seqs` allows fewer
-does each wait, first come first served, for the first to end.
+The lengths are the workload's own. All sequences run from the first step on; if `max_num_seqs` allows fewer, the others
+start in order, each when a running sequence ends.
 """
 
 import heapq
@@ -25,17 +25,19 @@ from benchmarks.ceilings import Ceilings
 
 @dataclass(slots=True, frozen=True)
 class ModelShape:
-    """What a step costs, of a dense decoder with grouped-query attention and a gated MLP."""
+    """The sizes that decide a step's cost, for a dense decoder with grouped-query attention and a gated MLP."""
 
-    layer_params: int  # of all layers, every one multiplied with each token
-    head_params: int  # vocab_size * hidden_size: of the LM head, multiplied with each sampled token
+    layer_params: int  # of all layers; each token multiplies every one
+    head_params: int  # vocab_size * hidden_size, the LM head; each sampled token multiplies every one
     kv_elements_per_token: int  # over all layers
     attention_flops_per_pair: int  # over all layers and heads, for one query and one key
     bytes_per_element: int
 
     @property
     def weight_bytes(self) -> int:
-        """Read in every step. The embedding counts only where it is the LM head too: of it alone, rows are read."""
+        """Bytes of weights that every step reads. The embedding counts only if it is the LM head too: otherwise a step
+        reads just rows of it.
+        """
         return (self.layer_params + self.head_params) * self.bytes_per_element
 
     @property
@@ -44,7 +46,7 @@ class ModelShape:
 
 
 def model_shape(config: dict, bytes_per_element: int) -> ModelShape:
-    """The shape of a Hugging Face `config.json` of the Llama and Qwen family."""
+    """The shape of a model of the Llama and Qwen family, from its Hugging Face `config.json`."""
     hidden, layers = config["hidden_size"], config["num_hidden_layers"]
     heads, kv_heads, head_dim = attention_heads(config)
     attention = hidden * (heads + 2 * kv_heads) * head_dim + heads * head_dim * hidden
@@ -59,19 +61,19 @@ def model_shape(config: dict, bytes_per_element: int) -> ModelShape:
 
 
 def attention_heads(config: dict) -> tuple[int, int, int]:
-    """Of a `config.json`: (query heads, key/value heads, head dimension)."""
+    """(query heads, key/value heads, head dimension) of a `config.json`."""
     heads = config["num_attention_heads"]
     return heads, config.get("num_key_value_heads") or heads, config.get("head_dim") or config["hidden_size"] // heads
 
 
 def read_config(model_dir: str | Path) -> dict:
-    """A model directory's config.json. Raises FileNotFoundError."""
+    """A model directory's config.json. Raises FileNotFoundError if it has none."""
     return json.loads((Path(model_dir) / "config.json").read_text())
 
 
 @dataclass(slots=True, frozen=True)
 class Roofline:
-    """The least seconds: `total_s` is `prefill_s + decode_s`; the two read times are the bytes' share of decoding."""
+    """The least seconds. `total_s = prefill_s + decode_s`; the two read times are what decoding takes to read bytes."""
 
     total_s: float
     prefill_s: float
@@ -88,7 +90,7 @@ def roofline(
     ceilings: Ceilings,
     max_num_seqs: int | None = None,
 ) -> Roofline:
-    """The roofline of requests of these lengths. A prompt's pass gives its first token, each decode one more."""
+    """The roofline of requests with these lengths. Prefill gives a request's first token, each decode one more."""
     num_seqs, context = decode_load(input_lens, output_lens, max_num_seqs)  # [steps] each
     flops_per_token = 2 * (shape.layer_params + shape.head_params)
     kv_bytes = context * shape.kv_bytes_per_token
@@ -116,12 +118,12 @@ def roofline(
 def decode_load(
     input_lens: list[int], output_lens: list[int], max_num_seqs: int | None = None
 ) -> tuple[np.ndarray, np.ndarray]:
-    """For every step: how many sequences decode, and how many tokens of keys and values they read together.
+    """(sequences that decode, tokens of keys and values that they read together), each `[steps]`.
 
-    A sequence of `n` output tokens takes part in `n - 1` steps, over `input + 1`, `input + 2`, … tokens.
+    A sequence with `n` output tokens decodes in `n - 1` steps and reads `input + 1`, `input + 2`, … tokens in them.
     """
     num_rows = min(max_num_seqs or len(input_lens), len(input_lens))
-    ends = [0] * num_rows  # step at which each row is free: a heap
+    ends = [0] * num_rows  # the step from which each row is free, as a heap
     starts = []
     for num_outputs in output_lens:
         starts.append(heapq.heappop(ends))
@@ -129,7 +131,7 @@ def decode_load(
     num_seqs = np.zeros(max(ends), dtype=np.int64)
     context = np.zeros(max(ends), dtype=np.int64)
     for start, num_inputs, num_outputs in zip(starts, input_lens, output_lens, strict=True):
-        steps = slice(start + 1, start + num_outputs)  # its step `start` computes the prompt
+        steps = slice(start + 1, start + num_outputs)  # step `start` computes the prompt
         num_seqs[steps] += 1
         context[steps] += np.arange(num_inputs + 1, num_inputs + num_outputs)
     return num_seqs, context

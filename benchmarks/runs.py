@@ -1,4 +1,4 @@
-"""Timed runs: the engines take turns at the same requests, and each run yields its figures."""
+"""Times runs of a workload: the engines take turns at the same requests."""
 
 from dataclasses import asdict, dataclass, field
 from time import perf_counter
@@ -22,15 +22,16 @@ class Result:
     runs_s: list[float] = field(default_factory=list)
     best_s: float = 0.0
     output_tok_s: float = 0.0
-    ms_per_token: float = 0.0  # the whole run over the tokens of the longest request: its latency per token
+    ms_per_token: float = 0.0  # the run's time over the longest request's output tokens
     roofline: dict[str, Any] = field(default_factory=dict)
     percent_of_roofline: float = 0.0
-    plan_bytes_per_step: float = 0.0  # that rank 0 sends to each other rank: what a step's plan takes
+    plan_bytes_per_step: float = 0.0  # bytes that rank 0 sends to each follower for a step's plan
 
 
 def run_alternating(engines: list[BenchmarkedEngine], workload: Workload, repeat: int, bound: Roofline) -> list[Result]:
-    """Time `repeat` runs of each engine, in turn, so that a noisy machine disturbs all alike; `bound`: the workload's
-    roofline.
+    """Time `repeat` runs of each engine. The engines alternate, so that a noisy machine disturbs all alike.
+
+    `bound` is the workload's roofline.
     """
     results = [
         Result(
@@ -60,7 +61,7 @@ def run_alternating(engines: list[BenchmarkedEngine], workload: Workload, repeat
 
 
 def _plan_bytes(engine: BenchmarkedEngine) -> tuple[float, int]:
-    """(bytes that rank 0 has sent to each other rank, steps) so far; zeros for other engines."""
+    """(bytes that rank 0 has sent to each follower, steps) so far; zeros for engines other than nano-vLLM."""
     if engine.name != "nanovllm":
         return 0.0, 0
     followers = engine.llm.engine.followers
@@ -89,7 +90,7 @@ def warm_up(engine: BenchmarkedEngine, workload: Workload, num_tokens: int) -> N
 
 
 def compare(ours: Result, theirs: Result) -> dict[str, Any]:
-    """How many times as fast the first engine is: the best runs, and each pair of neighbouring runs."""
+    """How many times as fast `ours` is as `theirs`, by their best runs and by each pair of neighbouring runs."""
     return {
         "workload": ours.workload,
         "engines": [ours.engine, theirs.engine],
@@ -99,7 +100,7 @@ def compare(ours: Result, theirs: Result) -> dict[str, Any]:
 
 
 def measure_split(engine: BenchmarkedEngine, workload: Workload) -> dict[str, Any]:
-    """Where the time of one more run goes, an instrumented one. For nano-vLLM, whose parts can be wrapped.
+    """Do one more run, instrumented, and return where its time goes. Works for nano-vLLM only, whose methods it wraps.
 
     Raises RuntimeError unless every request got all its tokens.
     """

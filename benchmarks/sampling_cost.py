@@ -1,9 +1,9 @@
-"""What a decode step costs by what its requests ask of the sampler: `python -m benchmarks.sampling_cost`.
+"""Times a decode step for each kind of sampling parameters: `python -m benchmarks.sampling_cost`.
 
-`--batch` sequences of `--context` tokens decode as in normal use (overlap, CUDA graphs). The kinds of requests take
-turns, `--rounds` times over, so that a drift of the machine affects all alike. Each kind's best round gives its
-milliseconds a step, and the difference from drawing at a temperature alone, which costs nothing
-extra by design. The last line is JSON.
+`--batch` sequences of `--context` tokens decode as in normal use (overlap, CUDA graphs). The kinds take turns, for
+`--rounds` rounds, so that a drift of the machine affects all alike. The table has the milliseconds a step of each
+kind's best round, and the difference from a temperature alone, which costs nothing extra by design. The last line is
+JSON.
 """
 
 import argparse
@@ -21,7 +21,7 @@ from benchmarks.report import table_lines
 from nanovllm import LLM, SamplingParams
 
 PLAIN = "temperature alone"
-CASES: dict[str, Callable[[int], dict[str, Any]]] = {  # what sequence i asks besides a temperature
+CASES: dict[str, Callable[[int], dict[str, Any]]] = {  # the parameters that sequence i sets besides a temperature
     PLAIN: lambda i: {},
     "greedy": lambda i: {"temperature": 0.0},
     "top_p of one request": lambda i: {"top_p": 0.9} if i == 0 else {},
@@ -38,7 +38,7 @@ CASES: dict[str, Callable[[int], dict[str, Any]]] = {  # what sequence i asks be
 
 
 def start(llm: LLM, prompts: list[list[int]], params: list[SamplingParams]) -> None:
-    """Bring all sequences to where they decode."""
+    """Add the sequences and run steps until all of them decode."""
     engine, context = llm.engine, len(prompts[0])
     for prompt, asked in zip(prompts, params, strict=True):
         engine.add(engine.make_sequence(prompt, asked))

@@ -1,9 +1,9 @@
 """`bench.py --scaling`: the headline's mix with more requests, with more rows, and with a cache that is far too small.
 
-More requests must not cost tokens per second, nor must more rows. A cache with a quarter of the blocks that the
-requests come to hold together makes sequences wait and preempts others: the rate that is left says what that costs.
-Every run is an instrumented one (two events a step: microseconds, of milliseconds), so that rate and host time are of
-the same run.
+Neither more requests nor more rows must lower the tokens per second. The small cache has a quarter of the blocks that
+the requests need at their peak, so that sequences wait and the scheduler preempts others; its rate shows what that
+costs. Every run is instrumented, so that its rate and its host time come from the same run. The two events a step cost
+microseconds; a step takes milliseconds.
 """
 
 from dataclasses import asdict, dataclass, replace
@@ -21,10 +21,10 @@ from benchmarks.targets import goal_lines, goals_for, judge
 from benchmarks.workloads import PRESETS, Workload
 
 HEADLINE = PRESETS["headline"]
-BASE_ROWS = 256  # as many as the headline has requests: what all rates are compared with
+BASE_ROWS = 256  # the headline's number of requests; all rates are compared with the rate in so many rows
 # max_num_seqs -> numbers of requests. 4,096 of them take a minute and a half on an H100, so not all combinations.
 RUNS = {BASE_ROWS: (256, 1024, 4096), 512: (1024,), 1024: (1024, 4096)}
-CACHE_SHARE = 4  # the small cache has one of so many blocks
+CACHE_SHARE = 4  # the small cache has one block in so many of the peak
 
 
 @dataclass(slots=True)
@@ -45,7 +45,7 @@ class ScalingRun:
 
 
 def run(setting: Setting) -> dict[str, Any]:
-    """Measure and print every configuration; returned for the JSON."""
+    """Measure every configuration. Prints the figures, and returns them for the JSON."""
     ceilings = setting.measure_ceilings()
     runs: list[ScalingRun] = []
     for max_num_seqs, counts in RUNS.items():
@@ -59,7 +59,7 @@ def run(setting: Setting) -> dict[str, Any]:
         "num_blocks": num_blocks,
         "max_model_len": min(setting.options.max_model_len, num_blocks * base.block_size),
     }
-    print(f"small cache: {num_blocks:,} of the {need:,} blocks that {base.num_requests:,} requests come to hold")
+    print(f"small cache: {num_blocks:,} of the {need:,} blocks that {base.num_requests:,} requests hold at their peak")
     small = measure(setting, BASE_ROWS, (HEADLINE.num_seqs,), ceilings, **cache)[0]
 
     measured = {
@@ -79,14 +79,14 @@ def run(setting: Setting) -> dict[str, Any]:
 def measure(
     setting: Setting, max_num_seqs: int, counts: tuple[int, ...], ceilings: Ceilings, **options: int
 ) -> list[ScalingRun]:
-    """An engine of so many rows (and these options) on each number of requests.
+    """Run an engine with `max_num_seqs` rows and these options on each number of requests in `counts`.
 
-    Its runs of the headline itself are repeated, and the best counts: others are compared with it. The larger
-    workloads, of minutes together, run once.
+    The headline itself runs `repeat` times and its best run counts, since all others are compared with it. The larger
+    workloads, which together take minutes, run once.
     """
     rows = max(1, max_num_seqs // setting.shrink)
     engine = make_engine("nanovllm", replace(setting.options, max_num_seqs=rows, **options))
-    # Kernels are compiled for what prompts need too, not only for the decode steps' graphs.
+    # Compiles the kernels that prompts need; capturing the decode steps' graphs has compiled only the others.
     engine.generate(setting.draw("warm-up", replace(HEADLINE, min_output=2, max_output=32)))
     runner = engine.llm.engine.runner
     runs = []
@@ -116,7 +116,7 @@ def measure(
 
 
 def peak_blocks(workload: Workload, block_size: int) -> int:
-    """The most blocks that the requests hold at once when all of them run from the first step on."""
+    """The most blocks that the requests hold at once if all of them run from the first step on."""
     inputs, outputs = np.array(workload.input_lens), np.array(workload.max_tokens)
     held = -(-(inputs + np.arange(max(outputs))[:, None]) // block_size)  # [steps, requests]
     return int((held * (outputs > np.arange(max(outputs))[:, None])).sum(axis=1).max())

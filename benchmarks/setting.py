@@ -1,4 +1,4 @@
-"""The setting that every mode of `bench.py` shares: the model, the engine's options, and how the requests are drawn."""
+"""The setting that all modes of `bench.py` share: the model, the engine's options, and how to draw the requests."""
 
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -17,7 +17,7 @@ SHAPES = Path(__file__).parent / "shapes"
 
 @dataclass(slots=True, frozen=True, kw_only=True)
 class Setting:
-    """`shrink` divides every number of requests and tokens: to try a mode out where there is no time to measure."""
+    """A mode's setting. `shrink` divides every number of requests and tokens, to try a mode out quickly."""
 
     options: EngineOptions
     config: dict[str, Any]  # the model's config.json
@@ -28,7 +28,7 @@ class Setting:
 
     @property
     def dtype(self) -> torch.dtype:
-        """ "auto" is what the config.json says, in either spelling, or float32."""
+        """The engine's dtype. "auto" means config.json's, under its new or old key, or float32 if it has none."""
         own = self.config.get("dtype") or self.config.get("torch_dtype") or "float32"
         return getattr(torch, own if self.options.dtype == "auto" else self.options.dtype)
 
@@ -37,9 +37,9 @@ class Setting:
         return model_shape(self.config, self.dtype.itemsize)
 
     def draw(self, name: str, mix: LengthMix, all_seqs: bool = False) -> Workload:
-        """Draw the mix's requests; with `all_seqs` their number is not shrunk.
+        """Draw the mix's requests. With `all_seqs`, `shrink` does not divide their number.
 
-        Raises ValueError if one is longer than the engine's max_model_len.
+        Raises ValueError if a request is longer than the engine's max_model_len.
         """
         small = shrunk(mix, self.shrink)
         small = replace(small, num_seqs=mix.num_seqs if all_seqs else small.num_seqs)
@@ -53,16 +53,16 @@ class Setting:
         return workload
 
     def measure_ceilings(self) -> Ceilings:
-        """The device's limits, printed too."""
+        """Measure the device's limits. Prints and returns them."""
         ceilings = measure_ceilings(self.options.device, self.dtype, self.shrink)
         print(ceilings_line(ceilings, str(self.dtype).removeprefix("torch.")), flush=True)
         return ceilings
 
     def bound(self, workload: Workload, ceilings: Ceilings, max_num_seqs: int | None = None) -> Roofline:
-        """The workload's roofline; `max_num_seqs` in place of the options'.
+        """The workload's roofline. `max_num_seqs` replaces the option's value.
 
-        Several ranks on as many devices can read and compute that many times as much; talking is counted as free.
-        On a CPU they share what was measured.
+        Several ranks, each on its own device, read and compute that many times as much; communication counts as free.
+        On a CPU all ranks share the measured limits.
         """
         rows = max_num_seqs or self.options.max_num_seqs
         num_devices = self.options.tensor_parallel_size if self.options.device == "cuda" else 1

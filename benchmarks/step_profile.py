@@ -1,7 +1,7 @@
-"""Where a decode step's microseconds go, kernel by kernel: `python -m benchmarks.step_profile --batches 1,32,256`.
+"""Shows where a decode step's time goes, by kind of kernel: `python -m benchmarks.step_profile --batches 1,32,256`.
 
-For each batch size, that many sequences of `--context` tokens decode with CUDA graphs, as in normal use, while
-PyTorch's profiler records the kernels of `--steps` steps. The profiler slows the host, not the kernels.
+For each batch size, as many sequences of `--context` tokens decode with CUDA graphs, as in normal use, while PyTorch's
+profiler records the kernels of `--steps` steps. The profiler slows the host, not the kernels.
 """
 
 import argparse
@@ -14,8 +14,9 @@ from torch.profiler import ProfilerActivity, profile
 
 from nanovllm import LLM, SamplingParams
 
-KINDS = {  # part of a kernel's name -> what it is, in the order of the search
-    # With what a rank waits there for the others, and the second also for the kernel before it, as it starts early.
+KINDS = {  # part of a kernel's name -> its kind; the first part found in the name counts
+    # Both times include the rank's wait for other ranks; the one-shot kernel starts early, so its time also includes
+    # the wait for the kernel before it.
     "AllReduce": "all-reduce, NCCL",
     "_one_shot_kernel": "all-reduce, one-shot",
     "nccl": "gather",
@@ -37,7 +38,7 @@ KINDS = {  # part of a kernel's name -> what it is, in the order of the search
 
 
 def start(llm: LLM, batch: int, context: int, num_steps: int) -> None:
-    """Bring `batch` sequences to where all of them decode, and none will end within `num_steps`."""
+    """Add `batch` sequences and run steps until all of them decode. None ends within the next `num_steps` steps."""
     engine = llm.engine
     params = SamplingParams(temperature=0.6, max_tokens=num_steps + 64, ignore_eos=True)
     for _ in range(batch):
@@ -49,7 +50,7 @@ def start(llm: LLM, batch: int, context: int, num_steps: int) -> None:
 
 
 def measure(llm: LLM, batch: int, context: int, num_steps: int) -> dict[str, tuple[float, float]]:
-    """Per kind of kernel: (launches, microseconds) a step."""
+    """Kind of kernel -> (launches, microseconds) a step."""
     start(llm, batch, context, num_steps)
     with profile(activities=[ProfilerActivity.CUDA], acc_events=True) as trace:
         for _ in range(num_steps):
@@ -73,7 +74,7 @@ def main() -> None:
     parser.add_argument("--batches", default="1,8,32,128,256")
     parser.add_argument("--context", type=int, default=600)
     parser.add_argument("--steps", type=int, default=20)
-    parser.add_argument("--tensor-parallel-size", type=int, default=1, help="the profile is of rank 0")
+    parser.add_argument("--tensor-parallel-size", type=int, default=1, help="the profiler records rank 0")
     args = parser.parse_args()
     random.seed(0)
     options = {"max_model_len": 4096, "tensor_parallel_size": args.tensor_parallel_size}

@@ -1,17 +1,17 @@
-"""Where a run's time goes, seen from outside the engine: its methods are wrapped for one run and then restored.
+"""Measures where a run's time goes: a recorder wraps the engine's methods for one run, then restores them.
 
-On CUDA it records an event before and after each step's work on the engine's stream. Between steps the device waits
-for the host; all other work of the host is hidden, since the device is busy meanwhile:
+On CUDA the recorder puts an event before and after each step's work on the engine's stream. Between steps the device
+waits for the host. All other work of the host is hidden, since the device is busy meanwhile:
 
-    host time = the run's time, less the time waiting for tokens
-    not hidden = the device's idle time = the run's time, less that between each step's two events
+    host time = the run's time - the host's waiting for tokens
+    not hidden = the device's idle time = the run's time - the time between each step's two events
     hidden = host time - not hidden
 
-A step starts when its changes have been sent (a copy and a scatter of some microseconds, which so count as idle),
-and the device is taken to be busy until the step ends: what it waits for *within* a step, where an eager prefill's
-kernels are launched one by one, needs a profiler to be seen. On the CPU, host and device take turns on the same
-cores, the same marks are read off the clock, and nothing is hidden. The events cost some microseconds a step, so the
-run they are in is not the one whose tok/s are reported.
+A step's first event follows the copy and the scatter that bring its changes to the device, so their few microseconds
+count as idle. From then on the device counts as busy until the step ends; its waits *within* a step, in which the host
+launches an eager prefill's kernels one by one, show only in a profiler. On the CPU, host and device take turns on the
+same cores, the clock replaces the events, and nothing is hidden. The events cost some microseconds a step, so
+`bench.py` reports the tok/s of other runs.
 """
 
 from collections.abc import Iterable
@@ -22,7 +22,7 @@ from typing import Any
 import torch
 
 Mark = Any  # a CUDA event, or seconds
-FULL_BATCH = 15 / 16  # of the largest batch that decoded: from here on a step counts as one at full batch
+FULL_BATCH = 15 / 16  # of the largest decode batch: a step with at least so many sequences counts as one at full batch
 
 
 @dataclass(slots=True)
@@ -34,11 +34,11 @@ class StepTiming:
     num_tokens: int
     begin: Mark
     end: Mark = None
-    host_s: float = 0.0  # of the call of `engine.step()` that launched it
+    host_s: float = 0.0  # host time of the `engine.step()` call that launched it
 
 
 class StepRecorder:
-    """`with StepRecorder(llm.engine) as recorder: …` fills `recorder.steps`; `summary()` after that."""
+    """Records an engine's steps: `with StepRecorder(llm.engine) as recorder: …`, and afterwards `summary()`."""
 
     def __init__(self, engine: Any) -> None:
         self.engine = engine
@@ -59,7 +59,7 @@ class StepRecorder:
     def __exit__(self, *exc_info: object) -> None:
         self.wall_s = perf_counter() - self._start
         for owner, name in self._wrapped:
-            delattr(owner, name)  # the class's own method comes to light again
+            delattr(owner, name)  # uncovers the class's own method
         if self.is_cuda:
             torch.cuda.synchronize()
 
@@ -94,9 +94,9 @@ class StepRecorder:
         return start.elapsed_time(end) / 1e3 if self.is_cuda else end - start
 
     def summary(self) -> dict[str, Any]:
-        """The run's split: decode-only steps, steps with prefill, and the host's part in all; seconds.
+        """Split the run's seconds into decode-only steps and steps with prefill, and the host's into hidden and not.
 
-        `full_batch` is the part of the decode-only steps with nearly as many sequences as ever decoded together.
+        `full_batch` has the decode-only steps whose number of sequences comes near the largest (`FULL_BATCH`).
         """
         ends = [self._entered, *(step.end for step in self.steps)]
         timings = [
@@ -125,7 +125,7 @@ class StepRecorder:
 
 
 class _TimedHandle:
-    """A step's handle whose waiting for tokens is counted."""
+    """A step's handle that adds the host's waiting for tokens to the recorder's."""
 
     def __init__(self, handle: Any, recorder: StepRecorder) -> None:
         self._handle, self._recorder = handle, recorder
@@ -142,8 +142,8 @@ class _TimedHandle:
 
 @dataclass(slots=True)
 class StepSums:
-    """Several steps. `busy_s`: the device at work; `idle_s`: the device waiting before each of them; `host_s`: in
-    `engine.step()`, less the waiting.
+    """Sums over several steps. `busy_s`: the device works; `idle_s`: the device waits before a step; `host_s`: the host
+    works in `engine.step()`, its waiting for tokens left out.
     """
 
     num_steps: int = 0
@@ -153,7 +153,7 @@ class StepSums:
     idle_s: float = 0.0
     host_s: float = 0.0
     ms_per_step: float = 0.0
-    idle_share: float = 0.0  # of the time: what the device waits for the host
+    idle_share: float = 0.0  # idle_s / (busy_s + idle_s): the device waits for the host
 
 
 def _sum_up(timings: Iterable[tuple[StepTiming, float, float]]) -> StepSums:

@@ -1,7 +1,7 @@
-"""The goals as data: the floor, which the engine must reach, and the target, which it should reach.
+"""The goals as data: for each row of the table the floor, the least that the engine should reach, and the target.
 
-The goals hold for a device, a model's shape in bfloat16, and a number of ranks, with the workloads at their full size.
-A row without a goal is measured and not judged.
+A goal holds for a device, a model's shape in bfloat16, a number of ranks, and workloads of full size. `bench.py`
+measures a row without a goal, but does not judge it.
 """
 
 from dataclasses import dataclass
@@ -14,7 +14,7 @@ from benchmarks.setting import SHAPES, Setting
 
 @dataclass(slots=True, frozen=True)
 class Row:
-    """A line of the table. `at_most`: the smaller, the better."""
+    """A row of the table. `at_most`: smaller is better."""
 
     name: str
     unit: str
@@ -42,7 +42,7 @@ ROWS = {
     "small_cache": Row("a quarter of the cache's need: rate, of the unpressured", "%"),
 }
 
-# By device, known by a word of its name, shape and number of ranks: a row's (floor, target), None where one is not set.
+# (a word of the device's name, shape, number of ranks) -> row -> (floor, target); None: no such goal.
 GOALS: dict[tuple[str, str, int], dict[str, tuple[float | None, float | None]]] = {
     ("H100", "qwen3-0.6b", 1): {
         "headline": (21_500, 24_000),
@@ -69,7 +69,7 @@ GOALS: dict[tuple[str, str, int], dict[str, tuple[float | None, float | None]]] 
 
 
 def goals_for(setting: Setting, machine: dict[str, Any]) -> dict[str, tuple[float | None, float | None]]:
-    """The goals that a run in this setting on this machine (`describe_machine`'s) is to be judged by; {} for none."""
+    """The goals for a run in this setting on this machine (from `describe_machine`); {} if there are none."""
     words, num_ranks = machine.get("gpu", "").split(), setting.options.tensor_parallel_size
     for (device, shape, ranks), goals in GOALS.items():
         is_same_model = setting.shape == model_shape(read_config(SHAPES / shape), bytes_per_element=2)
@@ -81,7 +81,10 @@ def goals_for(setting: Setting, machine: dict[str, Any]) -> dict[str, tuple[floa
 def judge(
     measured: dict[str, float], goals: dict[str, tuple[float | None, float | None]]
 ) -> list[dict[str, str | float | None]]:
-    """A dict for each row measured, in the table's order. `reached`: "target", "floor" or "nothing"; None: no goal."""
+    """Compare each measured row with its goal; a dict a row, in the table's order.
+
+    Its "reached" is "target", "floor" or "nothing", or None if the row has no goal.
+    """
     rows = []
     for key, row in ROWS.items():
         if key not in measured:
@@ -106,7 +109,7 @@ def judge(
 
 
 def goal_lines(judged: list[dict[str, Any]]) -> list[str]:
-    """`judge`'s rows as a table for people."""
+    """`judge`'s rows as a table of text."""
     names = {None: "", "nothing": "NOT MET", "floor": "floor met", "target": "target met"}
     cells = []
     for row in judged:

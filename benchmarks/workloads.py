@@ -1,25 +1,25 @@
-"""The requests of a benchmark, reproducible to the token: lengths and ids are drawn from `random.Random(seed)`.
+"""Draws a benchmark's requests, lengths and ids, from `random.Random(seed)`: the same seed gives the same tokens.
 
-The headline is that of upstream nano-vLLM (`bench.py` in github.com/GeeeekExplorer/nano-vllm), draw for draw.
+The headline equals upstream nano-vLLM's (`bench.py` in github.com/GeeeekExplorer/nano-vllm), draw for draw.
 """
 
 import random
 from collections.abc import Iterator
 from dataclasses import dataclass, fields
 
-MAX_TOKEN_ID = 10_000  # upstream's; ids are folded into smaller vocabularies, which leaves the lengths as they are
+MAX_TOKEN_ID = 10_000  # upstream's; a smaller vocabulary takes ids modulo its size, which changes no length
 
 
 @dataclass(slots=True, frozen=True, kw_only=True)
 class LengthMix:
-    """How many requests, and the ranges, both ends included, from which their lengths are drawn uniformly."""
+    """The number of requests and the ranges of their lengths: uniform, both ends included."""
 
     num_seqs: int
     min_input: int
     max_input: int
     min_output: int
     max_output: int
-    lengths_first: bool = False  # draw all lengths, then ids; otherwise each prompt's length with its ids
+    lengths_first: bool = False  # draw all lengths, then all ids; otherwise each prompt's length, then its ids
 
 
 PRESETS = {
@@ -30,7 +30,7 @@ PRESETS = {
 
 
 def few_streams(num_streams: int) -> LengthMix:
-    """The latency workload: so many requests at once, 128 tokens in and 512 out."""
+    """The latency workload: `num_streams` requests at once, 128 tokens in and 512 out."""
     return LengthMix(num_seqs=num_streams, min_input=128, max_input=128, min_output=512, max_output=512)
 
 
@@ -42,7 +42,7 @@ def shrunk(mix: LengthMix, by: int) -> LengthMix:
 
 @dataclass(slots=True, frozen=True)
 class Workload:
-    """Prompts as token ids, and how many tokens to generate for each; EOS is ignored."""
+    """Prompts as token ids, and how many tokens to generate for each. Engines ignore EOS."""
 
     name: str
     prompts: list[list[int]]
@@ -63,10 +63,10 @@ class Workload:
 
 
 def draw(name: str, mix: LengthMix, vocab_size: int, temperature: float = 0.6, seed: int = 0) -> Workload:
-    """Draw a workload. The same arguments give the same tokens, on any machine.
+    """Draw a workload. The same arguments give the same tokens on any machine.
 
     Raises:
-        ValueError: no requests, or an empty range of lengths.
+        ValueError: the mix has no requests, or an empty range of lengths.
     """
     _check(mix)
     rng = random.Random(seed)

@@ -1,8 +1,8 @@
-"""The corpus of the demo model: text which every machine with CPython has, cleaned, without copies, split by file.
+"""Makes the demo model's corpus out of CPython's own text: cleaned, without copies, split by file.
 
-Two documents count as copies by their windows of five consecutive non-blank lines; the same windows measure afterwards
-how much of the held-out text also stands in the training text. A file is in one split as a whole, and functions are cut
-out of training files only, so no held-out line is trained on except by such a coincidence.
+Windows of five consecutive non-blank lines tell whether a document copies others; the same windows later measure how
+much of the held-out text also stands in the training text. A whole file goes into one split, and functions come from
+training files only, so the training sees a held-out line only if a training file happens to contain it too.
 """
 
 import ast
@@ -13,13 +13,13 @@ from pathlib import Path
 
 
 def line_windows(text: str) -> set[int]:
-    """Hashes of every five consecutive non-blank lines: what two documents share of these was copied."""
+    """Hashes of every five consecutive non-blank lines. A window that two documents share counts as copied."""
     lines = [line.strip() for line in text.split("\n") if line.strip()]
     return {hash(tuple(lines[i : i + 5])) for i in range(max(1, len(lines) - 4))}
 
 
 def read_documents(stdlib: Path) -> dict[str, str]:
-    """The library's modules, its tests, the reference's topics; no tables, no broken files, no near copies."""
+    """Read the library's modules and tests and the reference's topics, but no tables, broken files or near copies."""
     documents = {}
     for path in sorted(stdlib.rglob("*.py"), key=lambda path: ("test" in str(path.relative_to(stdlib)), path)):
         name = path.relative_to(stdlib).as_posix()
@@ -48,7 +48,9 @@ def read_documents(stdlib: Path) -> dict[str, str]:
 
 
 def cut_functions(text: str) -> list[str]:
-    """Documented functions and classes of 5 to 60 lines, dedented: they teach to start at `def` and to end."""
+    """Cut out documented functions and classes of 5 to 60 lines, dedented: they teach a model to start at `def` and to
+    end.
+    """
     lines, functions = text.split("\n"), []
     for node in ast.walk(ast.parse(text)):
         if isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef | ast.ClassDef) and ast.get_docstring(node):
@@ -59,7 +61,7 @@ def cut_functions(text: str) -> list[str]:
 
 
 def split_documents(documents: dict[str, str]) -> dict[str, dict[str, str]]:
-    """By a hash of the name: 1/40 "test", 1/40 "validation", the rest "train" and the "functions" cut out of it."""
+    """Split documents by a hash of the name: 1/40 "test", 1/40 "validation", the rest "train", with its "functions"."""
     splits: dict[str, dict[str, str]] = {"test": {}, "validation": {}, "train": {}, "functions": {}}
     for name, text in documents.items():
         bucket = int.from_bytes(hashlib.sha256(name.encode()).digest()[:4]) % 40

@@ -2,7 +2,7 @@
 
     python tools/draw_step.py
 
-Plain string building, no dependency. The script refuses to write boxes that overlap or texts wider than their box.
+The script builds the SVG as a string, without a library. It raises if boxes overlap or a text is wider than its box.
 """
 
 from dataclasses import dataclass
@@ -12,14 +12,14 @@ from pathlib import Path
 
 TARGET = Path(__file__).parents[1] / "docs" / "step.svg"
 WIDTH, HEIGHT = 980, 760
-CHARACTER = 0.6  # width of one, in font sizes: an upper bound for sans-serif text of mixed letters
+CHARACTER = 0.6  # a character's width in font sizes: an upper bound for sans-serif text of mixed letters
 INK, MUTED, LINE = "#1f2933", "#52606d", "#7b8794"
 PAPER, HOST, DEVICE, DATA = "#ffffff", "#e3f0ff", "#e6f6ec", "#fff3d6"
 
 
 @dataclass(frozen=True, slots=True)
 class Box:
-    """A rectangle with a title, what it does, and the file to read. Coordinates in pixels."""
+    """A rectangle with a part's title, what the part does, and the file to read. Coordinates are pixels."""
 
     x: int
     y: int
@@ -43,7 +43,7 @@ class Box:
         return self.x + self.width // 2
 
     def lines(self) -> list[tuple[str, int, str, str]]:
-        """(text, font size, color, weight), from the top."""
+        """(text, font size, color, weight) of each line, from the top."""
         rows = [
             (self.title, 14, INK, "bold"),
             (self.text, 12, INK, "normal"),
@@ -86,7 +86,7 @@ DEVICE_BARS = [(0, 140, "step N−1"), (142, 398, "step N"), (542, 298, "step N+
 
 
 def check() -> None:
-    """Raises ValueError if boxes overlap, leave the picture, or are too narrow for their text."""
+    """Check the layout. Raises ValueError if boxes overlap, leave the picture, or are too narrow for their text."""
     bars = [*_bars(HOST_BARS, HOST_Y, HOST), *_bars(DEVICE_BARS, DEVICE_Y, DEVICE)]
     for box in [*BOXES, *bars]:
         if box.x < 0 or box.y < 0 or box.right > WIDTH or box.bottom > HEIGHT:
@@ -100,7 +100,7 @@ def check() -> None:
 
 
 def draw() -> str:
-    """The picture, as SVG. Raises as `check`."""
+    """Draw the picture as SVG. Raises as `check`."""
     check()
     parts = [
         f'<svg xmlns="http://www.w3.org/2000/svg" viewBox="0 0 {WIDTH} {HEIGHT}" width="{WIDTH}" height="{HEIGHT}" '

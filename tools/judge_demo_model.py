@@ -1,12 +1,12 @@
-"""Judge a demo model's weights before they ship: does it write Python that ends, and is its card's loss true?
+"""Judges a demo model's weights before they ship: does it write Python that ends, and is its card's loss true?
 
-For whoever trains a new one. The tests hold the package to what it promises, that the model is there and runs; how well
-it writes changes only when its weights do, and is asked here, by transformers alone:
+Run it after training a new model. The tests check only that the package has the model and runs it. How well the model
+writes changes only with its weights, so this script checks that, with transformers alone:
 
     python tools/judge_demo_model.py
     python tools/judge_demo_model.py --model build/demo
 
-Prints each completion and the measured loss, then what is wrong, and exits with 1 if anything is.
+It prints each completion and the measured loss, then its complaints; with any complaint it exits with 1.
 """
 
 import argparse
@@ -34,15 +34,16 @@ PROMPTS = [
     "class Stack:\n",
     "class Error(Exception):\n",
 ]
-LEAST_SOUND = 10  # of the 12 above: another machine's rounding may turn a near tie
-MOST_REPEATS = 5  # of a line in one completion
+LEAST_SOUND = 10  # of the 12 above: rounding on another machine may decide a near tie differently
+MOST_REPEATS = 5  # of one line in a completion
 HELD_OUT = ["secrets.py", "types.py", "html/__init__.py", "importlib/abc.py", "xml/sax/__init__.py", "curses/ascii.py"]
-# Six of the card's files, in this Python's version of them; a model that knew only how frequent tokens are is at 6.
+# HELD_OUT has six of the card's files, in this Python's version. A model that knew only token frequencies would have a
+# loss of 6 nats.
 NATS_FROM_CARD = 0.3
 
 
 def judge_completions(model: Qwen3ForCausalLM, tokenizer: PreTrainedTokenizerFast) -> list[str]:
-    """What is wrong with the greedy completions: each should be one documented definition that ends, and no loop."""
+    """Complaints about the greedy completions: each should be one documented definition that ends, without a loop."""
     complaints, sound = [], 0
     for prompt in PROMPTS:
         ids = model.generate(**tokenizer(prompt, return_tensors="pt"), do_sample=False, max_new_tokens=160)[0]
@@ -65,7 +66,7 @@ def judge_completions(model: Qwen3ForCausalLM, tokenizer: PreTrainedTokenizerFas
 
 @torch.inference_mode()
 def judge_loss(model: Qwen3ForCausalLM, tokenizer: PreTrainedTokenizerFast, card: str, stdlib: Path) -> list[str]:
-    """What is wrong with the card's loss, measured on a few of the files that it says were held out."""
+    """Complaints about the card's loss, measured on a few of the files that the card names as held out."""
     stated = re.search(r"\*\*([\d.]+) nats per token", card)
     if stated is None:
         return ["the card states no loss"]
@@ -85,7 +86,7 @@ def judge_loss(model: Qwen3ForCausalLM, tokenizer: PreTrainedTokenizerFast, card
 def main() -> None:
     assets = Path(__file__).parents[1] / "nanovllm" / "assets" / "demo"
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--model", type=Path, default=assets, help="default: the one that ships")
+    parser.add_argument("--model", type=Path, default=assets, help="default: the model that ships")
     parser.add_argument("--stdlib", type=Path, default=Path(sysconfig.get_path("stdlib")), help="Python's library")
     arguments = parser.parse_args()
     model = AutoModelForCausalLM.from_pretrained(arguments.model, dtype=torch.float32).eval()

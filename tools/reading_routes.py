@@ -1,7 +1,7 @@
-"""Writes the table of the afternoon route into README.md: a token's way, file by file, with lines.
+"""Writes the table of the afternoon route into README.md: a token's way, file by file, with the number of lines.
 
-python tools/reading_routes.py            rewrite what is between the markers
-python tools/reading_routes.py --check    exit 1 if README.md differs from it, or the route is too long
+python tools/reading_routes.py            rewrite the table between the markers
+python tools/reading_routes.py --check    exit 1 if README.md has another table, or the route is too long
 """
 
 import argparse
@@ -32,7 +32,7 @@ AFTERNOON = [
 
 
 def count_lines(file: str) -> int:
-    """Raises FileNotFoundError, naming the file, if the package has none of that name."""
+    """The number of lines of a file of the package. Raises FileNotFoundError, with the name, if there is none."""
     path = ROOT / "nanovllm" / file
     if not path.is_file():
         raise FileNotFoundError(
@@ -42,7 +42,7 @@ def count_lines(file: str) -> int:
 
 
 def afternoon_table() -> str:
-    """The table in Markdown, its last row the sum. Raises as `count_lines`."""
+    """The table in Markdown; its last row is the sum. Raises as `count_lines`."""
     counts = [count_lines(file) for file, _ in AFTERNOON]
     rows = [
         f"| {i} | [`{file}`](nanovllm/{file}) | {shows} | {count:,} |"
@@ -56,12 +56,12 @@ def _sum_row(total: int) -> str:
 
 
 def total_lines() -> int:
-    """Lines of the whole route. Raises as `count_lines`."""
+    """The number of lines of the whole route. Raises as `count_lines`."""
     return sum(count_lines(file) for file, _ in AFTERNOON)
 
 
 def with_table(text: str, table: str) -> str:
-    """`text` with `table` between the markers. Raises ValueError if they are not there, once each and in order."""
+    """`text` with `table` between the markers. Raises ValueError unless each is there once, in order."""
     if text.count(BEGIN) != 1 or text.count(END) != 1 or text.index(BEGIN) > text.index(END):
         raise ValueError(f"README.md must have {BEGIN} and then {END}, once each")
     before, _, rest = text.partition(BEGIN)

@@ -1,10 +1,10 @@
-"""lm-eval's `vllm` model class on nano-vLLM, under the alias, beside its `hf` class: every answer of both, compared.
+"""Runs lm-eval's `vllm` model class on nano-vLLM, under the alias, and compares every answer with its `hf` class's.
 
-    pip install "lm_eval[hf]"       # in an environment of its own, say: it brings some 40 packages
+    pip install "lm_eval[hf]"       # better in its own environment: it installs some 40 packages
     python tools/run_lm_eval.py
 
-Two tasks of our own, so that nothing is fetched: choices by log-likelihood, and text until a stop string. The model is
-the one that ships, in float32 on the CPU.
+The tasks are in this file, so lm-eval fetches nothing: choices by log-likelihood, text until a stop string, and rolling
+log-likelihoods. The model is the demo model, in float32 on the CPU.
 """
 
 import argparse
@@ -75,7 +75,10 @@ def write_tasks(folder: Path) -> None:
 
 
 def answers(model: str, folder: Path, **model_args: Any) -> tuple[dict[str, Any], dict[str, list[Any]]]:
-    """({task: metrics}, {task: the model's answers in order}); of a log-likelihood (its sum, whether it is greedy)."""
+    """Run the tasks. Returns ({task: metrics}, {task: the model's answers in order}).
+
+    A log-likelihood's answer is (its sum, whether greedy decoding gives that text).
+    """
     from lm_eval import simple_evaluate
     from lm_eval.tasks import TaskManager
 
@@ -126,7 +129,7 @@ def main() -> None:
             if isinstance(value, float):
                 print(f"    {key}: {value:.6f} and {theirs[task][key]:.6f}")
     if not is_equal:
-        sys.exit("the two differ")
+        sys.exit("the answers of the two classes differ")
 
 
 if __name__ == "__main__":

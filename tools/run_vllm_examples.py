@@ -1,10 +1,10 @@
-"""Run the examples in vLLM's source package under the alias, and print what became of each, as a Markdown table.
+"""Runs the examples in vLLM's source package under the alias, and prints a Markdown table of which ones ran.
 
     pip download --no-deps --no-binary :all: vllm==0.24.0     # or take the .tar.gz from PyPI's page, and unpack it
     python tools/run_vllm_examples.py vllm-0.24.0
 
-Tried is every example that makes an engine in its own process. Of a file nothing is changed but the names of models,
-which no hub gives here: they become the demo model, with a chat template and a longer context in its config.
+The script runs every example that makes an engine in its own process. It changes nothing in a file but the names of
+models, so that no hub is needed: they become the demo model, with a chat template and a longer context in its config.
 """
 
 import argparse
@@ -25,7 +25,7 @@ CHAT_TEMPLATE = (
     "{% for m in messages %}<|{{ m['role'] }}|>\n{{ m['content'] }}\n{% endfor %}"
     "{% if add_generation_prompt %}<|assistant|>\n{% endif %}"
 )
-# What makes an engine, and the names of models: `model="…"`, and what is read from such a name.
+# ENGINE finds the calls that make an engine; MODEL finds names of models, as in `model="…"`.
 ENGINE = re.compile(r"^(?!#).*\b(LLM|LLMEngine|AsyncLLM|AsyncLLMEngine)(\.from_engine_args)?\(", re.MULTILINE)
 MODEL = re.compile(r"""(\bmodel(?:_name|_path)?\s*=\s*)(["'])[\w.-]+/[\w.-]+\2""")
 ARGUMENTS = {
@@ -39,11 +39,11 @@ ARGUMENTS = {
     "load_sharded_state_offline.py": ["--model", "sharded"],
     "load_sharded_state.py": ["--model", "sharded"],
 }
-LAST = ("load_sharded_state_offline.py", "load_sharded_state.py")  # read what others have written
+LAST = ("load_sharded_state_offline.py", "load_sharded_state.py")  # these read what other examples have written
 
 
 def make_model(folder: Path) -> Path:
-    """The demo model with a chat template, and room for the examples' long prompts."""
+    """Make a copy of the demo model with a chat template, and a context long enough for the examples' prompts."""
     folder.mkdir()
     for file in Path(demo_model()).iterdir():
         (folder / file.name).symlink_to(file)
@@ -55,13 +55,13 @@ def make_model(folder: Path) -> Path:
 
 
 def examples(source: Path) -> list[Path]:
-    """The files that make an engine, in the order of their names."""
+    """The files that make an engine, sorted by path, those of `LAST` at the end."""
     files = [f for f in sorted((source / "examples").rglob("*.py")) if ENGINE.search(f.read_text())]
     return sorted(files, key=lambda f: f.name in LAST)
 
 
 def run(file: Path, model: Path, work: Path, timeout_s: float) -> tuple[bool, str, str]:
-    """(whether it ran, its last line or error, all of its output)."""
+    """Run an example. Returns (whether it ran, its last line or error, all of its output)."""
     copy = work / file.parent.name / file.name
     copy.parent.mkdir(exist_ok=True)
     copy.write_text(MODEL.sub(lambda m: f"{m[1]}{str(model)!r}", file.read_text()))
@@ -81,9 +81,9 @@ def run(file: Path, model: Path, work: Path, timeout_s: float) -> tuple[bool, st
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("source", type=Path, help="the unpacked source package")
-    parser.add_argument("--only", default="", help="those whose path contains this")
-    parser.add_argument("--timeout", type=float, default=180.0, help="seconds for each")
-    parser.add_argument("--verbose", action="store_true", help="show what they print")
+    parser.add_argument("--only", default="", help="run only examples whose path contains this")
+    parser.add_argument("--timeout", type=float, default=180.0, help="most seconds for each example")
+    parser.add_argument("--verbose", action="store_true", help="show the examples' output")
     args = parser.parse_args()
     num_run = 0
     with tempfile.TemporaryDirectory() as folder:

@@ -1,17 +1,17 @@
-"""Train the demo model that ships with nano-vLLM (`nanovllm.demo_model()`) from the source of Python itself.
+"""Trains the demo model that ships with nano-vLLM (`nanovllm.demo_model()`) on the source of Python itself.
 
-The corpus is text that every machine with CPython has (`demo_corpus.py`). From it come a byte-level BPE vocabulary and
-a Qwen3 model of under 7 M parameters, trained with transformers' own `Qwen3ForCausalLM`, so that the weights owe
-nothing to the engine they are to test. A second, short stage cures it of loops, measures it and writes its card,
-and a script judges the result:
+The corpus is text that every machine with CPython has (`demo_corpus.py`). The script trains a byte-level BPE vocabulary
+and a Qwen3 model of under 7 M parameters on it. It uses transformers' own `Qwen3ForCausalLM`, so that the weights do
+not depend on the engine that they will test. A second, short stage cures the model of loops, measures it and writes its
+card; a third script judges the result:
 
     python tools/train_demo_model.py --stdlib /usr/lib/python3.11 --minutes 2.3 --out build/demo
     python tools/unloop_demo_model.py --stdlib /usr/lib/python3.11 --model build/demo --out nanovllm/assets/demo
     python tools/judge_demo_model.py
 
-The text is small (8.6 M tokens), so the model would learn it by heart: without dropout the validation loss turned after
-6 epochs and went up to 2.71 nats, with it it still falls after 13, at 2.17. The number of steps follows from the
-throughput measured at the start (`--steps` repeats a run); `--smoke` walks the way with a toy on a CPU.
+The text is small (8.6 M tokens), so the model would learn it by heart. Without dropout the validation loss turned after
+6 epochs and rose to 2.71 nats; with dropout it still falls after 13 epochs, at 2.17. The script derives the number of
+steps from the throughput at its start (`--steps` repeats a run). `--smoke` trains a toy on a CPU, to try all stages.
 """
 
 import argparse
@@ -35,7 +35,7 @@ from transformers import (
 )
 
 EOS = "<|endoftext|>"
-# Qwen's own split: a word keeps the sign before it (".append", "_name"), punctuation the line ends after it.
+# Qwen's own split: a word keeps the sign before it (".append", "_name"), and punctuation keeps the line ends after it.
 SPLIT = (
     r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
 )
@@ -43,7 +43,7 @@ PEAK_LEARNING_RATE, WARMUP_STEPS, WEIGHT_DECAY, DROPOUT = 3e-3, 200, 0.5, 0.15
 
 
 def train_tokenizer(texts: list[str], vocab_size: int, context: int) -> PreTrainedTokenizerFast:
-    """Byte-level BPE: no text is out of its reach, and decoding gives back every byte."""
+    """Train a byte-level BPE tokenizer: it encodes any text, and decoding restores every byte."""
     tokenizer = Tokenizer(models.BPE())
     split, to_bytes = pre_tokenizers.Split(Regex(SPLIT), "isolated"), pre_tokenizers.ByteLevel(False, use_regex=False)
     tokenizer.pre_tokenizer = pre_tokenizers.Sequence([split, to_bytes])
@@ -56,7 +56,7 @@ def train_tokenizer(texts: list[str], vocab_size: int, context: int) -> PreTrain
 
 
 def tokenize(tokenizer: PreTrainedTokenizerFast, texts: list[str]) -> tuple[torch.Tensor, torch.Tensor]:
-    """One shuffled stream of documents, each ended by EOS: `(tokens [N] int32, offsets of the documents [D])`."""
+    """One shuffled stream of documents, each ended by EOS: `(tokens [N] int32, documents' offsets [D])`."""
     texts = random.Random(0).sample(texts, len(texts))
     ids = [document + [tokenizer.eos_token_id] for document in tokenizer(texts, verbose=False)["input_ids"]]
     lengths = torch.tensor([len(document) for document in ids])
@@ -67,7 +67,7 @@ def tokenize(tokenizer: PreTrainedTokenizerFast, texts: list[str]) -> tuple[torc
 
 @torch.inference_mode()
 def mean_loss(model: Qwen3ForCausalLM, tokens: torch.Tensor, context: int) -> float:
-    """Nats per token over consecutive windows of `context` tokens (the first token of a window is not predicted)."""
+    """Nats per token over consecutive windows of `context` tokens; a window's first token is not predicted."""
     model.eval()
     rows = tokens[: len(tokens) // context * context].view(-1, context).long()
     losses = [model(input_ids=part, labels=part, use_cache=False).loss.float() * len(part) for part in rows.split(16)]
@@ -75,7 +75,7 @@ def mean_loss(model: Qwen3ForCausalLM, tokens: torch.Tensor, context: int) -> fl
 
 
 def add_dropout(model: Qwen3ForCausalLM) -> None:
-    """Drop out embeddings and what layers add to the residual (Qwen3 has no option for it), while training only."""
+    """Add dropout, in training only, to the embeddings and to what layers add to the residual: Qwen3 has no option."""
     layers = [part for layer in model.model.layers for part in (layer.self_attn.o_proj, layer.mlp.down_proj)]
     for module in [model.model.embed_tokens, *layers]:
         module.register_forward_hook(lambda m, inputs, output: functional.dropout(output, DROPOUT, m.training))
@@ -84,9 +84,9 @@ def add_dropout(model: Qwen3ForCausalLM) -> None:
 def train(
     model: Qwen3ForCausalLM, streams: dict[str, torch.Tensor], context: int, batch: int, minutes: float, steps: int
 ) -> dict[str, float]:
-    """AdamW over random windows, half of them beginning with a document; leaves the best checkpoint in `model`.
+    """Train with AdamW on random windows, half of which begin with a document. Leaves the best checkpoint in `model`.
 
-    `steps` 0 means: as many as fit into `minutes`. Returns what the model card reports.
+    `steps` 0 means as many as fit into `minutes`. Returns the facts for the model card.
     """
     tokens, validation, device = streams["train"], streams["validation"], model.device
     starts = streams["starts"][streams["starts"] < len(tokens) - context]
@@ -138,13 +138,13 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--stdlib", type=Path, default=Path(sysconfig.get_path("stdlib")))
     parser.add_argument(
-        "--source", default=f"CPython {platform.python_version()}", help="name of the corpus in the card"
+        "--source", default=f"CPython {platform.python_version()}", help="the corpus's name in the card"
     )
     parser.add_argument("--out", type=Path, required=True)
     parser.add_argument("--minutes", type=float, default=4.0)
     parser.add_argument("--steps", type=int, default=0)
     parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument("--smoke", action="store_true", help="a toy, to walk the whole way on a CPU")
+    parser.add_argument("--smoke", action="store_true", help="train a toy on a CPU, to try all stages")
     args = parser.parse_args()
     torch.manual_seed(args.seed)
     device = "cuda" if torch.cuda.is_available() else "cpu"

@@ -1,10 +1,9 @@
-"""Cure the demo model of loops, measure it, and write its model card: the second stage of `train_demo_model.py`.
+"""Cures the demo model of loops, measures it, and writes its model card: the second stage, after `train_demo_model.py`.
 
-A model this small, asked for the most likely token every time, soon repeats one line for ever. The cure is
-sequence-level unlikelihood training (Welleck et al., "Neural Text Generation with Unlikelihood Training", 2020): let
-the model continue beginnings of training documents greedily, and lower the probability of every token that ends an
-n-gram which was there before, by `-log(1 - p)`, next to the usual loss on ordinary text. A hundred updates do it: about
-twenty minutes of one CPU core.
+Under greedy decoding a model this small soon repeats one line for ever. The cure is sequence-level unlikelihood
+training (Welleck et al., "Neural Text Generation with Unlikelihood Training", 2020): the model continues beginnings of
+training documents greedily, and the loss `-log(1 - p)` lowers the probability of every token that ends a repeated
+n-gram; the usual loss on ordinary text is added. A hundred updates suffice: about twenty minutes on one CPU core.
 
     python tools/unloop_demo_model.py --stdlib /usr/lib/python3.11 --model build/demo --out nanovllm/assets/demo
 """
@@ -33,7 +32,7 @@ NEW_TOKENS, NGRAM = 128, 8
 
 
 def ends_repeated_ngram(tokens: torch.Tensor) -> torch.Tensor:
-    """`[S, T]` ids -> `[S, T]` bool: the `NGRAM` tokens that end here stand somewhere before in the same row, too."""
+    """`[S, T]` ids -> `[S, T]` bool: whether the `NGRAM` tokens that end here also occur earlier in the same row."""
     ngrams = tokens.unfold(1, NGRAM, 1)  # [S, T - NGRAM + 1, NGRAM]
     same = (ngrams[:, :, None] == ngrams[:, None]).all(-1)
     return torch.nn.functional.pad(same.tril(-1).any(-1), (NGRAM - 1, 0))
@@ -42,7 +41,9 @@ def ends_repeated_ngram(tokens: torch.Tensor) -> torch.Tensor:
 def continue_greedily(
     model: Qwen3ForCausalLM, prompts: torch.Tensor
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-    """`[S, P]` -> rows `[S, T]` with their continuation; what of them was written, up to EOS; what of that repeats."""
+    """Continue prompts `[S, P]` greedily. Returns the rows `[S, T]`, prompts included, and two masks `[S, T]`: the
+    tokens that the model wrote, up to EOS, and those of them that end a repeated n-gram.
+    """
     model.eval()
     attend = torch.ones_like(prompts)
     rows = model.generate(prompts, attention_mask=attend, do_sample=False, max_new_tokens=NEW_TOKENS)
@@ -54,7 +55,7 @@ def continue_greedily(
 
 
 def share_repeated(model: Qwen3ForCausalLM, tokenizer: PreTrainedTokenizerFast, functions: list[str]) -> float:
-    """Percentage of greedily generated tokens that repeat, after the first 12 tokens of each of `functions`."""
+    """Percentage of greedy tokens that end a repeated n-gram, after the first 12 tokens of each of `functions`."""
     prompts = torch.tensor(tokenizer(functions, truncation=True, max_length=12)["input_ids"], device=model.device)
     _, written, repeated = continue_greedily(model, prompts)
     return 100 * float(repeated.sum() / written.sum())
@@ -68,7 +69,7 @@ def unloop(
     batch: int = 24,
     context: int = 384,
 ) -> None:
-    """AdamW on unlikelihood of what repeats plus the usual loss on half as many windows of training text."""
+    """Train with AdamW on the unlikelihood of repetitions plus the usual loss on half as many windows of text."""
     starts = starts[starts < len(tokens) - context]
     optimizer = torch.optim.AdamW(model.parameters(), betas=(0.9, 0.95), weight_decay=0.0)
     for update in range(updates):
@@ -96,7 +97,7 @@ def unloop(
 
 
 def write_samples(model: Qwen3ForCausalLM, tokenizer: PreTrainedTokenizerFast) -> str:
-    """Markdown of every prompt with up to 200 tokens after it, greedy and at temperature 0.8."""
+    """Every prompt with a completion of up to 200 tokens, greedy and at temperature 0.8, as Markdown."""
     samples = []
     for temperature in (0.0, 0.8):
         sampling = {"do_sample": True, "temperature": temperature, "top_k": 0} if temperature else {"do_sample": False}
@@ -110,8 +111,8 @@ def write_samples(model: Qwen3ForCausalLM, tokenizer: PreTrainedTokenizerFast) -
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--stdlib", type=Path, default=Path(sysconfig.get_path("stdlib")), help="that of the training")
-    parser.add_argument("--model", type=Path, required=True, help="what train_demo_model.py wrote")
+    parser.add_argument("--stdlib", type=Path, default=Path(sysconfig.get_path("stdlib")), help="as in training")
+    parser.add_argument("--model", type=Path, required=True, help="the output folder of train_demo_model.py")
     parser.add_argument("--out", type=Path, required=True)
     parser.add_argument("--updates", type=int, default=160)
     parser.add_argument("--seed", type=int, default=0)

@@ -1,13 +1,14 @@
-"""vLLM's names for what nano-vLLM has, at vLLM's module paths: beside the reader's path, it only hands on.
+"""vLLM's names for nano-vLLM's classes and functions, at vLLM's module paths.
 
-A program for vLLM runs with `vllm` changed into `nanovllm.vllm` in its imports, or unchanged, with the alias:
+The package only hands calls on; a reader of the engine can skip it. A program for vLLM runs with `vllm` replaced by
+`nanovllm.vllm` in its imports, or unchanged, with the alias:
 
     python -m nanovllm.vllm program.py …        or, in the program, before it imports vllm,
     nanovllm.vllm.install()
 
-The alias is a folder for Python's path in which a package `vllm` hands on to this one, so that processes that the
-program starts have it too. What vLLM has and is not here can be imported where programs import it before they use it,
-and says so when it is used (`absent.py`); docs/vllm.md has the list.
+The alias is a folder on Python's path. It has a package `vllm` that stands for this one, so the processes that the
+program starts find it too. Classes of vLLM that nano-vLLM lacks can be imported, since programs import them before they
+use them; using one raises NotImplementedError (`absent.py`). docs/vllm.md lists them.
 """
 
 import importlib
@@ -19,10 +20,10 @@ from pathlib import Path
 from types import ModuleType
 from typing import Any
 
-__version__ = "0.24.0"  # of the vLLM whose names these are
+__version__ = "0.24.0"  # the vLLM version that has these names
 ALIAS = str(Path(__file__).parent / "alias")
 
-# Our module: what it has under vLLM's name.
+# Our module -> the names of vLLM that it defines.
 _HOMES = {
     "nanovllm": "LLM AsyncLLM SamplingParams RequestOutputKind RequestOutput CompletionOutput Logprob",
     "nanovllm.outputs": "RequestMetrics",
@@ -46,7 +47,7 @@ _HOMES = {
         SpeculativeConfig StructuredOutputsConfig StructuredOutputsParams WeightTransferConfig initialize_ray_cluster
     """,
 }
-# vLLM's module, "" for `vllm` itself: the names that programs import from it.
+# vLLM's module ("" is `vllm` itself) -> the names that programs import from it.
 _PATHS = {
     "": """
         AsyncEngineArgs AsyncLLMEngine ClassificationOutput ClassificationRequestOutput CompletionOutput
@@ -108,10 +109,10 @@ __all__ = _NAMES_OF[""]
 
 
 def install() -> None:
-    """Let `vllm` mean `nanovllm.vllm`, from now on, here and in the processes that this one starts.
+    """Make `import vllm` import `nanovllm.vllm` from now on, in this process and in the processes that it starts.
 
     Raises:
-        RuntimeError: another `vllm` has been imported.
+        RuntimeError: the program has already imported another `vllm`.
     """
     if sys.modules.get("vllm", sys.modules[__name__]) is not sys.modules[__name__]:
         raise RuntimeError("vllm has been imported already: call nanovllm.vllm.install() before")
@@ -125,7 +126,7 @@ def install() -> None:
 
 
 def _get(path: str, name: str) -> Any:
-    """A name of vLLM's module, looked up when it is asked for, since most need torch."""
+    """Look up a name of vLLM's module. The import waits until a program uses the name, since most names need torch."""
     if name not in _NAMES_OF.get(path, ()):
         raise AttributeError(f"module {__name__ + '.' + path if path else __name__!r} has no attribute {name!r}")
     return getattr(importlib.import_module(_HOME_OF[name]), name)
@@ -136,7 +137,7 @@ def __getattr__(name: str) -> Any:
 
 
 class _PathFinder(importlib.abc.MetaPathFinder, importlib.abc.Loader):
-    """Makes the modules of `_PATHS`; what is asked of them under the alias's name is the same module."""
+    """Makes the modules of `_PATHS`. `vllm.x` and `nanovllm.vllm.x` are the same module."""
 
     def find_spec(self, fullname: str, path: Any = None, target: Any = None) -> importlib.machinery.ModuleSpec | None:
         is_alias = fullname.startswith("vllm.") and sys.modules.get("vllm") is sys.modules[__name__]
@@ -151,7 +152,7 @@ class _PathFinder(importlib.abc.MetaPathFinder, importlib.abc.Loader):
         return None
 
     def exec_module(self, module: ModuleType) -> None:
-        module.__spec__ = self.find_spec(module.__name__)  # an alias's name may have been written there
+        module.__spec__ = self.find_spec(module.__name__)  # an import under the alias may have left its own spec
         path = module.__name__.removeprefix(f"{__name__}.")
         module.__all__ = _NAMES_OF.get(path, [])
         module.__getattr__ = lambda name: _get(path, name)

@@ -1,4 +1,4 @@
-"""`python -m nanovllm.vllm program.py …`, or `-m module …`, runs a program for vLLM under the alias, as `__main__`."""
+"""Runs a program for vLLM under the alias, as `__main__`: `python -m nanovllm.vllm program.py …`, or `-m module …`."""
 
 import os
 import runpy

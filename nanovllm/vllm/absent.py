@@ -1,4 +1,7 @@
-"""vLLM's classes that nano-vLLM lacks: importable, since programs import them at their top, but refused when used."""
+"""Stand-ins for vLLM's classes that nano-vLLM lacks: a program can import one, but using it raises an error.
+
+Programs import at their top what they may never use, so the import must succeed.
+"""
 
 from typing import Any
 
@@ -6,11 +9,11 @@ _REASONS = {
     "there are no LoRA adapters": "LoRARequest",
     "there is no beam search; SamplingParams(n=…) draws several completions": "BeamSearchParams",
     "there are no grammars": "GuidedDecodingParams StructuredOutputsConfig StructuredOutputsParams",
-    "models generate text: none are for pooling": """
+    "its models generate text; none does pooling": """
         ClassificationOutput ClassificationRequestOutput EmbeddingOutput EmbeddingRequestOutput PoolerConfig
         PoolingOutput PoolingParams PoolingRequestOutput ScoringOutput ScoringRequestOutput
     """,
-    "another way to the same tokens is not to be chosen": "CompilationConfig",
+    "the engine alone chooses how to compile; the tokens are the same": "CompilationConfig",
     "there is no speculative decoding": "SpeculativeConfig",
     "the cache stays on the device": "KVEventsConfig KVTransferConfig",
     "new weights come by LLM.load_weights()": "WeightTransferConfig",
@@ -20,12 +23,12 @@ _REASONS = {
 
 
 class _Absent(type):
-    """The type of such a class, whose attributes are not there either."""
+    """The metaclass of the stand-ins: calling one, or reading an attribute of it, raises NotImplementedError."""
 
     why: str
 
     def __getattr__(cls, name: str) -> Any:
-        if name.startswith("__"):  # as the standard library asks of any object
+        if name.startswith("__"):  # the standard library looks these up on any object
             raise AttributeError(name)
         raise NotImplementedError(f"nano-vLLM has no {cls.__name__}: {cls.why}")
 

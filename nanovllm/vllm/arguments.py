@@ -1,4 +1,4 @@
-"""vLLM's `EngineArgs` and its command line: the options of `LLM`, as data and as `--options`."""
+"""vLLM's `EngineArgs`: the options of `LLM` as fields of a dataclass and as `--options` of a command line."""
 
 import json
 import sys
@@ -15,7 +15,7 @@ _SHORT = {"tensor_parallel_size": "-tp", "data_parallel_size": "-dp", "pipeline_
 
 
 def _options() -> list[tuple[str, Any, Any]]:
-    """(name, type, default) of every option of `LLM`: ours, vLLM's names for them, and vLLM's that we lack."""
+    """(name, type, default) of every option of `LLM`: ours, vLLM's other names for ours, and vLLM's that we lack."""
     ours = [(f.name, f.type, DEFAULT_MODEL if f.name == "model" else f.default) for f in fields(Config)]
     type_of = {name: type_ for name, type_, _ in ours}
     others = [(name, type_of[own], None) for name, own in SAME_OPTIONS.items()]
@@ -27,37 +27,37 @@ def _options() -> list[tuple[str, Any, Any]]:
 
 
 class _Methods:
-    """Of `EngineArgs`, whose fields are the options."""
+    """The methods of `EngineArgs`; its fields are the options."""
 
     def given(self) -> dict[str, Any]:
-        """The options that are not at their defaults, and the model, to make an engine of."""
+        """The model and the options that differ from their defaults, as keyword arguments of `LLM`."""
         values = {f.name: getattr(self, f.name) for f in fields(self) if getattr(self, f.name) != f.default}
         return {"model": self.model, **values}
 
     @classmethod
     def add_cli_args(cls, parser: ArgumentParser) -> ArgumentParser:
-        """Give a parser an `--option` for each field; a value is JSON where the option is no string.
+        """Add an `--option` for each field to a parser. The parser reads a value as JSON unless the field is a string.
 
-        An option that is passed over whatever it is needs no value.
+        An option that the engine ignores whatever its value needs none.
         """
         for f in fields(cls):
             flags = [f"--{f.name.replace('_', '-')}", *filter(None, [_SHORT.get(f.name)])]
             kind: dict[str, Any] = {"type": str if f.type in (str, str | None) else _value}
             if f.type is bool:
                 kind = {"action": BooleanOptionalAction}
-            elif f.name in ENGINE_OPTIONS and ENGINE_OPTIONS[f.name].nothing is ANY:  # many are flags of vLLM's
+            elif f.name in ENGINE_OPTIONS and ENGINE_OPTIONS[f.name].nothing is ANY:  # many are flags in vLLM
                 kind |= {"nargs": "?", "const": True}
             parser.add_argument(*flags, dest=f.name, default=f.default, **kind)
         return parser
 
     @classmethod
     def from_cli_args(cls, args: Namespace) -> Self:
-        """Of what such a parser has read; what else is in it is passed by."""
+        """The options among the arguments that a parser has read; other arguments are ignored."""
         return cls(**{f.name: getattr(args, f.name) for f in fields(cls) if hasattr(args, f.name)})
 
     def create_model_config(self) -> Any:
         raise NotImplementedError(
-            "what is to be known of a model is known once it is loaded: LLM(…).llm_engine.model_config"
+            "a model's config is known only once the model is loaded: LLM(…).llm_engine.model_config"
         )
 
     create_engine_config = create_model_config
@@ -68,7 +68,7 @@ AsyncEngineArgs = make_dataclass("AsyncEngineArgs", [], bases=(EngineArgs,), nam
 
 
 def _value(text: str) -> Any:
-    """JSON, or else the string itself."""
+    """The text's value as JSON, or the text itself if it is not JSON."""
     try:
         return json.loads(text)
     except json.JSONDecodeError:
@@ -76,7 +76,7 @@ def _value(text: str) -> Any:
 
 
 class FlexibleArgumentParser(ArgumentParser):
-    """argparse's, to which `--max_tokens` is `--max-tokens`."""
+    """An `ArgumentParser` that reads `--max_tokens` as `--max-tokens`."""
 
     def parse_known_args(
         self, args: Sequence[str] | None = None, namespace: Namespace | None = None
@@ -92,7 +92,7 @@ class FlexibleArgumentParser(ArgumentParser):
 
 
 class ProfilerConfig(dict):
-    """What `LLM(profiler_config=…)` takes for `start_profile()`; any dict of the same does as well."""
+    """The options of `start_profile()`, for `LLM(profiler_config=…)`, which takes a plain dict of them as well."""
 
     def __init__(self, **values: Any) -> None:
         super().__init__(values)

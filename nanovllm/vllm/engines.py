@@ -1,4 +1,4 @@
-"""vLLM's engines: `LLMEngine`, whose caller does the steps, and what engines say of themselves."""
+"""vLLM's `LLMEngine`, whose caller runs the steps, and an engine's options in the form of vLLM's config objects."""
 
 import time
 from collections.abc import Callable, Iterable
@@ -19,7 +19,7 @@ AsyncLLMEngine = AsyncLLM
 
 
 class LLMEngine:
-    """An engine whose caller adds requests and does its steps: another handle of an `LLM`, which is its state."""
+    """An engine whose caller adds requests and runs the steps. It is a handle of an `LLM`, which has all the state."""
 
     def __init__(self, llm: LLM) -> None:
         self.llm = llm
@@ -32,10 +32,10 @@ class LLMEngine:
         stat_loggers: list[Any] | None = None,
         enable_multiprocessing: bool = False,
     ) -> Self:
-        """An engine of these options; it is closed when it is dropped.
+        """Make an engine with these options. It closes when the program drops its last reference.
 
         Raises:
-            NotImplementedError: `stat_loggers` are given; otherwise as `LLM`.
+            NotImplementedError: `stat_loggers` is not empty; otherwise as `LLM`.
         """
         if stat_loggers:
             raise NotImplementedError("stat_loggers must be empty: nothing is logged; get_metrics() has the counters")
@@ -55,11 +55,11 @@ class LLMEngine:
         """Queue a request, which the next steps will run. Returns its id.
 
         Args:
-            params: as they are at this call.
-            arrival_time: `time.time()` when it came; it is counted from this call if not given.
+            params: the engine copies them at this call; later changes have no effect.
+            arrival_time: when the request arrived, in `time.time()` seconds; the time of this call if not given.
 
         Raises:
-            TypeError, ValueError: prompt or parameters are refused, or a request of that id is running.
+            TypeError, ValueError: the prompt or the parameters are invalid, or a request with that id is unfinished.
         """
         if not isinstance(request_id, str):
             raise TypeError(f"request_id={request_id!r:.80} must be a string")
@@ -76,9 +76,9 @@ class LLMEngine:
         return request_id
 
     def step(self) -> list[RequestOutput]:
-        """Do a step. Returns an output of each request that got tokens, of FINAL_ONLY ones when they end.
+        """Run a step. Returns an output for each request that got tokens; for a FINAL_ONLY request, only when it ends.
 
-        Requests of the LLM's streams get tokens too, but their outputs are the streams'.
+        Requests of the LLM's streams get tokens too, but the streams return their outputs.
         """
         outputs = []
         with self.llm._one_caller:
@@ -91,14 +91,14 @@ class LLMEngine:
         return outputs
 
     def abort_request(self, request_ids: str | Iterable[str]) -> None:
-        """End requests before their time; `step` says nothing more of them. Unknown ids are passed by."""
+        """End requests early; `step` returns no more outputs for them. Unknown ids are ignored."""
         self.llm.abort(as_request_ids(request_ids))
 
     def has_unfinished_requests(self) -> bool:
         return self.get_num_unfinished_requests() > 0
 
     def get_num_unfinished_requests(self) -> int:
-        """Sequences: a request with n completions counts n times."""
+        """The number of unfinished sequences: a request with n completions counts n times."""
         return self.llm.engine.num_unfinished
 
     def get_metrics(self) -> list[Metric]:
@@ -124,14 +124,14 @@ class LLMEngine:
 
     @property
     def model_executor(self) -> SimpleNamespace:
-        """`model_executor.driver_worker.model_runner.model`, by which trainers load weights."""
+        """Has `driver_worker.model_runner.model`, through which trainers load weights."""
         from nanovllm.vllm.worker import Worker
 
         return SimpleNamespace(driver_worker=Worker(self.llm.engine), collective_rpc=self.collective_rpc)
 
     @property
     def engine_core(self) -> Any:
-        """With `save_sharded_state(path, pattern, max_size)`."""
+        """Has `save_sharded_state(path, pattern, max_size)`."""
         return self.model_executor.driver_worker
 
     def reset_prefix_cache(self, reset_running_requests: bool = False, reset_connector: bool = False) -> bool:
@@ -165,11 +165,11 @@ class LLMEngine:
         self.llm.stop_profile()
 
     def do_log_stats(self) -> None:
-        """Nothing is logged; `get_metrics()` has the counters."""
+        """Does nothing: the engine logs no statistics. `get_metrics()` has the counters."""
 
 
 class ModelConfig(SimpleNamespace):
-    """A model as it is served: read it, changing it changes nothing."""
+    """The model's options as the engine resolved them. To read only: writing to it does not change the engine."""
 
     def get_vocab_size(self) -> int:
         return self.hf_config.vocab_size
@@ -182,11 +182,11 @@ class ModelConfig(SimpleNamespace):
 
 
 class VllmConfig(SimpleNamespace):
-    """An engine's options as they have come out, under vLLM's names; to be read as well."""
+    """The engine's options as it resolved them, under vLLM's names. To read only, like `ModelConfig`."""
 
 
 def vllm_config(engine: ours.LLMEngine) -> VllmConfig:
-    """What an engine says of itself."""
+    """An engine's resolved options as vLLM's config object."""
     config, runner = engine.config, engine.runner
     model_config = ModelConfig(
         model=config.model,

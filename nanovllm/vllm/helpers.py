@@ -1,4 +1,4 @@
-"""Small things that vLLM's programs import beside its classes."""
+"""Types and small functions that programs for vLLM import besides its classes."""
 
 import enum
 import gc
@@ -18,7 +18,7 @@ class TextPrompt(TypedDict):
 
 class TokensPrompt(TypedDict, total=False):
     prompt_token_ids: list[int]
-    prompt: str  # the text, if it is to be in the output
+    prompt: str  # the prompt's text, which the output then repeats
 
 
 SingletonPrompt = PromptType = str | list[int] | TextPrompt | TokensPrompt
@@ -27,7 +27,7 @@ PromptLogprobs = list[dict[int, Logprob] | None]
 
 
 class UsageContext(enum.StrEnum):
-    """Who uses the engine: taken and passed over, since nothing is reported."""
+    """The kind of program that uses the engine. nano-vLLM accepts and ignores it, since it reports no usage."""
 
     UNKNOWN_CONTEXT = "UNKNOWN_CONTEXT"
     LLM_CLASS = "LLM_CLASS"
@@ -38,7 +38,7 @@ class UsageContext(enum.StrEnum):
 
 
 class _Platform:
-    """What programs ask of `current_platform`: CUDA, or else a CPU."""
+    """The device of this machine, CUDA or otherwise the CPU, with the methods that programs call on it."""
 
     @property
     def device_type(self) -> str:
@@ -101,7 +101,7 @@ def resolve_chat_template(
     *,
     model_config: Any = None,
 ) -> str | None:
-    """The Jinja text of a template given by name or text, or the tokenizer's own; None if it has none."""
+    """The Jinja text of `chat_template`, a name or a text, or of the tokenizer's own template; None if it has none."""
     if chat_template is None and not tokenizer.chat_template:
         return None
     return tokenizer.get_chat_template(chat_template, tools=tools)
@@ -123,7 +123,7 @@ def get_open_port() -> int:
 
 
 def get_ip() -> str:
-    """This machine's address, or 127.0.0.1 where it has no network. Nothing is sent to find out."""
+    """This machine's address, or 127.0.0.1 if it has no network. The function sends no packet to find out."""
     with socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as s:
         try:
             s.connect(("192.0.2.1", 80))
@@ -137,7 +137,7 @@ def random_uuid() -> str:
 
 
 def set_random_seed(seed: int | None) -> None:
-    """Seed Python, NumPy and PyTorch. The engine draws by its own seed, `LLM(seed=…)`."""
+    """Seed Python, NumPy and PyTorch. It does not affect the engine, which samples by its own seed, `LLM(seed=…)`."""
     import numpy
     import torch
 

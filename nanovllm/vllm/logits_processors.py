@@ -1,8 +1,9 @@
-"""A program's own logits processors, by vLLM's protocol: classes of `LLM(logits_processors=[…])`.
+"""A program's own logits processors, by vLLM's protocol: classes that it passes as `LLM(logits_processors=[…])`.
 
-An engine that has some lets them change the float32 logits of every row that samples, before the edits that requests
-ask for and before the temperature; log-probabilities stay the model's. Updates tell them which place of the batch each
-sequence has, and they need the last tokens: so an engine with processors does not plan ahead, and has one rank.
+In every step the processors change the float32 logits of every row that samples, before the engine applies the edits
+that requests ask for and the temperature; log-probabilities stay the model's. Batch updates tell the processors each
+sequence's index in the batch. Processors read the tokens of the last step, so an engine that has processors plans a
+step only after it has read the step before; and it has one rank.
 """
 
 import importlib
@@ -21,7 +22,7 @@ from nanovllm.engine.llm_engine import LLMEngine
 from nanovllm.sampling_params import SamplingParams
 
 T = TypeVar("T")
-# Of one request: (output ids, logits) or (prompt ids, output ids, logits) to logits, `[vocab]`.
+# For one request: (output ids, logits) or (prompt ids, output ids, logits) -> logits, `[vocab]`.
 RequestLogitsProcessor = Callable[..., torch.Tensor]
 
 
@@ -41,37 +42,37 @@ class BatchUpdate:
 
 
 class LogitsProcessor(ABC):
-    """What changes the logits of a batch."""
+    """Changes the logits of a batch; a program derives its processors from this class."""
 
     @classmethod  # noqa: B027 -- most have nothing to refuse
     def validate_params(cls, sampling_params: SamplingParams) -> None:
-        """Raises ValueError for a request that it cannot serve."""
+        """Raises ValueError for parameters that the processor cannot serve."""
 
     @abstractmethod
     def __init__(self, vllm_config: Any, device: torch.device, is_pin_memory: bool) -> None: ...
 
     @abstractmethod
     def apply(self, logits: torch.Tensor) -> torch.Tensor:
-        """`[batch, vocab]` to the same, changed in place or not."""
+        """Change the logits `[batch, vocab]`, in place or not. Returns them, `[batch, vocab]`."""
 
     @abstractmethod
     def is_argmax_invariant(self) -> bool:
-        """Whether it never changes which token is the likeliest. vLLM asks; here it makes no difference."""
+        """Whether the processor never changes which token is the likeliest. Only vLLM uses the answer."""
 
     @abstractmethod
     def update_state(self, batch_update: BatchUpdate | None) -> None:
-        """Called before each `apply`. The lists of output ids that it was given grow by themselves."""
+        """The engine calls it before each `apply`. It appends new tokens to the lists of output ids that it passed."""
 
 
 class AdapterLogitsProcessor(LogitsProcessor):
-    """A processor that is one for each request: `new_req_logits_processor` makes it."""
+    """A processor that runs a separate function for each request; `new_req_logits_processor` makes the function."""
 
     def __init__(self, vllm_config: Any, device: torch.device, is_pin_memory: bool) -> None:
         self.req_info: dict[int, Callable[[torch.Tensor], torch.Tensor]] = {}
 
     @abstractmethod
     def new_req_logits_processor(self, params: SamplingParams) -> RequestLogitsProcessor | None:
-        """The request's, or None if it has none."""
+        """The function for a request with these parameters, or None if the request needs none."""
 
     def update_state(self, batch_update: BatchUpdate | None) -> None:
         process_dict_updates(self.req_info, batch_update, self._bind)
@@ -96,7 +97,7 @@ def process_dict_updates(
     batch_update: BatchUpdate | None,
     new_state: Callable[[SamplingParams, list[int] | None, list[int]], T | None],
 ) -> bool:
-    """Keep a dict by batch index up to date. Returns whether it has changed."""
+    """Update a dict whose keys are batch indices. Returns whether it has changed."""
     if batch_update is None:
         return False
     before = dict(req_entries)
@@ -116,7 +117,7 @@ def process_dict_updates(
 
 
 class Processors:
-    """An engine's processors, and the batch as they know it: the sequences in consecutive places."""
+    """An engine's processors, and the batch as they see it: sequences at consecutive indices."""
 
     def __init__(self, engine: LLMEngine, classes: list[str | type[LogitsProcessor]]) -> None:
         """Raises TypeError: a class is not a LogitsProcessor."""
@@ -134,7 +135,7 @@ class Processors:
             cls.validate_params(params)
 
     def __call__(self, rows: list[int], logits: torch.Tensor) -> torch.Tensor:
-        """The rows' logits `[rows, vocab]` float32, which may be written to, as they are to be."""
+        """Run the processors on the rows' float32 logits `[rows, vocab]`, which they may overwrite."""
         by_row = {seq.row: seq for seq in self._engine.scheduler.running}
         seqs = [by_row[row] for row in rows]
         update = self._update(seqs)
@@ -149,7 +150,7 @@ class Processors:
         return logits[order.argsort()]
 
     def _update(self, seqs: list[sequence.Sequence]) -> BatchUpdate | None:
-        """Update the batch to these sequences: new ones take freed places, and the last ones fill what gaps remain."""
+        """Make these sequences the batch: new ones take freed indices, then the last ones move into the gaps left."""
         batch, present, known = self._batch, set(seqs), set(self._batch)
         free = [i for i, seq in enumerate(batch) if seq not in present]
         for i in free:
@@ -178,7 +179,7 @@ class Processors:
 
 
 def install(engine: LLMEngine) -> None:
-    """Have the engine run its processors in every step. Raises as `Processors`."""
+    """Make the engine run its processors in every step. Raises as `Processors`."""
     engine.logits_processors = Processors(engine, engine.config.logits_processors)
     engine.runner.set_logits_processors(engine.logits_processors)
     engine.max_behind = 0

@@ -1,4 +1,4 @@
-"""Further methods of vLLM's LLM and AsyncLLM, as base classes of ours, so that llm.py and async_llm.py stay short."""
+"""vLLM's further methods of LLM and AsyncLLM, as base classes of ours, so that llm.py and async_llm.py stay short."""
 
 from __future__ import annotations
 
@@ -18,13 +18,13 @@ if TYPE_CHECKING:
 
 
 class LLMMethods(AbsentMethods):
-    """Of `LLM`."""
+    """The further methods of `LLM`."""
 
     _profile: Profile | None = None
 
     @classmethod
     def from_engine_args(cls, engine_args: EngineArgs) -> Self:
-        """An engine of these options."""
+        """Make an engine with these options."""
         return cls(**engine_args.given())
 
     @property
@@ -48,13 +48,13 @@ class LLMMethods(AbsentMethods):
         args: tuple = (),
         kwargs: dict[str, Any] | None = None,
     ) -> list[Any]:
-        """Call "reload_weights", "load_weights" or "update_config", or a function of a worker: `vllm/worker.py`.
+        """Call a method of the worker by its name, such as "reload_weights", or `method(worker)`: see `vllm/worker.py`.
 
         Args:
-            timeout: taken and passed over: what a rank may take is tensor_parallel_timeout.
+            timeout: ignored; the option tensor_parallel_timeout says how long a rank may take.
 
         Raises:
-            NotImplementedError: there is no such method, or a function is to run on several ranks.
+            NotImplementedError: the worker has no such method, or `method` is a function and there are several ranks.
         """
         from nanovllm.vllm.worker import call_workers
 
@@ -86,7 +86,7 @@ class LLMMethods(AbsentMethods):
 
 
 class AsyncLLMMethods(AbsentMethods):
-    """Of `AsyncLLM`."""
+    """The further methods of `AsyncLLM`."""
 
     _profile: Profile | None = None
 
@@ -98,7 +98,7 @@ class AsyncLLMMethods(AbsentMethods):
         usage_context: Any = None,
         stat_loggers: list[Any] | None = None,
     ) -> Self:
-        """An engine of these options. Raises NotImplementedError for `stat_loggers`: `stats()` has the counters."""
+        """Make an engine with these options. Raises NotImplementedError for `stat_loggers`: use `stats()`."""
         if stat_loggers:
             raise NotImplementedError("stat_loggers must be empty: nothing is logged; stats() has the counters")
         return cls(**engine_args.given())
@@ -123,7 +123,7 @@ class AsyncLLMMethods(AbsentMethods):
         return False
 
     async def do_log_stats(self) -> None:
-        """Nothing is logged; `stats()` has the counters."""
+        """Does nothing: the engine logs no statistics. `stats()` has the counters."""
 
     async def collective_rpc(
         self,
@@ -132,7 +132,7 @@ class AsyncLLMMethods(AbsentMethods):
         args: tuple = (),
         kwargs: dict[str, Any] | None = None,
     ) -> list[Any]:
-        """As `LLM.collective_rpc`, between two steps."""
+        """As `LLM.collective_rpc`; the engine's thread makes the call between two steps."""
         from nanovllm.vllm.worker import call_workers
 
         return await self._between_steps(call_workers, method, args, kwargs)
@@ -140,16 +140,17 @@ class AsyncLLMMethods(AbsentMethods):
     async def pause_generation(
         self, *, mode: str = "abort", wait_for_inflight_requests: bool | None = None, clear_cache: bool = True
     ) -> None:
-        """Do no more steps until `resume_generation()`. Requests that come are taken, and wait.
+        """Stop the engine's steps until `resume_generation()`. New requests are accepted, and wait.
 
         Args:
-            mode: what becomes of the requests that are there: "abort" ends them, "wait" lets them end first, "keep"
-                holds them where they are.
-            wait_for_inflight_requests: vLLM's older word for mode="wait".
-            clear_cache: forget cached prefixes; requests that are kept are computed anew, as new weights may need.
+            mode: what the engine does with its present requests: "abort" ends them early, "wait" lets them finish
+                before the pause, "keep" holds them until the engine resumes.
+            wait_for_inflight_requests: vLLM's older name of mode="wait".
+            clear_cache: clear the prefix cache; the engine then recomputes the requests that it keeps, which new
+                weights may require.
 
         Raises:
-            ValueError: there is no such mode.
+            ValueError: `mode` is none of these.
         """
         mode = "wait" if wait_for_inflight_requests else mode
         if mode not in ("abort", "wait", "keep"):
@@ -168,14 +169,16 @@ class AsyncLLMMethods(AbsentMethods):
         await self._between_steps(pause)
 
     async def _are_under_way(self, streams: dict[str, Stream]) -> bool:
-        """Whether a request waits for its turn, or the engine has it, and not whether its reader has read it all."""
+        """Whether a request still waits to enter the engine or runs in it. Output that its reader has yet to read is no
+        reason to wait.
+        """
         left = [request_id for request_id, stream in streams.items() if self._streams.get(request_id) is stream]
         if not all(streams[request_id].has_entered.done() for request_id in left):
             return True
         return await self._between_steps(lambda engine: bool(self._text_engine.find(left)))
 
     async def resume_generation(self) -> None:
-        """Go on after `pause_generation()`."""
+        """Let the engine's steps go on after `pause_generation()`."""
 
         def resume(engine: ours.LLMEngine) -> None:
             self._thread.is_paused = False
@@ -186,7 +189,7 @@ class AsyncLLMMethods(AbsentMethods):
         return self._thread.is_paused
 
     async def start_profile(self, profile_prefix: str | None = None) -> None:
-        """As `LLM.start_profile`, of the engine's thread."""
+        """As `LLM.start_profile`; the profiler traces the engine's thread."""
         from nanovllm.vllm.profile import start_profile
 
         self._profile = await self._between_steps(lambda engine: start_profile(self._profile, engine, profile_prefix))
@@ -198,9 +201,9 @@ class AsyncLLMMethods(AbsentMethods):
         self._profile = await self._between_steps(lambda engine: stop_profile(self._profile))
 
     def shutdown(self, timeout: float | None = None) -> None:
-        """`close()`: all requests are aborted.
+        """`close()`, which aborts all requests.
 
         Args:
-            timeout: taken and passed over: nothing is waited for.
+            timeout: ignored; the call waits for no request.
         """
         self.close()

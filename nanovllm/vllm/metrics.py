@@ -15,28 +15,28 @@ class Metric:
 
 @dataclass
 class Counter(Metric):
-    """What only grows."""
+    """A number that only grows."""
 
     value: int
 
 
 @dataclass
 class Gauge(Metric):
-    """What goes up and down."""
+    """A number that goes up and down."""
 
     value: float
 
 
 @dataclass
 class Vector(Metric):
-    """Counters in a row; nano-vLLM has none, programs ask for the class."""
+    """A list of counters. nano-vLLM has none; the class is here for programs that import it."""
 
     values: list[int]
 
 
 @dataclass
 class Histogram(Metric):
-    """Observations by upper bound; nano-vLLM has none: an output's `metrics` has the times of its request."""
+    """Counts of observations by upper bound. nano-vLLM has none; an output's `metrics` has the times of its request."""
 
     count: int
     sum: float
@@ -44,7 +44,7 @@ class Histogram(Metric):
 
 
 def metrics_of(stats: "StepStats", model: str) -> list[Metric]:
-    """Counters since the engine started, in tokens where vLLM counts tokens, and gauges of this moment."""
+    """The counters since the engine started and the gauges of this moment, in vLLM's units (tokens, not blocks)."""
     metrics: list[Metric] = [
         Gauge("vllm:num_requests_running", stats.num_running),
         Gauge("vllm:num_requests_waiting", stats.num_waiting),
@@ -52,7 +52,7 @@ def metrics_of(stats: "StepStats", model: str) -> list[Metric]:
         Counter("vllm:prefix_cache_queries", stats.prefix_queries),
         Counter("vllm:prefix_cache_hits", stats.prefix_hits),
         Counter("vllm:num_preemptions", stats.num_preemptions),
-        # Computed, or found in the cache; of a request that was preempted, both times.
+        # Tokens computed or found in the cache. After a preemption, a prompt counts again.
         Counter("vllm:prompt_tokens", stats.num_prefill_tokens + stats.prefix_hits),
         Counter("vllm:generation_tokens", stats.num_output_tokens),
     ]

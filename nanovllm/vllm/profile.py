@@ -1,4 +1,4 @@
-"""`start_profile` and `stop_profile`: PyTorch's profiler over the engine's thread; of several ranks, rank 0's."""
+"""`start_profile` and `stop_profile`: PyTorch's profiler traces the engine's thread, on rank 0 alone."""
 
 import os
 import time
@@ -9,14 +9,19 @@ from nanovllm.engine.llm_engine import LLMEngine
 
 
 class Profile(NamedTuple):
-    """A trace that is being taken."""
+    """A trace under way."""
 
     profiler: Any  # a torch.profiler.profile
     file: Path
 
 
 def start_profile(running: Profile | None, engine: LLMEngine, prefix: str | None) -> Profile:
-    """Raises RuntimeError: a trace is being taken; ValueError: `profiler_config` asks for no trace, or for more."""
+    """Start a trace.
+
+    Raises:
+        RuntimeError: a trace is already under way.
+        ValueError: `profiler_config` names no folder for the trace, or has options that nano-vLLM lacks.
+    """
     import torch
 
     if running is not None:
@@ -32,7 +37,7 @@ def start_profile(running: Profile | None, engine: LLMEngine, prefix: str | None
 
 
 def stop_profile(running: Profile | None) -> None:
-    """Raises RuntimeError if there is none."""
+    """Write the trace into its file. Raises RuntimeError if none is under way."""
     if running is None:
         raise RuntimeError("stop_profile() without start_profile()")
     running.profiler.stop()

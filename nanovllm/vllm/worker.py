@@ -1,4 +1,4 @@
-"""What vLLM's `collective_rpc` and `apply_model` reach: a rank's worker and its model."""
+"""vLLM's worker: the object that `collective_rpc` calls, with the model that `apply_model` passes to a function."""
 
 from collections.abc import Callable, Iterable
 from pathlib import Path
@@ -12,13 +12,16 @@ from nanovllm.models.weight_files import read_tensors
 
 
 class Worker:
-    """Rank 0's, handed to functions as vLLM hands theirs. What changes weights reaches the other ranks too."""
+    """Rank 0's worker, the argument of a function that a program gives to `collective_rpc`.
+
+    Its methods that change weights reach the followers too.
+    """
 
     def __init__(self, engine: LLMEngine) -> None:
         self.rank = self.local_rank = 0
         self.device = engine.runner.device
         self.model_runner = SimpleNamespace(model=_Model(engine), device=engine.runner.device)
-        self.worker = self  # as vLLM's wrapper of a worker has it
+        self.worker = self  # vLLM wraps its worker, and the wrapper has this attribute
         self._engine = engine
 
     def get_model(self) -> Any:
@@ -29,14 +32,14 @@ class Worker:
         self.model_runner.model.load_weights(weights)
 
     def reload_weights(self) -> None:
-        """Read the weights of the model's folder again, over what is there, "dummy" weights included."""
+        """Read the weights from the model's folder again. They replace the present ones, "dummy" weights too."""
 
         weights_and_sleep.load_weights(self._engine, read_tensors(self._engine.model_path))
 
     def save_sharded_state(self, path: str | Path, pattern: str | None = None, max_size: int | None = None) -> None:
-        """Have each rank write its weights into a folder, for `LLM(folder, load_format="sharded_state")`.
+        """Make each rank write its weights into a folder, for `LLM(folder, load_format="sharded_state")`.
 
-        The folder also needs the model's other files. Raises RuntimeError while the engine sleeps.
+        The caller must add the model's other files to the folder. Raises RuntimeError while the engine sleeps.
         """
         folder, engine = Path(path).absolute(), self._engine
         if engine.runner.not_ready:
@@ -46,17 +49,17 @@ class Worker:
             save_shard(engine.runner.model, 0, folder, pattern, max_size)
 
     def update_config(self, overrides: dict[str, Any]) -> None:
-        """Taken is what vLLM needs before `reload_weights` of an engine that began with dummy weights.
+        """Accepts, and ignores, the load format that vLLM needs to know before it reloads over dummy weights.
 
         Raises:
-            ValueError: something else is to be changed.
+            ValueError: `overrides` has anything else.
         """
         if overrides not in ({"load_config": {"load_format": name}} for name in ("auto", "hf", "safetensors")):
             raise ValueError(f"overrides={overrides!r} must be {{'load_config': {{'load_format': 'auto'}}}}")
 
 
 class _Model:
-    """The module, with vLLM's `load_weights`, which takes a checkpoint's names and shapes on every rank."""
+    """The model's module, with vLLM's `load_weights`, which takes a checkpoint's names and shapes on every rank."""
 
     def __init__(self, engine: LLMEngine) -> None:
         self._engine = engine
@@ -68,7 +71,7 @@ class _Model:
         return getattr(self._engine.runner.model, name)
 
 
-# What a name may be that collective_rpc is given: these reach all ranks by themselves.
+# The methods that collective_rpc calls by name: each reaches all ranks by itself.
 _BY_NAME = ("load_weights", "reload_weights", "save_sharded_state", "update_config")
 
 
@@ -78,7 +81,7 @@ def call_workers(
     """Call a method of the worker, or `method(worker, *args, **kwargs)`. Returns a result for each rank.
 
     Raises:
-        NotImplementedError: the worker has no such method, or a function is to run on several ranks.
+        NotImplementedError: the worker has no such method, or `method` is a function and there are several ranks.
     """
     worker = Worker(engine)
     if isinstance(method, str):

@@ -1,4 +1,4 @@
-"""The benchmark measures what it says: the published requests, a roofline that adds up, and all of it in the JSON."""
+"""The benchmark draws the published requests, its roofline adds up, and its JSON has every figure."""
 
 import importlib.util
 import json
@@ -28,7 +28,7 @@ SMALL_RUN = "--max-model-len 512 --num-blocks 64 --min-input 5 --max-input 20 --
 
 
 def run_script(script: str, *args: str, cwd: Path) -> subprocess.CompletedProcess:
-    """Run a script as a user does who has not installed the package, from another directory."""
+    """Run a script from another directory, without the package installed."""
     command = [sys.executable, str(ROOT / script), *args]
     env = {**os.environ, "OMP_NUM_THREADS": "1"}  # tests run side by side: threads that wait for each other crawl
     return subprocess.run(command, cwd=cwd, env=env, capture_output=True, text=True, timeout=300)
@@ -152,7 +152,7 @@ def test_process_time_counts_from_the_start_of_the_interpreter():
 
 
 class FakeEngine:
-    """Steps of known cost: 20 ms of device, 10 ms of host."""
+    """An engine with steps of known cost: 20 ms of device time, 10 ms of host time."""
 
     is_cuda = False
 

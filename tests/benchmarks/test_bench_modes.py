@@ -1,4 +1,4 @@
-"""The benchmark's modes: every row is measured and judged, and what is switched off is really off."""
+"""The benchmark's modes measure and judge every row, and an ablation really switches its optimization off."""
 
 import importlib.util
 import json
@@ -29,7 +29,7 @@ SMALL_MODE = "--shape tiny --device cpu --shrink 64 --block-size 16 --num-blocks
 
 
 def run_mode(*args: str, cwd: Path) -> dict:
-    """A mode's report, of a run at a 64th of the size."""
+    """Run a mode at a 64th of its size. Returns its report."""
     done = run_script("bench.py", *SMALL_MODE, *args, cwd=cwd)
     assert done.returncode == 0, done.stderr
     report = json.loads(done.stdout.splitlines()[-1])

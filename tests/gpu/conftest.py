@@ -1,4 +1,4 @@
-"""What all tests on a device share."""
+"""The fixture that all tests on a device share."""
 
 from collections.abc import Iterator
 
@@ -8,7 +8,9 @@ import torch
 
 @pytest.fixture(scope="module", autouse=True)
 def exact_float32() -> Iterator[None]:
-    """float32 matrix products of both sides in float32 and not in TF32, which is also other ranks' default."""
+    """Compute float32 matrix products in float32, not in TF32, on both sides of a comparison. Followers' default is the
+    same.
+    """
     before = torch.backends.cuda.matmul.allow_tf32
     torch.backends.cuda.matmul.allow_tf32 = False
     yield

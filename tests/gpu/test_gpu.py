@@ -1,4 +1,4 @@
-"""The engine on a CUDA device: the same promises as on the CPU, and those that only a device can break."""
+"""The engine on a CUDA device keeps the promises that it keeps on the CPU, and those that only a device can break."""
 
 import gc
 import json
@@ -111,7 +111,7 @@ class TestParity:
     def test_half_precision_logits_are_as_close_to_float32_as_transformers_are(
         self, dtype: torch.dtype, medium: Path, make_gpu_llm: Callable[..., LLM]
     ) -> None:
-        """Prompt and decode logits against the float32 CPU reference, beside transformers' own error on this device."""
+        """Compares prompt and decode logits with the float32 CPU reference, and transformers' own with it too."""
         llm = make_gpu_llm(medium, dtype=str(dtype).removeprefix("torch."), enforce_eager=True)
         ours = theirs = 0.0
         for prompt in random_prompts([1, 30, 130], vocab_size=MEDIUM["vocab_size"]):
@@ -141,7 +141,7 @@ class TestGraphs:
     def test_every_batch_size_is_padded_without_harm(
         self, checkpoint: Callable[..., Path], make_gpu_llm: Callable[..., LLM]
     ) -> None:
-        """39 sequences end one by one, so that the batch passes through every size, at and between the graphs'."""
+        """39 sequences end one by one, so the batch takes every size, those of graphs and those between."""
         path = checkpoint("gqa7-dim24-tied")
         rng = random.Random(0)
         prompts = random_prompts([rng.randint(1, 60) for _ in range(39)], seed=1)
@@ -156,7 +156,7 @@ class TestGraphs:
         assert graphed.stats().cache_usage == 0.0
 
     def test_padding_writes_nowhere(self, checkpoint: Callable[..., Path], make_gpu_llm: Callable[..., LLM]) -> None:
-        """Blocks and rows that no sequence owns keep their bits through padded decode steps."""
+        """Padded decode steps change no bit of blocks and rows that no sequence owns."""
         llm = make_gpu_llm(checkpoint("plain"), num_kvcache_blocks=32, max_num_seqs=8, enable_prefix_caching=False)
         runner = llm.engine.runner
         with torch.inference_mode():
@@ -174,7 +174,7 @@ class TestGraphs:
     def test_prompts_that_join_decodes_are_padded_without_harm(
         self, eager: bool, checkpoint: Callable[..., Path], make_gpu_llm: Callable[..., LLM]
     ) -> None:
-        """Twenty rows for sixty requests, so that prompts keep coming, one or a few beside decodes."""
+        """Sixty requests share twenty rows, so that prompts keep joining the decodes, one or a few at a time."""
         path = checkpoint("gqa7-dim24-tied")
         rng = random.Random(0)
         prompts = random_prompts([rng.randint(1, 90) for _ in range(60)], seed=2)
@@ -260,7 +260,7 @@ def wide_llm(path: Path, **options: Any) -> LLM:
 
 @pytest.fixture(scope="module")
 def libraries_have_theirs(wide_config: Path) -> None:
-    """The first engine of a process makes libraries allocate workspaces that they keep."""
+    """Make an engine first: a process's first engine makes libraries allocate workspaces that they keep."""
     wide_llm(wide_config).close()
 
 

@@ -1,4 +1,4 @@
-"""A device that fails for good, and a child that is forked off a process with one: each in a program of its own."""
+"""A device that fails for good, and a child that a process with a device forks: each test runs its own program."""
 
 import os
 import subprocess

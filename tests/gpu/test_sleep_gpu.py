@@ -1,5 +1,5 @@
-"""On a CUDA device: sleep gives its memory to others, wake_up brings the same answers back, and new weights go into the
-addresses that captured graphs know."""
+"""Sleep on a CUDA device: `sleep` frees memory for other processes, `wake_up` restores the same answers, and new
+weights go to the addresses that captured graphs know."""
 
 import gc
 import json
@@ -39,7 +39,7 @@ def wide_config(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(scope="module")
 def wide_tensors() -> Tensors:
-    """Weights for it, in host memory."""
+    """Weights for `wide_config`, in host memory."""
     with torch.device("meta"):
         model = Qwen3ForCausalLM(Qwen3Config(**SHORT_WIDE))
     generator = torch.Generator().manual_seed(0)
@@ -53,7 +53,7 @@ def wide_tensors() -> Tensors:
 
 @pytest.fixture(scope="module")
 def libraries_have_theirs(wide_config: Path) -> None:
-    """The first engine of a process makes libraries allocate workspaces that they keep."""
+    """Make an engine first: a process's first engine makes libraries allocate workspaces that they keep."""
     with wide_llm(wide_config, num_kvcache_blocks=64) as llm:
         tokens(llm)
 
@@ -87,7 +87,7 @@ def allocated() -> int:
 
 
 def in_use() -> int:
-    """Bytes of the device that somebody holds."""
+    """Bytes of the device's memory that processes hold."""
     free, total = torch.cuda.mem_get_info()
     return total - free
 

@@ -1,7 +1,7 @@
-"""Tensor parallelism on two CUDA devices: what one device answers, in graphs and without, and failures that end.
+"""Two CUDA devices answer as one device does, with graphs and without, and a failed rank ends its engine alone.
 
-Ranks' sums are of other partial sums than one device's, so numbers agree within what bfloat16 rounds, and tokens where
-no two logits are that close: in float32.
+Ranks add up other partial sums than one device, so numbers agree only within bfloat16's rounding. Tokens agree in
+float32, where no two logits are that close.
 """
 
 import os

@@ -1,4 +1,4 @@
-"""With the folder above on Python's path, `vllm` is `nanovllm.vllm`: see there."""
+"""Makes `vllm` the package `nanovllm.vllm`, whose docstring explains it; the folder above is on Python's path."""
 
 import sys
 
