@@ -73,8 +73,8 @@ def test_steps_take_nothing_from_a_stream(llm: LLM) -> None:
 
 def test_a_request_is_aborted_and_says_nothing_more(llm: LLM) -> None:
     engine = llm.llm_engine
-    engine.add_request("a", PROMPTS[0], SamplingParams(max_tokens=8))
-    engine.add_request("b", PROMPTS[1], SamplingParams(max_tokens=3))
+    engine.add_request("a", PROMPTS[0], SamplingParams(max_tokens=8, ignore_eos=True))
+    engine.add_request("b", PROMPTS[1], SamplingParams(max_tokens=3, ignore_eos=True))
     engine.step()
     engine.abort_request(["a", "unknown"])
     assert engine.get_num_unfinished_requests() == 1
