@@ -11,10 +11,12 @@ from dataclasses import dataclass
 import torch
 from torch import nn
 
+from nanovllm.distributed.tensor_parallel import TensorParallel
 from nanovllm.kernels.attention.contract import AttentionSpec, ChunkBatch, DecodeBatch, KVCache
 from nanovllm.kernels.attention.paged_decode import paged_decode
 from nanovllm.kernels.attention.paged_prefill import paged_prefill
 from nanovllm.kernels.attention.qk_norm_rope_store import qk_norm_rope_store
+from nanovllm.layers.linear import copy_share
 
 
 @dataclass(slots=True)
@@ -47,3 +49,21 @@ class Attention(nn.Module):
             q = qk_norm_rope_store(qkv[n:], spec, self.cache, meta.chunks)
             paged_prefill(q, spec, self.cache, meta.chunks, out[n:])
         return out.flatten(1)
+
+
+class AttentionSinks(nn.Module):
+    """A learned score for each head that takes part in the softmax and has no value (gpt-oss: OpenAI, 2025).
+
+    A checkpoint names the tensor itself `sinks`.
+    """
+
+    checkpoint_names = {"": ("weight", None)}
+
+    def __init__(self, num_heads: int, tp: TensorParallel) -> None:
+        """`num_heads`: of this rank."""
+        super().__init__()
+        self.tp = tp
+        self.weight = nn.Parameter(torch.empty(num_heads), requires_grad=False)
+
+    def load_shard(self, param: nn.Parameter, loaded: torch.Tensor, shard: str | int | None) -> None:
+        copy_share(param, loaded, 0, len(param) * self.tp.size, self.tp.rank)

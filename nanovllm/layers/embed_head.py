@@ -9,6 +9,7 @@ import torch
 
 from nanovllm.distributed.tensor_parallel import TensorParallel
 from nanovllm.layers.linear import ColumnParallelLinear, PartialSum
+from nanovllm.layers.packed_format import PackedFormat
 
 
 class VocabParallelEmbedding(ColumnParallelLinear):
@@ -25,6 +26,10 @@ class VocabParallelEmbedding(ColumnParallelLinear):
     @property
     def has_product(self) -> bool:
         return self.is_head  # without a tied head the layer only reads rows
+
+    def use_packed_format(self, dtype: torch.dtype) -> None:
+        if self.has_product:
+            self.use_format(PackedFormat(has_lookups=True), dtype)
 
     def forward(self, input_ids: torch.Tensor) -> torch.Tensor:
         """`input_ids [tokens]` int32 -> `[tokens, hidden_size]`."""

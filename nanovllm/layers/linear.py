@@ -17,6 +17,7 @@ from torch import nn
 from nanovllm.distributed.tensor_parallel import TensorParallel
 from nanovllm.kernels.norm.all_reduce import one_shot_add_rms_norm
 from nanovllm.kernels.norm.rms_norm import add_rms_norm
+from nanovllm.layers.packed_format import PackedFormat
 from nanovllm.layers.weight_format import PlainFormat, WeightFormat
 
 
@@ -70,6 +71,11 @@ class Linear(nn.Module):
         self.format = format
         for name, param in format.parameters(self.out_features, self.in_features, dtype).items():
             setattr(self, name, param)
+
+    def use_packed_format(self, dtype: torch.dtype) -> None:
+        """Keep the weight as a CPU's product reads it fastest."""
+        if self.has_product:
+            self.use_format(PackedFormat(), dtype)
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         """`x [tokens, in_features]` -> `[tokens, out_features]`."""

@@ -13,15 +13,13 @@ from torch import nn
 
 from nanovllm.config import Config
 from nanovllm.distributed.tensor_parallel import TensorParallel
-from nanovllm.layers.embed_head import VocabParallelEmbedding
-from nanovllm.layers.linear import Linear
-from nanovllm.layers.packed_format import PackedFormat
 from nanovllm.models.sharded_state import load_shard
 from nanovllm.models.tied_head import EMBEDDING, HEAD, TiedHead
 from nanovllm.models.weight_files import read_tensors
 
 NamedTensors = Iterable[tuple[str, torch.Tensor]]
-Place = tuple[str, str, str | int | None]  # module, its parameter, shard of it
+Shard = str | int | tuple | None
+Place = tuple[str, str, Shard]  # module, its parameter, shard of it
 DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)  # of a checkpoint's numbers
 
 
@@ -101,7 +99,7 @@ def update_weights(model: nn.Module, outline: nn.Module, named_tensors: NamedTen
 
     Raises: what `named_tensors` raises; ValueError for a tensor of the wrong shape.
     """
-    laid_out = [layer for layer in _linears(model) if layer.format.is_laid_out]
+    laid_out = [layer for layer in _formatted(model) if layer.format.is_laid_out]
     try:
         _fill(model, tensor_places(outline), named_tensors, loaded)
     except Exception as error:
@@ -163,34 +161,44 @@ def build_outline(
     """
     with torch.device("meta"):
         model = cls(hf_config, tp).to(dtype)
-        for layer in _linears(model):
-            if device == "cpu" and layer.has_product:
-                layer.use_format(PackedFormat(has_lookups=isinstance(layer, VocabParallelEmbedding)), dtype)
+        for layer in _formatted(model):
+            if device == "cpu":
+                layer.use_packed_format(dtype)
     return model
 
 
 def lay_out_weights(model: nn.Module) -> None:
     """Turn loaded weights into the form that each layer's product reads."""
-    for layer in _linears(model):
+    for layer in _formatted(model):
         layer.format.lay_out(layer)
 
 
 def drop_weights(model: nn.Module) -> None:
     """Leave the model without memory, and its parameters as before loading."""
-    for layer in _linears(model):
+    for layer in _formatted(model):
         layer.format.drop(layer)
     model.to_empty(device="meta")
 
 
-def _linears(model: nn.Module) -> Iterator[Linear]:
-    return (module for module in model.modules() if isinstance(module, Linear))
+def _formatted(model: nn.Module) -> Iterator[Any]:
+    """The layers that have a weight format: `Linear` and what has its methods."""
+    return (module for module in model.modules() if hasattr(module, "format"))
 
 
 def tensor_places(model: nn.Module) -> dict[str, Place]:
-    """The checkpoint's tensor names, and where each belongs in a model whose weights are not laid out yet."""
+    """The checkpoint's tensor names, and where each belongs in a model whose weights are not laid out yet.
+
+    A module whose parameters the checkpoint splits up or names in another way has `checkpoint_names`: name within the
+    module -> (parameter, shard).
+    """
     places: dict[str, Place] = {}
+    for module_name, module in model.named_modules():
+        for name, (leaf, shard) in getattr(module, "checkpoint_names", {}).items():
+            places[".".join(filter(None, (module_name, name)))] = (module_name, leaf, shard)
     for name, _ in model.named_parameters():
         module_name, _, leaf = name.rpartition(".")
+        if hasattr(model.get_submodule(module_name), "checkpoint_names"):
+            continue
         prefix, _, module_leaf = module_name.rpartition(".")
         for source, shard in model.packed_modules.get(module_leaf, [(module_leaf, None)]):
             places[".".join(filter(None, (prefix, source, leaf)))] = (module_name, leaf, shard)
@@ -222,7 +230,7 @@ def _fill(
             raise ValueError(f"tensor {name!r}{source} is not a part of {type(model).__name__}")
         module_name, leaf, shard = places[name]
         owner = model.get_submodule(module_name)
-        if isinstance(owner, Linear) and leaf != "bias":  # no format lays out a bias
+        if hasattr(owner, "format") and leaf != "bias":  # no format lays out a bias
             owner.format.undo_layout(owner)
         param = getattr(owner, leaf)
         allowed = DTYPES if param.dtype in DTYPES else (param.dtype,)  # numbers, or a format's codes

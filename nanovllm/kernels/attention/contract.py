@@ -28,6 +28,12 @@ class HeadNorm(Protocol):
     eps: float
 
 
+class Sinks(Protocol):
+    """`layers/attention.py`'s AttentionSinks."""
+
+    weight: torch.Tensor  # [num_heads]
+
+
 @dataclass(slots=True, eq=False)
 class AttentionSpec:
     """A layer of causal attention with grouped query heads, as data. Counts are this rank's."""
@@ -39,6 +45,9 @@ class AttentionSpec:
     rope: Rotation | None = None  # None: positions do not enter
     q_norm: HeadNorm | None = None  # with k_norm: each head is normalized before it is rotated
     k_norm: HeadNorm | None = None
+    window: int | None = None  # a query sees so many tokens, itself the last of them; None: all
+    soft_cap: float | None = None  # scores become soft_cap * tanh(scores / soft_cap)
+    sinks: Sinks | None = None  # each head's softmax has one more score, whose value is zero
 
     @property
     def norms(self) -> tuple[torch.Tensor | None, torch.Tensor | None, float]:
