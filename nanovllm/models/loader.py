@@ -13,6 +13,7 @@ from torch import nn
 
 from nanovllm.config import Config
 from nanovllm.distributed.tensor_parallel import TensorParallel
+from nanovllm.layers.layernorm import RMSNorm
 from nanovllm.models.sharded_state import load_shard
 from nanovllm.models.tied_head import EMBEDDING, HEAD, TiedHead
 from nanovllm.models.weight_files import read_tensors
@@ -161,6 +162,9 @@ def build_outline(
     """
     with torch.device("meta"):
         model = cls(hf_config, tp).to(dtype)
+        for module in model.modules():
+            if isinstance(module, RMSNorm) and module.one_plus:
+                module.weight = nn.Parameter(module.weight.float(), requires_grad=False)
         for layer in _formatted(model):
             if device == "cpu":
                 layer.use_packed_format(dtype)

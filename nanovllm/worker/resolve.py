@@ -72,7 +72,7 @@ def resolve_max_model_len(config: Config, hf_config: Any) -> int:
     if config.max_model_len is None:
         return own
     rope = rope_parameters(hf_config)
-    factor = 1.0 if rope["rope_type"] == "default" else rope["factor"]
+    factor = 1.0 if rope["rope_type"] in ("default", "longrope") else rope["factor"]
     stretched = int(rope["original_max_position_embeddings"] * factor)
     limit = max(own, stretched)
     if config.max_model_len > limit:
