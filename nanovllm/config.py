@@ -39,6 +39,8 @@ class Config:
         enforce_eager: no CUDA graphs. The tokens are the same.
         tensor_parallel_size: processes that share each layer's work; on CUDA each has its own device.
         tensor_parallel_timeout: seconds that one of them waits for another in a step before it raises an error.
+        enable_expert_parallel: these processes share the experts of a layer, whole ones, instead of the features of
+            each expert. Needs a model with experts.
         load_format: "auto" and "safetensors" read the folder's files; "dummy" makes random weights of the config's
             shapes, for benchmarks; "sharded_state" reads the files that each rank wrote: `models/sharded_state.py`.
         generation_config: the source of EOS ids and of the parameters of requests without any. "auto": the model's
@@ -73,6 +75,7 @@ class Config:
     enforce_eager: bool = False
     tensor_parallel_size: int = 1
     tensor_parallel_timeout: float = 30.0
+    enable_expert_parallel: bool = False
     load_format: LoadFormat = "auto"
     generation_config: str = "auto"
     override_generation_config: dict[str, Any] | None = None
