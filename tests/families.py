@@ -48,7 +48,10 @@ CONFIGS: dict[str, tuple[str, dict[str, Any]]] = {
     "mistral": ("Mistral", {"sliding_window": None, "num_attention_heads": 6, "num_key_value_heads": 2}),
     "mistral-window": ("Mistral", {"sliding_window": 23}),
     "ministral": ("Ministral", {"sliding_window": 10, "layer_types": [SLIDING, FULL, SLIDING]}),
-    "phi3": ("Phi3", {"head_dim": None, "hidden_size": 64, "sliding_window": 27, "original_max_position_embeddings": 40}),
+    "phi3": (
+        "Phi3",
+        {"head_dim": None, "hidden_size": 64, "sliding_window": 27, "original_max_position_embeddings": 40},
+    ),
     "phi3-partial": (
         "Phi3",
         {
@@ -81,6 +84,31 @@ CONFIGS: dict[str, tuple[str, dict[str, Any]]] = {
         {"num_attention_heads": 3, "num_key_value_heads": 1, "attn_logit_softcapping": None, "sliding_window": 40},
     ),
     "gemma3": ("Gemma3", {"sliding_window": 18, "num_hidden_layers": 7, "query_pre_attn_scalar": 20}),
+    "qwen3moe": ("Qwen3Moe", {"num_experts": 7, "num_experts_per_tok": 3, "moe_intermediate_size": 36}),
+    "qwen3moe-dense-between": (
+        "Qwen3Moe",
+        {
+            "num_experts": 4,
+            "num_experts_per_tok": 2,
+            "moe_intermediate_size": 20,
+            "mlp_only_layers": [1],
+            "norm_topk_prob": True,
+            "use_sliding_window": True,
+            "sliding_window": 22,
+        },
+    ),
+    "mixtral": ("Mixtral", {"num_local_experts": 4, "num_experts_per_tok": 2, "sliding_window": 31}),
+    "olmoe": ("Olmoe", {"num_experts": 6, "num_experts_per_tok": 2, "head_dim": None, "num_key_value_heads": 4}),
+    "gptoss": (
+        "GptOss",
+        {
+            "num_local_experts": 5,
+            "num_experts_per_tok": 2,
+            "sliding_window": 14,
+            "num_hidden_layers": 4,
+            "rope_parameters": {**ROPE["yarn"], "truncate": False},
+        },
+    ),
     "gemma3-scaled": (
         "Gemma3",
         {

@@ -1,7 +1,8 @@
 """Chains of elementwise operations that have no kernel of ours, in PyTorch's own operations.
 
 Run one by one, each operation is a launch on a GPU, and reads and writes all of its tensor. `torch.compile` makes one
-kernel of a chain. `compile_chains` is the only place that calls it.
+kernel of a chain. `compile_chains` is the only place that calls it. Every chain computes in float32 and rounds where
+the model does, so that compiled or not it gives the same numbers, but for the last digit of an exponential.
 """
 
 from collections.abc import Callable
@@ -32,13 +33,13 @@ def gelu_mul(gate_up: torch.Tensor) -> torch.Tensor:
 
     The gelu is its tanh approximation (Hendrycks & Gimpel, 2016, arXiv:1606.08415).
     """
-    gate, up = gate_up.chunk(2, dim=-1)
-    return F.gelu(gate, approximate="tanh") * up
+    gate, up = gate_up.float().chunk(2, dim=-1)
+    return (F.gelu(gate, approximate="tanh") * up).to(gate_up.dtype)
 
 
 def cap(x: torch.Tensor, limit: float) -> torch.Tensor:
     """limit · tanh(x / limit), elementwise: near x for small x, and never above the limit (Gemma 2)."""
-    return (x / limit).tanh() * limit
+    return ((x.float() / limit).tanh() * limit).to(x.dtype)
 
 
 def norm_add(x: torch.Tensor, residual: torch.Tensor, weight: torch.Tensor, eps: float) -> torch.Tensor:

@@ -15,6 +15,10 @@ ARCHITECTURES = {
     "Olmo3ForCausalLM": "olmo2",
     "Gemma2ForCausalLM": "gemma2",
     "Gemma3ForCausalLM": "gemma3",
+    "Qwen3MoeForCausalLM": "qwen3_moe",
+    "MixtralForCausalLM": "mixtral",
+    "OlmoeForCausalLM": "olmoe",
+    "GptOssForCausalLM": "gpt_oss",
 }
 # Models that see images too, of which we run the text part: architecture -> that of the part, by its model_type
 TEXT_PARTS = {

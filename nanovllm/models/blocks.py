@@ -166,17 +166,21 @@ class CausalLM(nn.Module):
     A family is a class of these: what its config.json may leave out, and what its layers are.
 
     Attributes:
-        model_type: config.json's. known_as: models that users know.
+        model_type: config.json's. known_as, features: models that users know, and what theirs differ in: for the
+            table of `python -m nanovllm.models`.
         required_config: keys that config.json must have. default_config: values for keys that it leaves out, those of
             transformers' config class.
         has_rope_by_layer_type: whether types of layers have RoPE settings of their own.
+        renamed: modules with another name in the checkpoint: name -> the checkpoint's.
         packed_modules: parameters that hold several of the checkpoint's tensors: name -> (tensor's name, shard).
     """
 
     chains = ("cap",)
     model_type: str
     known_as: str
+    features: str
     has_rope_by_layer_type = False
+    renamed: dict[str, str] = {}
     required_config = (
         "vocab_size",
         "hidden_size",

@@ -162,11 +162,17 @@ _RULES: dict[str, tuple[Callable[[Any], bool], str]] = {
             "sliding_window_pattern",
             "query_pre_attn_scalar",
             "no_rope_layer_interval",
+            "num_experts",
+            "num_local_experts",
+            "num_experts_per_tok",
+            "moe_intermediate_size",
+            "decoder_sparse_step",
         ),
         (_is_size, "an integer >= 1"),
     ),
     **dict.fromkeys(
-        ("attention_bias", "mlp_bias", "tie_word_embeddings", "use_sliding_window"), (_is_bool, "true or false")
+        ("attention_bias", "mlp_bias", "tie_word_embeddings", "use_sliding_window", "norm_topk_prob"),
+        (_is_bool, "true or false"),
     ),
     **dict.fromkeys(_CAPS, (_is_cap, "a finite float > 0")),
     "rms_norm_eps": (_is_float, "a finite float >= 0"),
@@ -174,6 +180,7 @@ _RULES: dict[str, tuple[Callable[[Any], bool], str]] = {
     "hidden_activation": (_is_string, "a string"),
     "max_window_layers": (_is_int, "an integer"),
     "no_rope_layers": (_are_ints, "a list of integers"),
+    "mlp_only_layers": (_are_ints, "a list of integers"),
     "layer_types": (_are_strings, "a list of strings"),
     "eos_token_id": (are_token_ids, "a token id or a list of them"),
 }

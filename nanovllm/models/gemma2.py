@@ -10,6 +10,7 @@ from nanovllm.models.layer_types import every
 class Gemma2ForCausalLM(CausalLM):
     model_type = "gemma2"
     known_as = "Gemma 2 2B to 27B"
+    features = "norms before and after, GeGLU, soft caps, sliding windows"
     default_config = {
         "num_key_value_heads": 4,
         "head_dim": 256,

@@ -11,6 +11,7 @@ from nanovllm.models.layer_types import every, rope_by_layer_type
 class Gemma3ForCausalLM(Gemma2ForCausalLM):
     model_type = "gemma3_text"
     known_as = "Gemma 3 270M to 27B"
+    features = "as Gemma 2 without caps, norm on each head, two RoPE bases"
     required_config = ()  # all have defaults, and the text part of a larger model's config relies on them
     has_rope_by_layer_type = True
     default_config = {

@@ -8,6 +8,7 @@ from nanovllm.models.blocks import CausalLM, LayerSpec
 class LlamaForCausalLM(CausalLM):
     model_type = "llama"
     known_as = "Llama 2 and 3, SmolLM2, TinyLlama, DeepSeek-R1-Distill-Llama"
+    features = "RoPE of type llama3, biases"
     default_config = {
         "num_key_value_heads": None,
         "head_dim": None,

@@ -196,16 +196,21 @@ def tensor_places(model: nn.Module) -> dict[str, Place]:
     module -> (parameter, shard).
     """
     places: dict[str, Place] = {}
+
+    def join(*parts: str) -> str:
+        names = ".".join(filter(None, parts)).split(".")
+        return ".".join(model.renamed.get(name, name) for name in names)
+
     for module_name, module in model.named_modules():
         for name, (leaf, shard) in getattr(module, "checkpoint_names", {}).items():
-            places[".".join(filter(None, (module_name, name)))] = (module_name, leaf, shard)
+            places[join(module_name, name)] = (module_name, leaf, shard)
     for name, _ in model.named_parameters():
         module_name, _, leaf = name.rpartition(".")
         if hasattr(model.get_submodule(module_name), "checkpoint_names"):
             continue
         prefix, _, module_leaf = module_name.rpartition(".")
         for source, shard in model.packed_modules.get(module_leaf, [(module_leaf, None)]):
-            places[".".join(filter(None, (prefix, source, leaf)))] = (module_name, leaf, shard)
+            places[join(prefix, source, leaf)] = (module_name, leaf, shard)
     return places
 
 

@@ -9,6 +9,7 @@ from nanovllm.models.layer_types import same_everywhere
 class MistralForCausalLM(CausalLM):
     model_type = "mistral"
     known_as = "Mistral 7B, Nemo, Small 24B"
+    features = "sliding window"
     default_config = {
         "num_key_value_heads": 8,
         "head_dim": None,
@@ -33,6 +34,7 @@ class MinistralForCausalLM(MistralForCausalLM):
 
     model_type = "ministral"
     known_as = "Ministral 8B"
+    features = "sliding windows in some layers"
     default_config = {**MistralForCausalLM.default_config, "layer_types": None}
 
     @classmethod

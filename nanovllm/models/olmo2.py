@@ -9,6 +9,7 @@ from nanovllm.models.layer_types import every, rope_by_layer_type
 class Olmo2ForCausalLM(CausalLM):
     model_type = "olmo2"
     known_as = "OLMo 2 1B to 32B"
+    features = "norms after attention and MLP, and over all query and all key heads"
     default_config = {
         "num_key_value_heads": None,
         "head_dim": None,
@@ -30,6 +31,7 @@ class Olmo3ForCausalLM(Olmo2ForCausalLM):
 
     model_type = "olmo3"
     known_as = "OLMo 3 7B and 32B"
+    features = "as OLMo 2, with sliding windows in three layers of four"
     has_rope_by_layer_type = True
     default_config = {
         **Olmo2ForCausalLM.default_config,

@@ -9,6 +9,7 @@ from nanovllm.models.layer_types import same_everywhere
 class Phi3ForCausalLM(CausalLM):
     model_type = "phi3"
     known_as = "Phi-3, 3.5 and 4, mini to medium"
+    features = "fused weights, partial rotation, longrope, sliding window"
     packed_modules = {}  # qkv_proj and gate_up_proj are the checkpoint's names too
     default_config = {
         "num_key_value_heads": None,

@@ -9,6 +9,7 @@ from nanovllm.models.layer_types import use_window_if_asked
 class Qwen2ForCausalLM(CausalLM):
     model_type = "qwen2"
     known_as = "Qwen2 and 2.5, QwQ, DeepSeek-R1-Distill-Qwen"
+    features = "bias on q, k, v; sliding windows from a layer on"
     default_config = {
         "num_key_value_heads": 32,
         "head_dim": None,

@@ -9,6 +9,7 @@ from nanovllm.models.layer_types import use_window_if_asked
 class Qwen3ForCausalLM(CausalLM):
     model_type = "qwen3"
     known_as = "Qwen3 0.6B to 32B"
+    features = "norm on each query and key head; sliding windows from a layer on"
     required_config = (*CausalLM.required_config, "num_key_value_heads")
     default_config = {
         "head_dim": 128,

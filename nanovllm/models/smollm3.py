@@ -9,6 +9,7 @@ from nanovllm.models.layer_types import FULL, SLIDING
 class SmolLM3ForCausalLM(CausalLM):
     model_type = "smollm3"
     known_as = "SmolLM3 3B"
+    features = "layers without positions"
     default_config = {
         "num_key_value_heads": 4,
         "head_dim": None,

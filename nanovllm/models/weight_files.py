@@ -7,9 +7,23 @@ from typing import Any
 
 import torch
 
+# Of models that see images too: the parts that are not text, and what stands before a text part's names
+OTHER_PARTS = ("vision_tower.", "multi_modal_projector.", "model.vision_tower.", "model.multi_modal_projector.")
+TEXT_PREFIXES = {"language_model.": "", "model.language_model.": "model."}
+
+
+def text_name(name: str) -> str | None:
+    """A tensor's name in a model of text alone; None if it belongs to another part."""
+    if name.startswith(OTHER_PARTS):
+        return None
+    for prefix, own in TEXT_PREFIXES.items():
+        if name.startswith(prefix):
+            return own + name.removeprefix(prefix)
+    return name
+
 
 def read_tensors(path: Path, only: frozenset[str] | None = None) -> Iterator[tuple[str, torch.Tensor]]:
-    """Yield each tensor, or only those named, mapped from its file: the system reads only the parts that are used.
+    """Yield each tensor of text, or only those named, mapped from its file: only the parts that are used are read.
 
     Raises:
         FileNotFoundError: there are no weights, or a file that the index lists is missing.
@@ -21,8 +35,9 @@ def read_tensors(path: Path, only: frozenset[str] | None = None) -> Iterator[tup
         try:
             with safe_open(file, framework="pt") as tensors:
                 for name in tensors.keys():  # noqa: SIM118 -- not a dict
-                    if only is None or name in only:
-                        yield name, tensors.get_tensor(name)
+                    own = text_name(name)
+                    if own is not None and (only is None or own in only):
+                        yield own, tensors.get_tensor(name)
         except SafetensorError as error:
             raise OSError(f"{file} is damaged: {error}") from error
 

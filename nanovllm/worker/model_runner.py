@@ -18,6 +18,7 @@ from nanovllm.kernels.attention.decode_splits import DecodeSplits, split_context
 from nanovllm.kernels.prepare_inputs import StepInputs, prepare_inputs
 from nanovllm.kernels.sampling.sample import sample
 from nanovllm.layers.attention import Attention, AttentionMetadata
+from nanovllm.layers.pointwise import compile_chains
 from nanovllm.layers.rotary_embedding import build_rope_tables
 from nanovllm.models.loader import build_model
 from nanovllm.step_plan import StepPlan
@@ -64,6 +65,8 @@ class ModelRunner:
             self.shapes = StepShapes(list(range(1, self.num_rows + 1)))
         before = memory.DeviceMemory.now() if self.is_cuda else None
         self.model: Any = build_model(config, hf_config, model_cls, path, self.dtype, self.device, tp)
+        if config.compile or config.compile is None and self.is_cuda and not config.enforce_eager:
+            compile_chains(self.model)
         self.attention_layers = [m for m in self.model.modules() if isinstance(m, Attention)]
         build_rope_tables((layer.spec.rope for layer in self.attention_layers), self.max_model_len, self.device)
         self.graphs: StepGraphs | None = None
