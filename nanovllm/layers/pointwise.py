@@ -6,11 +6,14 @@ the model does, so that compiled or not it gives the same numbers, but for the l
 """
 
 from collections.abc import Callable
-from functools import lru_cache
+from functools import lru_cache, wraps
+from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import nn
+
+Chain = Callable[..., Any]
 
 
 def compile_chains(model: nn.Module) -> None:
@@ -24,8 +27,17 @@ def compile_chains(model: nn.Module) -> None:
 
 
 @lru_cache
-def _compiled(chain: Callable[..., torch.Tensor]) -> Callable[..., torch.Tensor]:
-    return torch.compile(chain, dynamic=True)
+def _compiled(chain: Chain) -> Chain:
+    """One compiled chain for all its modules. Asking PyTorch for it takes seconds of imports, so the first call does."""
+    made: list[Chain] = []
+
+    @wraps(chain)
+    def run(*args: Any) -> Any:
+        if not made:
+            made.append(torch.compile(chain, dynamic=True))
+        return made[0](*args)
+
+    return run
 
 
 def gelu_mul(gate_up: torch.Tensor) -> torch.Tensor:
