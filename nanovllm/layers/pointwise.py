@@ -28,7 +28,7 @@ def compile_chains(model: nn.Module) -> None:
 
 @lru_cache
 def _compiled(chain: Chain) -> Chain:
-    """One compiled chain for all its modules. Asking PyTorch for it takes seconds of imports, so the first call does."""
+    """One compiled chain for all modules. To ask PyTorch for it takes seconds of imports: the first call does that."""
     made: list[Chain] = []
 
     @wraps(chain)
