@@ -16,10 +16,10 @@ from triton.backends.compiler import GPUTarget
 from triton.runtime import driver
 from triton.runtime.jit import JITFunction
 
-from nanovllm.kernels.attention import paged_decode_kernel, paged_prefill
+from nanovllm.kernels.attention import paged_decode_kernel, paged_prefill_kernel
 from nanovllm.kernels.attention.decode_splits import DecodeSplits, split_contexts_triton
 from nanovllm.kernels.attention.paged_decode_kernel import paged_decode_triton
-from nanovllm.kernels.attention.paged_prefill import paged_prefill_triton
+from nanovllm.kernels.attention.paged_prefill_kernel import paged_prefill_triton
 from nanovllm.kernels.attention.qk_norm_rope_store import qk_norm_rope_store_triton
 from nanovllm.kernels.linear import skinny_linear
 from nanovllm.kernels.linear.silu_mul import silu_mul_triton
@@ -59,7 +59,7 @@ def compile_instead_of_launching() -> set[str]:
 
     driver.set_active(AbsentDevice())
     JITFunction.run = compile_only
-    for module in (paged_decode_kernel, paged_prefill, skinny_linear):
+    for module in (paged_decode_kernel, paged_prefill_kernel, skinny_linear):
         module.shared_memory_bytes = lambda device: KIB_OF_SHARED_MEMORY[CAPABILITY] << 10
     if CAPABILITY >= 90:
         launch_kernels_early()
