@@ -57,17 +57,18 @@ def paged_decode_cpu(
         torch.index_select(values, 0, group.index, out=v)
         batch = (part.stop - part.start, -1, head_dim)
         k, v = k.view(batch), v.view(batch)
-        if group.mask is None:
-            k, v = k[:, group.begin : group.length], v[:, group.begin : group.length]
-            if is_plain:  # few sequences: fewer operations count for more
-                result[part] = F.scaled_dot_product_attention(grouped[None, part], k[None], v[None], scale=scale)[0]
-                continue
+        if group.mask is None and is_plain:  # few sequences: fewer operations count for more
+            k, v = k[None, :, group.begin : group.length], v[None, :, group.begin : group.length]
+            result[part] = F.scaled_dot_product_attention(grouped[None, part], k, v, scale=scale)[0]
+            continue
         scores = torch.bmm(grouped[part], k.transpose(1, 2))  # [seqs * kv_heads, group, tokens]
         if is_plain:
             weights = torch.softmax(torch.add(group.mask, scores, alpha=scale), dim=-1)
         else:
             scores = cap_(scores.float(), scale, soft_cap)
-            if group.mask is not None:
+            if group.mask is None:  # a product of slices would copy them first
+                scores[..., : group.begin] = scores[..., group.length :] = float("-inf")
+            else:
                 scores += group.mask
             weights = softmax_with_sinks_(scores.unflatten(0, (-1, num_kv_heads)), sinks).flatten(0, 1)
         torch.bmm(weights.to(q.dtype), v, out=result[part])
