@@ -16,10 +16,10 @@ from triton.backends.compiler import GPUTarget
 from triton.runtime import driver
 from triton.runtime.jit import JITFunction
 
-from nanovllm.kernels.attention import paged_decode_kernel, paged_prefill
+from nanovllm.kernels.attention import paged_decode_kernel, paged_prefill_kernel
 from nanovllm.kernels.attention.decode_splits import DecodeSplits, split_contexts_triton
 from nanovllm.kernels.attention.paged_decode_kernel import paged_decode_triton
-from nanovllm.kernels.attention.paged_prefill import paged_prefill_triton
+from nanovllm.kernels.attention.paged_prefill_kernel import paged_prefill_triton
 from nanovllm.kernels.attention.qk_norm_rope_store import qk_norm_rope_store_triton
 from nanovllm.kernels.linear import skinny_linear
 from nanovllm.kernels.linear.silu_mul import silu_mul_triton
@@ -55,11 +55,14 @@ def compile_instead_of_launching() -> set[str]:
 
     def compile_only(self: JITFunction, *args: Any, warmup: bool, **options: Any) -> Any:
         compiled.add(self.fn.__name__)
-        return run(self, *args, warmup=True, **options)
+        kernel = run(self, *args, warmup=True, **options)
+        if kernel.metadata.shared > KIB_OF_SHARED_MEMORY[CAPABILITY] << 10:
+            sys.exit(f"{self.fn.__name__} takes {kernel.metadata.shared} bytes of shared memory, with {options}")
+        return kernel
 
     driver.set_active(AbsentDevice())
     JITFunction.run = compile_only
-    for module in (paged_decode_kernel, paged_prefill, skinny_linear):
+    for module in (paged_decode_kernel, paged_prefill_kernel, skinny_linear):
         module.shared_memory_bytes = lambda device: KIB_OF_SHARED_MEMORY[CAPABILITY] << 10
     if CAPABILITY >= 90:
         launch_kernels_early()
@@ -99,9 +102,16 @@ def call_linear_kernels() -> None:
 
 
 def call_attention_kernels(
-    head_dim: int, block_size: int, dtype: torch.dtype, has_norm: bool, rotary_dim: int | None = None
+    head_dim: int,
+    block_size: int,
+    dtype: torch.dtype,
+    has_norm: bool,
+    rotary_dim: int | None = None,
+    heads: int = 16,
+    window: int | None = None,
+    **changes: Any,
 ) -> None:
-    heads, kv_heads, lens = 16, 8, ints(SEQS) + 1
+    kv_heads, lens = 8, ints(SEQS) + 1
     k_cache, v_cache = zeros(2, 4, kv_heads, block_size, head_dim, dtype=dtype).unbind(0)
     table, rows, starts = ints(4, 4), ints(SEQS), torch.arange(SEQS + 1, dtype=torch.int32)
     qkv = zeros(SEQS, (heads + 2 * kv_heads) * head_dim, dtype=dtype)
@@ -110,10 +120,10 @@ def call_attention_kernels(
     norms, cache = (weight, weight, 1e-6), (k_cache, v_cache)
     slots = zeros(SEQS, dtype=torch.int64)
     q = qk_norm_rope_store_triton(qkv, *norms, ints(SEQS), cos_sin, slots, *cache, heads)
-    paged_prefill_triton(q, *cache, table, rows, starts, lens, 0.1, torch.empty_like(q))
+    paged_prefill_triton(q, *cache, table, rows, starts, lens, 0.1, torch.empty_like(q), window=window, **changes)
     splits = DecodeSplits.allocate(SEQS, heads, kv_heads, head_dim, "cpu", target_splits=8, min_split=128)
-    split_contexts_triton(lens, kv_heads, splits)
-    paged_decode_triton(qkv, *norms, cos_sin, *cache, table, rows, lens, splits, 0.1, torch.empty_like(q))
+    split_contexts_triton(lens, kv_heads, splits, window)
+    paged_decode_triton(qkv, *norms, cos_sin, *cache, table, rows, lens, splits, 0.1, torch.empty_like(q), **changes)
     inputs = StepInputs(ints(SEQS), ints(SEQS), slots, lens)
     prepare_inputs_triton(rows, starts, ints(4, 9), ints(4), table, block_size, inputs)
 
@@ -134,6 +144,12 @@ if __name__ == "__main__":
     call_attention_kernels(128, 256, torch.bfloat16, has_norm=True)
     call_attention_kernels(80, 48, torch.float32, has_norm=False)
     call_attention_kernels(128, 256, torch.bfloat16, has_norm=True, rotary_dim=0)
+    bf16 = torch.bfloat16
+    call_attention_kernels(64, 256, bf16, has_norm=False, heads=64, window=128, sinks=zeros(64))
+    call_attention_kernels(64, 256, bf16, has_norm=False, heads=64, sinks=zeros(64))
+    call_attention_kernels(96, 48, bf16, has_norm=False, rotary_dim=72, window=2047, soft_cap=30.0, sinks=zeros(16))
+    call_attention_kernels(256, 256, bf16, has_norm=True, window=4096, soft_cap=50.0)
+    call_attention_kernels(256, 16, bf16, has_norm=False, soft_cap=50.0, sinks=zeros(16))
     call_sampler(torch.bfloat16)
     call_sampler(torch.float32)
     print(*sorted(names))
