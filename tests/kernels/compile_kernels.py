@@ -24,6 +24,10 @@ from nanovllm.kernels.attention.qk_norm_rope_store import qk_norm_rope_store_tri
 from nanovllm.kernels.linear import skinny_linear
 from nanovllm.kernels.linear.silu_mul import silu_mul_triton
 from nanovllm.kernels.linear.skinny_linear import skinny_linear_triton
+from nanovllm.kernels.moe import experts as moe_experts
+from nanovllm.kernels.moe.experts import ExpertWeights, sum_experts_triton
+from nanovllm.kernels.moe.route import route_triton
+from nanovllm.kernels.moe.tilings import TILINGS
 from nanovllm.kernels.norm.all_reduce import PeerBuffers, make_inboxes, one_shot_add_rms_norm, one_shot_all_reduce
 from nanovllm.kernels.norm.rms_norm import add_rms_norm_triton, rms_norm_triton
 from nanovllm.kernels.prepare_inputs import StepInputs, prepare_inputs_triton
@@ -59,7 +63,7 @@ def compile_instead_of_launching() -> set[str]:
 
     driver.set_active(AbsentDevice())
     JITFunction.run = compile_only
-    for module in (paged_decode_kernel, paged_prefill, skinny_linear):
+    for module in (moe_experts, paged_decode_kernel, paged_prefill, skinny_linear):
         module.shared_memory_bytes = lambda device: KIB_OF_SHARED_MEMORY[CAPABILITY] << 10
     if CAPABILITY >= 90:
         launch_kernels_early()
@@ -98,6 +102,27 @@ def call_linear_kernels() -> None:
     one_shot_add_rms_norm(zeros(2, SEQS, 1024, dtype=torch.float32), x.clone(), weight, 1e-6, peers)
 
 
+def call_moe_kernels() -> None:
+    """Few pairs and sorted ones in every shape of tiles; an expert's size that no tile divides; float32."""
+    num, k, hidden_size = 4, 2, 2880
+    biases = zeros(num, 2 * 360), zeros(num, hidden_size)
+    plain = ExpertWeights(zeros(num, 512, hidden_size), zeros(num, hidden_size, 256), None, None, "silu", 0, num)
+    clamped = ExpertWeights(zeros(num, 720, hidden_size), zeros(num, hidden_size, 360), *biases, "clamped", 0, num)
+    for most in TILINGS:
+        for experts in (plain, clamped):
+            for tokens in (min(most, 1000) * num // k, 1 if most <= 8 else 1000):
+                weights, ids = route_triton(zeros(tokens, num), k, True)
+                for in_slices in (False, True):
+                    sum_experts_triton(zeros(tokens, hidden_size), weights, ids, experts, in_slices)
+    engine = tuple(tiling._replace(copy_engine=True) for tiling in TILINGS[max(TILINGS)])
+    weights, ids = route_triton(zeros(1000, num, dtype=torch.float32), k, False)
+    sum_experts_triton(zeros(1000, hidden_size), weights, ids, clamped, tilings=engine)
+    exact = clamped._replace(**{name: x.float() for name, x in clamped._asdict().items() if torch.is_tensor(x)})
+    for tokens in (1, 200):
+        weights, ids = route_triton(zeros(tokens, num, dtype=torch.float32), k, False)
+        sum_experts_triton(zeros(tokens, hidden_size, dtype=torch.float32), weights, ids, exact)
+
+
 def call_attention_kernels(
     head_dim: int, block_size: int, dtype: torch.dtype, has_norm: bool, rotary_dim: int | None = None
 ) -> None:
@@ -128,6 +153,7 @@ def call_sampler(dtype: torch.dtype) -> None:
 if __name__ == "__main__":
     names = compile_instead_of_launching()
     call_linear_kernels()
+    call_moe_kernels()
     call_attention_kernels(128, 256, torch.bfloat16, has_norm=True)
     call_attention_kernels(128, 256, torch.float32, has_norm=True)
     paged_decode_kernel.multiprocessors = lambda device: 1  # many programs for each
