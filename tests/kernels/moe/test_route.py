@@ -11,14 +11,10 @@ FUNCTIONS = [kernels.route_triton, kernels.route_reference, kernels.route]
 
 
 def draw(tokens: int, experts: int, dtype: torch.dtype, device: str) -> torch.Tensor:
-    """Rows without ties, strided."""
+    """Rows without ties, strided. The 8 bits of bfloat16 have too few numbers for the most experts."""
     generator = torch.Generator().manual_seed(tokens * 1000 + experts)
-    numbers = torch.stack([torch.randperm(experts + 3, generator=generator) for _ in range(tokens)] or [torch.ones(0)])
-    return (
-        (numbers.view(tokens, -1).float() / 16 - 2)
-        .to(device, dtype)[:, : experts if tokens else 0]
-        .view(tokens, experts if tokens else 8)
-    )
+    numbers = torch.rand(tokens, experts + 3, generator=generator).argsort(dim=-1)
+    return (numbers / 16 - 2).to(device, torch.float32 if experts > 250 else dtype)[:, :experts]
 
 
 @pytest.mark.parametrize("renormalize", [True, False])
@@ -33,7 +29,7 @@ def test_routing_is_a_softmax_and_its_largest(function, shape, dtype, renormaliz
     if renormalize:
         want /= want.sum(dim=-1, keepdim=True)
     assert weights.dtype == torch.float32 and experts.dtype == torch.int32
-    assert experts.tolist() == chosen.tolist()
+    assert torch.equal(experts, chosen.int())
     torch.testing.assert_close(weights.double(), want, rtol=1e-5, atol=1e-9)
 
 
