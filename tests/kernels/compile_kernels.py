@@ -103,20 +103,19 @@ def call_linear_kernels() -> None:
 
 
 def call_moe_kernels() -> None:
-    """Few pairs and sorted ones in every shape of tiles; an expert's size that no tile divides; float32."""
+    """Every shape of tiles, few pairs and sorted ones; an expert's size that no tile divides; float32."""
     num, k, hidden_size = 4, 2, 2880
     biases = zeros(num, 2 * 360), zeros(num, hidden_size)
     plain = ExpertWeights(zeros(num, 512, hidden_size), zeros(num, hidden_size, 256), None, None, "silu", 0, num)
     clamped = ExpertWeights(zeros(num, 720, hidden_size), zeros(num, hidden_size, 360), *biases, "clamped", 0, num)
     for most in TILINGS:
-        for experts in (plain, clamped):
-            for tokens in (min(most, 1000) * num // k, 1 if most <= 8 else 1000):
-                weights, ids = route_triton(zeros(tokens, num), k, True)
-                for in_slices in (False, True):
-                    sum_experts_triton(zeros(tokens, hidden_size), weights, ids, experts, in_slices)
-    engine = tuple(tiling._replace(copy_engine=True) for tiling in TILINGS[max(TILINGS)])
-    weights, ids = route_triton(zeros(1000, num, dtype=torch.float32), k, False)
-    sum_experts_triton(zeros(1000, hidden_size), weights, ids, clamped, tilings=engine)
+        tokens = min(most, 500) * num // k
+        weights, ids = route_triton(zeros(tokens, num), k, True)
+        sum_experts_triton(zeros(tokens, hidden_size), weights, ids, clamped, in_slices=True)
+    for tilings in (TILINGS[min(TILINGS)], tuple(t._replace(copy_engine=False) for t in TILINGS[max(TILINGS)])):
+        sum_experts_triton(zeros(tokens, hidden_size), weights, ids, plain, tilings=tilings)
+    weights, ids = route_triton(zeros(1, num), k, False)
+    sum_experts_triton(zeros(1, hidden_size), weights, ids, plain, in_slices=True)
     exact = clamped._replace(**{name: x.float() for name, x in clamped._asdict().items() if torch.is_tensor(x)})
     for tokens in (1, 200):
         weights, ids = route_triton(zeros(tokens, num, dtype=torch.float32), k, False)

@@ -28,7 +28,7 @@ TILINGS = {
     8: (Tiling(16, 32, 128, 4), Tiling(16, 64, 128, 4)),
     20: (Tiling(32, 64, 64, 4), Tiling(32, 64, 128, 4)),
     48: (Tiling(64, 64, 64, 4), Tiling(64, 128, 64, 4)),
-    1 << 62: (Tiling(128, 128, 64, 3, 8, 8), Tiling(128, 128, 64, 4, 8, 8)),
+    1 << 62: (Tiling(128, 128, 64, 4, 8, 8, True), Tiling(128, 128, 64, 4, 8, 8, True)),
 }
 # Sums of float32 without rounding to TF32 use no matrix units: small tiles, for tests and exactness rather than speed.
 FLOAT32 = (Tiling(16, 32, 32, 2), Tiling(16, 32, 32, 2))
