@@ -13,6 +13,7 @@ from torch import nn
 from nanovllm.kernels.linear.packed_linear import PackedWeight, pack_weight, packed_linear, unpack_weight
 from nanovllm.kernels.moe.activation import gate_reference
 from nanovllm.kernels.moe.expert_loop import loop_over_experts
+from nanovllm.kernels.moe.experts import sum_experts_triton
 
 Product = Callable[[int, torch.Tensor, torch.Tensor | None], torch.Tensor]  # expert, rows, bias
 
@@ -25,7 +26,12 @@ class PlainExperts:
     def compute(
         self, layer: nn.Module, x: torch.Tensor, weights: torch.Tensor, ids: torch.Tensor, in_slices: bool
     ) -> torch.Tensor:
-        """The sum over this rank's experts: `[tokens, hidden_size]`, or `[k, tokens, hidden_size]` in float32."""
+        """The sum over this rank's experts: `[tokens, hidden_size]`.
+
+        With `in_slices` it may be `[k, tokens, hidden_size]` in float32 instead, which are to be added up.
+        """
+        if x.is_cuda:
+            return sum_experts_triton(x, weights, ids, layer.weights, in_slices)
         return self._loop(layer, x, weights, ids, _plain_product(layer.gate_up), _plain_product(layer.down))
 
     def _loop(

@@ -14,6 +14,7 @@ from torch import nn
 
 from nanovllm.distributed.tensor_parallel import TensorParallel
 from nanovllm.kernels.moe.activation import Activation
+from nanovllm.kernels.moe.experts import ExpertWeights
 from nanovllm.kernels.moe.route import route
 from nanovllm.layers.expert_formats import PackedExperts, PlainExperts
 from nanovllm.layers.linear import Linear, PartialSum, copy_share
@@ -110,6 +111,12 @@ class Experts(nn.Module):
     def own_down_bias(self) -> torch.Tensor | None:
         """The bias that this rank adds: one of the ranks that share an expert does."""
         return self.down_bias if self.tp.whole_experts or self.tp.rank == 0 else None
+
+    @property
+    def weights(self) -> ExpertWeights:
+        """All that a GPU's kernels need of this rank's experts."""
+        biases = self.gate_up_bias, self.own_down_bias
+        return ExpertWeights(self.gate_up, self.down, *biases, self.activation, self.first_expert, self.num_experts)
 
     def use_packed_format(self, dtype: torch.dtype) -> None:
         """Keep the weights as a CPU's product reads them fastest."""

@@ -24,6 +24,10 @@ from nanovllm.kernels.attention.qk_norm_rope_store import qk_norm_rope_store_tri
 from nanovllm.kernels.linear import skinny_linear
 from nanovllm.kernels.linear.silu_mul import silu_mul_triton
 from nanovllm.kernels.linear.skinny_linear import skinny_linear_triton
+from nanovllm.kernels.moe import experts as moe_experts
+from nanovllm.kernels.moe.experts import ExpertWeights, sum_experts_triton
+from nanovllm.kernels.moe.route import route_triton
+from nanovllm.kernels.moe.tilings import TILINGS
 from nanovllm.kernels.norm.all_reduce import PeerBuffers, make_inboxes, one_shot_add_rms_norm, one_shot_all_reduce
 from nanovllm.kernels.norm.rms_norm import add_rms_norm_triton, rms_norm_triton
 from nanovllm.kernels.prepare_inputs import StepInputs, prepare_inputs_triton
@@ -62,7 +66,7 @@ def compile_instead_of_launching() -> set[str]:
 
     driver.set_active(AbsentDevice())
     JITFunction.run = compile_only
-    for module in (paged_decode_kernel, paged_prefill_kernel, skinny_linear):
+    for module in (moe_experts, paged_decode_kernel, paged_prefill_kernel, skinny_linear):
         module.shared_memory_bytes = lambda device: KIB_OF_SHARED_MEMORY[CAPABILITY] << 10
     if CAPABILITY >= 90:
         launch_kernels_early()
@@ -99,6 +103,26 @@ def call_linear_kernels() -> None:
     one_shot_all_reduce(x, peers)
     one_shot_add_rms_norm(x, x.clone(), weight, 1e-6, peers)
     one_shot_add_rms_norm(zeros(2, SEQS, 1024, dtype=torch.float32), x.clone(), weight, 1e-6, peers)
+
+
+def call_moe_kernels() -> None:
+    """Every shape of tiles, few pairs and sorted ones; an expert's size that no tile divides; float32."""
+    num, k, hidden_size = 4, 2, 2880
+    biases = zeros(num, 2 * 360), zeros(num, hidden_size)
+    plain = ExpertWeights(zeros(num, 512, hidden_size), zeros(num, hidden_size, 256), None, None, "silu", 0, num)
+    clamped = ExpertWeights(zeros(num, 720, hidden_size), zeros(num, hidden_size, 360), *biases, "clamped", 0, num)
+    for most in TILINGS:
+        tokens = min(most, 500) * num // k
+        weights, ids = route_triton(zeros(tokens, num), k, True)
+        sum_experts_triton(zeros(tokens, hidden_size), weights, ids, clamped, in_slices=True)
+    for tilings in (TILINGS[min(TILINGS)], tuple(t._replace(copy_engine=False) for t in TILINGS[max(TILINGS)])):
+        sum_experts_triton(zeros(tokens, hidden_size), weights, ids, plain, tilings=tilings)
+    weights, ids = route_triton(zeros(1, num), k, False)
+    sum_experts_triton(zeros(1, hidden_size), weights, ids, plain, in_slices=True)
+    exact = clamped._replace(**{name: x.float() for name, x in clamped._asdict().items() if torch.is_tensor(x)})
+    for tokens in (1, 200):
+        weights, ids = route_triton(zeros(tokens, num, dtype=torch.float32), k, False)
+        sum_experts_triton(zeros(tokens, hidden_size, dtype=torch.float32), weights, ids, exact)
 
 
 def call_attention_kernels(
@@ -138,6 +162,7 @@ def call_sampler(dtype: torch.dtype) -> None:
 if __name__ == "__main__":
     names = compile_instead_of_launching()
     call_linear_kernels()
+    call_moe_kernels()
     call_attention_kernels(128, 256, torch.bfloat16, has_norm=True)
     call_attention_kernels(128, 256, torch.float32, has_norm=True)
     paged_decode_kernel.multiprocessors = lambda device: 1  # many programs for each

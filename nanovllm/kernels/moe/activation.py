@@ -12,7 +12,6 @@ from nanovllm.kernels.linear.silu_mul import silu, silu_mul
 from nanovllm.kernels.triton_shim import tl, triton
 
 Activation = Literal["silu", "clamped"]
-ALPHA, LIMIT = tl.constexpr(1.702), tl.constexpr(7.0)
 
 
 def gate_reference(gate_up: torch.Tensor, activation: Activation) -> torch.Tensor:
@@ -28,8 +27,8 @@ def gate_reference(gate_up: torch.Tensor, activation: Activation) -> torch.Tenso
 def gated(gate, up, CLAMPED: tl.constexpr):
     """`gate_reference` of float32 tiles of equal shapes. A NaN stays one."""
     if CLAMPED:
-        gate = tl.where(gate > LIMIT, LIMIT, gate)
-        up = tl.where(up > LIMIT, LIMIT, tl.where(up < -LIMIT, -LIMIT, up))
-        return (up + 1) * gate / (1 + tl.exp(-ALPHA * gate))
+        gate = tl.where(gate > 7.0, 7.0, gate)
+        up = tl.where(up > 7.0, 7.0, tl.where(up < -7.0, -7.0, up))
+        return (up + 1) * gate / (1 + tl.exp(gate * -1.702))
     else:
         return silu(gate) * up
