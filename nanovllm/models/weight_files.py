@@ -7,9 +7,15 @@ from typing import Any
 
 import torch
 
+from nanovllm.models.gguf_file import is_gguf
 
-def read_tensors(path: Path, only: frozenset[str] | None = None) -> Iterator[tuple[str, torch.Tensor]]:
+
+def read_tensors(
+    path: Path, only: frozenset[str] | None = None, dtype: torch.dtype = torch.float32
+) -> Iterator[tuple[str, torch.Tensor]]:
     """Yield each tensor, or only those named, mapped from its file: the system reads only the parts that are used.
+
+    `dtype` is for what a GGUF file holds in blocks: see `gguf_weights.read_gguf_tensors`, which raises ValueError, too.
 
     Raises:
         FileNotFoundError: there are no weights, or a file that the index lists is missing.
@@ -17,6 +23,11 @@ def read_tensors(path: Path, only: frozenset[str] | None = None) -> Iterator[tup
     """
     from safetensors import SafetensorError, safe_open
 
+    if is_gguf(path):
+        from nanovllm.models.gguf_weights import read_gguf_tensors
+
+        yield from read_gguf_tensors(path, only, dtype)
+        return
     for file in weight_files(path):
         try:
             with safe_open(file, framework="pt") as tensors:
