@@ -1,15 +1,22 @@
-"""Complete a few prompts.
+"""Ask a model a few questions, and read its answers as it writes them.
 
-python example.py                                 uses the small model that ships with nano-vLLM
+python example.py                                 SmolLM2-135M, which `make setup` installs; without it the model
+                                                  that ships with nano-vLLM, which completes Python
 python example.py --model ~/models/Qwen3-0.6B --prompt "What is a KV cache?"
 """
 
 import argparse
 from time import perf_counter
 
-from nanovllm import LLM, SamplingParams, demo_model
+from nanovllm import LLM, RequestOutputKind, SamplingParams, chat_model, demo_model
 
-PROMPTS = [  # the demo model was trained on Python's standard library, and little else
+QUESTIONS = [
+    "What is the capital of France?",
+    "Name three primary colors.",
+    "What is 2 + 2?",
+    "Write a haiku about the sea.",
+]
+BEGINNINGS = [  # the demo model was trained on Python's standard library, and little else
     "class Stack:\n",
     "def connect(host, port):\n",
     "def load(file):\n",
@@ -17,30 +24,41 @@ PROMPTS = [  # the demo model was trained on Python's standard library, and litt
 ]
 
 
+def model_that_is_here() -> str:
+    try:
+        return chat_model()
+    except FileNotFoundError as error:
+        print(f"Using the small model in the package: {error}")
+        return demo_model()
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--model", help="a directory or a hub id")
+    parser.add_argument("--model", help="a directory, a GGUF file or a hub id")
     parser.add_argument("--prompt", action="append", help="may be given several times")
     parser.add_argument("--max-tokens", type=int, default=128)
-    parser.add_argument("--temperature", type=float, default=0.6)
+    parser.add_argument("--temperature", type=float, default=0.0)
     args = parser.parse_args()
-    prompts = args.prompt or PROMPTS
-    sampling_params = SamplingParams(temperature=args.temperature, max_tokens=args.max_tokens)
+    params = SamplingParams(
+        temperature=args.temperature, max_tokens=args.max_tokens, output_kind=RequestOutputKind.DELTA
+    )
 
-    with LLM(args.model or demo_model()) as llm:
+    num_tokens = 0
+    with LLM(args.model or model_that_is_here()) as llm:
         tokenizer = llm.get_tokenizer()
-        inputs = prompts
-        if tokenizer.chat_template:
-            chats = [[{"role": "user", "content": prompt}] for prompt in prompts]
-            inputs = tokenizer.apply_chat_template(chats, add_generation_prompt=True, return_dict=False)
         start = perf_counter()
-        outputs = llm.generate(inputs, sampling_params)
+        for prompt in args.prompt or (QUESTIONS if tokenizer.chat_template else BEGINNINGS):
+            print(f"\n── {prompt}", flush=True)
+            tokens = tokenizer.encode(prompt)
+            if tokenizer.chat_template:
+                chat = [{"role": "user", "content": prompt}]
+                tokens = tokenizer.apply_chat_template(chat, add_generation_prompt=True, return_dict=False)
+            for output in llm.stream(tokens, params):
+                print(output.outputs[0].text, end="", flush=True)
+                num_tokens += len(output.outputs[0].token_ids)
+            print()
         seconds = perf_counter() - start
-
-    for prompt, output in zip(prompts, outputs, strict=True):
-        print(f"\n── prompt {'─' * 70}\n{prompt}\n── completion {'─' * 66}\n{output['text']}")
-    num_tokens = sum(len(output["token_ids"]) for output in outputs)
-    print(f"\n{num_tokens} tokens in {seconds:.2f} s: {num_tokens / seconds:.0f} tok/s")
+    print(f"\n{num_tokens} tokens in {seconds:.2f} s, one answer at a time: {num_tokens / seconds:.0f} tok/s")
 
 
 if __name__ == "__main__":

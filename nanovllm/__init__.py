@@ -4,7 +4,7 @@ from typing import Any
 
 from nanovllm import vllm
 from nanovllm.async_llm import AsyncLLM
-from nanovllm.demo import demo_model
+from nanovllm.demo import chat_model, demo_model
 from nanovllm.errors import EngineDeadError, RankError
 from nanovllm.llm import LLM
 from nanovllm.outputs import CompletionOutput, LogLikelihood, Logprob, RequestOutput
@@ -22,6 +22,7 @@ __all__ = [
     "RequestOutput",
     "RequestOutputKind",
     "SamplingParams",
+    "chat_model",
     "demo_model",
 ]
 

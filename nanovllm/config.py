@@ -20,8 +20,8 @@ class Config:
     `vllm_defaults`.
 
     Args:
-        model: a local directory in the Hugging Face layout, or a hub id; a string or a path.
-        tokenizer: directory or hub id of the tokenizer; default: the model's.
+        model: a local directory in the Hugging Face layout, a GGUF file, or a hub id; a string or a path.
+        tokenizer: directory, GGUF file or hub id of the tokenizer; default: the model's.
         skip_tokenizer_init: load no tokenizer; prompts are token ids, and outputs have no text.
         trust_remote_code: let `transformers` run code that comes with the model's tokenizer.
         revision: branch, tag or commit on the hub.

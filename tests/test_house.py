@@ -21,7 +21,7 @@ MAY_IMPORT = {
     "kernels": ("sampling_params",),
     "layers": ("kernels", "distributed.tensor_parallel"),
     "models": ("layers", "kernels", "distributed.tensor_parallel", "config", "sampling_params"),
-    "text": ("sampling_params", "config"),
+    "text": ("sampling_params", "config", "models.gguf_file"),
     **{module: ("vllm_defaults", "errors") for module in PLAIN_DATA},
     # The way back up is closed: nothing that works on a device knows the engine or a front.
     "worker": ("kernels", "layers", "models", "distributed.tensor_parallel", *PLAIN_DATA),

@@ -13,6 +13,8 @@ from typing import Any
 from nanovllm.layers.rotary_embedding import rope_parameters
 from nanovllm.models import model_class, text_part
 from nanovllm.models.generation_config import are_token_ids
+from nanovllm.models.gguf_config import read_config
+from nanovllm.models.gguf_file import is_gguf
 from nanovllm.models.layer_types import FULL, SLIDING
 from nanovllm.models.weight_files import read_json
 
@@ -22,7 +24,8 @@ _OF_SOME_FAMILIES = ("layer_types", "sliding_window")  # transformers passes the
 
 
 def load_hf_config(path: Path, overrides: dict[str, Any] | None = None) -> tuple[Any, type]:
-    """Read a checkpoint's config.json, fill in the defaults of optional keys, and find the model's class.
+    """Read a checkpoint's config.json, or a GGUF file's metadata, fill in the defaults of optional keys, and find the
+    model's class.
 
     `overrides` replace keys as if the file had them. We read plain JSON, because transformers' config class takes two
     seconds to import.
@@ -32,10 +35,10 @@ def load_hf_config(path: Path, overrides: dict[str, Any] | None = None) -> tuple
         ValueError: it names no architecture of ours, lacks a key, has a key of a wrong type, or asks for a feature
             that we lack.
     """
-    file = path / "config.json"
+    file = path if is_gguf(path) else path / "config.json"
     if not file.is_file():
         raise FileNotFoundError(f"no config.json in {path}")
-    content = text_part(read_json(file) | (overrides or {}))
+    content = text_part((read_config(path) if is_gguf(path) else read_json(file)) | (overrides or {}))
     cls = model_class(content.get("architectures"))
     missing = [key for key in cls.required_config if key not in content]
     if missing:

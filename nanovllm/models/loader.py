@@ -14,6 +14,7 @@ from torch import nn
 from nanovllm.config import Config
 from nanovllm.distributed.tensor_parallel import TensorParallel
 from nanovllm.layers.layernorm import RMSNorm
+from nanovllm.models.gguf_file import gguf_in, is_gguf
 from nanovllm.models.sharded_state import load_shard
 from nanovllm.models.tied_head import EMBEDDING, HEAD, TiedHead
 from nanovllm.models.weight_files import read_tensors
@@ -25,14 +26,18 @@ DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)  # of a c
 
 
 def resolve_model_path(model: str, revision: str | None) -> Path:
-    """The model's local directory; a hub id is downloaded first.
+    """The model's local directory, or its GGUF file; a hub id is downloaded first.
 
     Raises:
-        FileNotFoundError, OSError: the directory does not exist, or the hub does not give the model.
+        FileNotFoundError, OSError: the directory or file does not exist, or the hub does not give the model.
     """
     path = Path(model).expanduser()
     if path.is_dir():
-        return path
+        return gguf_in(path) or path
+    if is_gguf(path):
+        if path.is_file():
+            return path
+        raise FileNotFoundError(f"model={model!r} is not a file")
     if path.is_absolute() or model.startswith((".", "~")) or model.count("/") > 1 or path.exists():
         raise FileNotFoundError(f"model={model!r} is not a directory")
     from huggingface_hub import snapshot_download
@@ -45,7 +50,7 @@ def resolve_model_path(model: str, revision: str | None) -> Path:
 
 
 def load_weights(model: nn.Module, path: Path) -> None:
-    """Fill `model` from the directory's safetensors, one file or several with an index.
+    """Fill `model` from the directory's safetensors, one file or several with an index, or from a GGUF file.
 
     Raises:
         FileNotFoundError: no weights, or a file of the index is missing; OSError: a file is damaged.
@@ -53,7 +58,8 @@ def load_weights(model: nn.Module, path: Path) -> None:
     """
     places = tensor_places(model)
     loaded: set[str] = set()
-    _fill(model, places, read_tensors(path), loaded, f" in {path}")
+    dtype = next(model.parameters()).dtype
+    _fill(model, places, read_tensors(path, dtype=dtype), loaded, f" in {path}")
     missing = places.keys() - loaded
     if missing:
         raise ValueError(f"tensors missing in {path}: {list_names(missing)}")

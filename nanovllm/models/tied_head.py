@@ -12,6 +12,7 @@ from typing import Any
 
 import torch
 
+from nanovllm.models.gguf_file import is_gguf
 from nanovllm.models.weight_files import read_tensors
 
 HEAD, EMBEDDING = "lm_head.weight", "model.embed_tokens.weight"
@@ -25,7 +26,7 @@ def untie_if_heads_differ(hf_config: Any, path: Path, dtype: torch.dtype) -> Non
 
     Raises as `read_tensors`.
     """
-    if not hf_config.tie_word_embeddings:
+    if not hf_config.tie_word_embeddings or is_gguf(path):  # a GGUF file says so where it has no head
         return
     tensors = dict(read_tensors(path, only=frozenset((HEAD, EMBEDDING))))
     if len(tensors) == 2 and not _are_equal(tensors[HEAD], tensors[EMBEDDING], dtype):

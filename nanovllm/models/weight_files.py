@@ -7,6 +7,8 @@ from typing import Any
 
 import torch
 
+from nanovllm.models.gguf_file import is_gguf
+
 # Of models that see images too: the parts that are not text, and what stands before a text part's names
 OTHER_PARTS = ("vision_tower.", "multi_modal_projector.", "model.vision_tower.", "model.multi_modal_projector.")
 TEXT_PREFIXES = {"language_model.": "", "model.language_model.": "model."}
@@ -22,8 +24,12 @@ def text_name(name: str) -> str | None:
     return name
 
 
-def read_tensors(path: Path, only: frozenset[str] | None = None) -> Iterator[tuple[str, torch.Tensor]]:
+def read_tensors(
+    path: Path, only: frozenset[str] | None = None, dtype: torch.dtype = torch.float32
+) -> Iterator[tuple[str, torch.Tensor]]:
     """Yield each tensor of text, or only those named, mapped from its file: only the parts that are used are read.
+
+    `dtype` is for what a GGUF file holds in blocks: see `gguf_weights.read_gguf_tensors`, which raises ValueError, too.
 
     Raises:
         FileNotFoundError: there are no weights, or a file that the index lists is missing.
@@ -31,6 +37,11 @@ def read_tensors(path: Path, only: frozenset[str] | None = None) -> Iterator[tup
     """
     from safetensors import SafetensorError, safe_open
 
+    if is_gguf(path):
+        from nanovllm.models.gguf_weights import read_gguf_tensors
+
+        yield from read_gguf_tensors(path, only, dtype)
+        return
     for file in weight_files(path):
         try:
             with safe_open(file, framework="pt") as tensors:

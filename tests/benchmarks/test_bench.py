@@ -22,6 +22,7 @@ from benchmarks.runs import Result, compare, measure_split, timed_run
 from benchmarks.setting import Setting
 from benchmarks.step_timing import StepRecorder
 from benchmarks.workloads import PRESETS, LengthMix, Workload, draw, few_streams, shrunk
+from nanovllm import demo_model
 
 ROOT = Path(__file__).parents[2]
 SHAPES = ROOT / "benchmarks" / "shapes"
@@ -315,6 +316,7 @@ def test_bench_refuses_requests_longer_than_the_model(tmp_path):
 
 
 def test_example_prints_completions(tmp_path):
-    done = run_script("example.py", "--prompt", "def main():\n", "--max-tokens", "8", cwd=tmp_path)
+    model = demo_model()
+    done = run_script("example.py", "--model", model, "--prompt", "def main():\n", "--max-tokens", "8", cwd=tmp_path)
     assert done.returncode == 0, done.stderr
     assert "def main():" in done.stdout and "8 tokens in" in done.stdout
