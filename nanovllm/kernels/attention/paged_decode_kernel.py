@@ -135,7 +135,7 @@ def _attend(q, k, v, valid, top, mass, acc, cap_rate, scale_log2):
     )
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["window"])
 def _decode_kernel(
     qkv_ptr,
     q_weight_ptr,

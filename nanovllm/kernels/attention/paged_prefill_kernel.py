@@ -199,7 +199,7 @@ def _attend(
     return top, mass, acc
 
 
-@triton.jit(do_not_specialize=["num_seqs"], do_not_specialize_on_alignment=["rows_ptr", "seq_lens_ptr"])
+@triton.jit(do_not_specialize=["num_seqs", "window"], do_not_specialize_on_alignment=["rows_ptr", "seq_lens_ptr"])
 def _prefill_kernel(
     q_ptr,
     k_ptr,
