@@ -9,6 +9,7 @@ import os
 import time
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
+from dataclasses import astuple
 from itertools import product
 
 import torch
@@ -64,10 +65,10 @@ def tune(name: str, shape, all_tokens: list[int], ceilings: Ceilings, deadline: 
                 times = time_tilings(layers, ids, halves, list(dict.fromkeys(tilings)), is_sorted, deadline)
                 kind = f"{'gated' if halves == 2 else 'weighted'}, {'sorted' if is_sorted else 'unsorted'}"
                 for seconds, tiling in times[:SHOWN]:
-                    print(f"  {kind}: {seconds * 1e6:8.1f} µs  {tuple(tiling)}", flush=True)
+                    print(f"  {kind}: {seconds * 1e6:8.1f} µs  {astuple(tiling)}", flush=True)
                 for seconds, tiling in times:
                     if tiling == own[2 - halves]:
-                        print(f"  {kind}: {seconds * 1e6:8.1f} µs  {tuple(tiling)}: the table's", flush=True)
+                        print(f"  {kind}: {seconds * 1e6:8.1f} µs  {astuple(tiling)}: the table's", flush=True)
 
 
 def time_tilings(
@@ -103,7 +104,7 @@ def time_tilings(
                 launches(tiling)[0]()
             return True
         except Exception as error:  # the other tilings go on
-            print(f"  {tuple(tiling)}: {error!r:.200}", flush=True)
+            print(f"  {astuple(tiling)}: {error!r:.200}", flush=True)
             return False
 
     if is_sorted:
@@ -117,5 +118,5 @@ def time_tilings(
             all_launches = launches(tiling)
             times.append((median_seconds(in_one_go(all_launches, "cuda"), "cuda") / len(all_launches), tiling))
         except Exception as error:  # the other tilings go on
-            print(f"  {tuple(tiling)}: {error!r:.200}", flush=True)
+            print(f"  {astuple(tiling)}: {error!r:.200}", flush=True)
     return sorted(times, key=lambda pair: pair[0])

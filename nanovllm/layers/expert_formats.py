@@ -31,7 +31,7 @@ class PlainExperts:
         With `in_slices` it may be `[k, tokens, hidden_size]` in float32 instead, which are to be added up.
         """
         if x.is_cuda:
-            return sum_experts_triton(x, weights, ids, layer.weights, in_slices)
+            return sum_experts_triton(x, weights, ids, layer.expert_weights, in_slices)
         return self._loop(layer, x, weights, ids, _plain_product(layer.gate_up), _plain_product(layer.down))
 
     def _loop(

@@ -113,7 +113,7 @@ class Experts(nn.Module):
         return self.down_bias if self.tp.whole_experts or self.tp.rank == 0 else None
 
     @property
-    def weights(self) -> ExpertWeights:
+    def expert_weights(self) -> ExpertWeights:
         """All that a GPU's kernels need of this rank's experts."""
         biases = self.gate_up_bias, self.own_down_bias
         return ExpertWeights(self.gate_up, self.down, *biases, self.activation, self.first_expert, self.num_experts)

@@ -8,6 +8,7 @@ it must import Triton as a compiler.
 """
 
 import sys
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -115,11 +116,12 @@ def call_moe_kernels() -> None:
         tokens = min(most, 500) * num // k
         weights, ids = route_triton(zeros(tokens, num), k, True)
         sum_experts_triton(zeros(tokens, hidden_size), weights, ids, clamped, in_slices=True)
-    for tilings in (TILINGS[min(TILINGS)], tuple(t._replace(copy_engine=False) for t in TILINGS[max(TILINGS)])):
+    for tilings in (TILINGS[min(TILINGS)], tuple(replace(t, copy_engine=False) for t in TILINGS[max(TILINGS)])):
         sum_experts_triton(zeros(tokens, hidden_size), weights, ids, plain, tilings=tilings)
     weights, ids = route_triton(zeros(1, num), k, False)
     sum_experts_triton(zeros(1, hidden_size), weights, ids, plain, in_slices=True)
-    exact = clamped._replace(**{name: x.float() for name, x in clamped._asdict().items() if torch.is_tensor(x)})
+    weights_and_biases = (clamped.gate_up, clamped.down, clamped.gate_up_bias, clamped.down_bias)
+    exact = ExpertWeights(*(tensor.float() for tensor in weights_and_biases), "clamped", 0, num)
     for tokens in (1, 200):
         weights, ids = route_triton(zeros(tokens, num, dtype=torch.float32), k, False)
         sum_experts_triton(zeros(tokens, hidden_size, dtype=torch.float32), weights, ids, exact)

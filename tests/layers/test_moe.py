@@ -1,12 +1,24 @@
 """The mixture of experts computes what transformers' blocks compute, whole or cut over ranks in either way."""
 
 from collections.abc import Callable, Iterator
+from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
 import torch
+from safetensors.torch import load_file
 from torch import nn
-from transformers import GptOssConfig, MixtralConfig, OlmoeConfig, Qwen3MoeConfig
+from transformers import (
+    GptOssConfig,
+    GptOssForCausalLM,
+    MixtralConfig,
+    MixtralForCausalLM,
+    OlmoeConfig,
+    OlmoeForCausalLM,
+    Qwen3MoeConfig,
+    Qwen3MoeForCausalLM,
+)
 from transformers.models.gpt_oss.modeling_gpt_oss import GptOssMLP
 from transformers.models.mixtral.modeling_mixtral import MixtralSparseMoeBlock
 from transformers.models.olmoe.modeling_olmoe import OlmoeSparseMoeBlock
@@ -14,9 +26,18 @@ from transformers.models.qwen3_moe.modeling_qwen3_moe import Qwen3MoeSparseMoeBl
 
 from nanovllm.distributed.tensor_parallel import TensorParallel
 from nanovllm.layers.moe import MERGED, MIXTRAL_NAMES, QWEN_NAMES, Experts, SparseMoE
+from nanovllm.models import loader
 
 HIDDEN, SIZE, NUM, K = 24, 10, 7, 3  # neither 2 nor 3 ranks come out even
 OF_CONFIG = {"hidden_size": HIDDEN, "num_experts_per_tok": K}
+TINY = {
+    **OF_CONFIG,
+    "vocab_size": 19,
+    "num_hidden_layers": 1,
+    "num_attention_heads": 2,
+    "num_key_value_heads": 2,
+    "head_dim": 12,
+}
 
 
 def qwen3_moe(renormalize: bool) -> tuple[nn.Module, dict[str, Any]]:
@@ -190,3 +211,88 @@ def test_ranks_have_all_experts_once_and_the_last_have_fewer() -> None:
         owned = [range(e.first_expert, e.first_expert + e.num_local) for e in ranks]
         assert [expert for part in owned for expert in part] == list(range(num))
         assert sorted(map(len, owned), reverse=True) == list(map(len, owned)) and len(owned[0]) - len(owned[-1]) <= 1
+
+
+ON_DISK = {
+    "qwen3_moe": (
+        Qwen3MoeForCausalLM,
+        Qwen3MoeConfig(**TINY, moe_intermediate_size=SIZE, num_experts=NUM, norm_topk_prob=True),
+        "mlp",
+        {},
+    ),
+    "olmoe": (
+        OlmoeForCausalLM,
+        OlmoeConfig(**TINY, intermediate_size=SIZE, num_experts=NUM, norm_topk_prob=False),
+        "mlp",
+        {"renormalize": False},
+    ),
+    "mixtral": (
+        MixtralForCausalLM,
+        MixtralConfig(**TINY, intermediate_size=SIZE, num_local_experts=NUM),
+        "block_sparse_moe",
+        {"names": MIXTRAL_NAMES},
+    ),
+    "gpt_oss": (
+        GptOssForCausalLM,
+        GptOssConfig(**TINY, intermediate_size=SIZE, num_local_experts=NUM, layer_types=["full_attention"]),
+        "mlp",
+        {"names": MERGED, "activation": "clamped", "bias": True, "router_name": "router"},
+    ),
+}
+
+
+class OnlyExperts(nn.Module):
+    """A model of the block alone, as far as the loader looks."""
+
+    packed_modules: dict[str, Any] = {}
+
+    def __init__(self, config: dict[str, Any], tp: TensorParallel) -> None:
+        super().__init__()
+        self.lm_head = SimpleNamespace(is_tied=False)
+        setattr(self, config["prefix"], SparseMoE(HIDDEN, SIZE, NUM, K, tp, **config["options"]))
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        (block,) = (module for module in self.children() if isinstance(module, SparseMoE))
+        return block(x).total()
+
+
+@pytest.mark.parametrize("whole_experts", [False, True], ids=["cut experts", "whole experts"])
+@pytest.mark.parametrize("family", ON_DISK)
+def test_files_as_transformers_writes_them_fill_the_block_and_fill_it_again(
+    family: str, whole_experts: bool, tmp_path: Path
+) -> None:
+    """Through the loader: named, packed, dropped, written over while packed, each expert by its own name."""
+    cls, hf_config, prefix, options = ON_DISK[family]
+    torch.manual_seed(0)
+    theirs = cls(hf_config).eval()
+    theirs.set_experts_implementation("eager")  # the default wants sizes in multiples of 16 bytes
+    block = theirs.model.layers[0].mlp
+    for param in block.parameters():
+        param.data.normal_(0, 0.6)
+    theirs.save_pretrained(tmp_path)
+    tensors = load_file(tmp_path / "model.safetensors")
+    ours = {n.removeprefix("model.layers.0."): t for n, t in tensors.items() if f"layers.0.{prefix}." in n}
+    x, total = x_of(11), torch.zeros(11, HIDDEN)
+    config = {"prefix": prefix, "options": options}
+    outline = loader.build_outline(config, OnlyExperts)
+    assert set(loader.tensor_places(outline)) == ours.keys()
+    for rank in range(2):
+        model = loader.build_outline(config, OnlyExperts, TensorParallel(rank, 2, whole_experts=whole_experts))
+        model.to_empty(device="cpu")
+        with torch.inference_mode():
+            loader.update_weights(model, outline, loader.checked_tensors(outline, ours.items()), set())
+            loader.lay_out_weights(model)
+            before = model(x)
+            total += before
+            some = {name: tensor for name, tensor in ours.items() if "experts" in name}
+            loader.update_weights(model, outline, [(name, 2 * tensor) for name, tensor in some.items()], set())
+            assert not torch.equal(model(x), before)
+            loader.update_weights(model, outline, some.items(), set())
+            assert torch.equal(model(x), before)
+            loader.drop_weights(model)
+            model.to_empty(device="cpu")
+            loaded: set[str] = set()
+            loader.update_weights(model, outline, ours.items(), loaded)
+            loader.lay_out_weights(model)
+            assert loaded == ours.keys() and torch.equal(model(x), before)
+    torch.testing.assert_close(total, expected(block, x), rtol=1e-4, atol=2e-5)

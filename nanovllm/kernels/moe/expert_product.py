@@ -20,6 +20,7 @@ from nanovllm.kernels.moe.tilings import Tiling
 from nanovllm.kernels.triton_shim import TensorDescriptor, tl, triton
 
 AHEAD = 256  # columns of the weight to fetch before the wait
+LEAST_PAIRS = 64  # that a program looks through: fewer would be no faster, and another kernel to compile
 
 
 def gated_product(
@@ -95,12 +96,13 @@ def _launch(
     pairs, experts = (None, None) if order is None else order
     columns = triton.cdiv(n_out, tiling.weight_rows)
     with_engine = tiling.copy_engine and k * weight.element_size() % 16 == 0 and weight.data_ptr() % 16 == 0
+    searched = LEAST_PAIRS if order else max(triton.next_power_of_2(num_pairs), LEAST_PAIRS)
     block = [1, tiling.weight_rows, tiling.columns]
     _product_kernel[(num_tiles * columns,)](
         x, weight, TensorDescriptor(weight, [num_experts, n, k], [n * k, k, 1], block) if with_engine else None,
         bias, weights, out, ids, pairs, experts, num_pairs, num_tiles, first, x.stride(0), strides[0], strides[1],
         n_out, CHOICES=ids.shape[1], K=k, EXPERTS=num_experts, HALVES=halves, IS_CLAMPED=is_clamped,
-        IS_SORTED=order is not None, PAIRS=32 if order is not None else triton.next_power_of_2(num_pairs),
+        IS_SORTED=order is not None, PAIRS=searched,
         ROWS=tiling.rows, TILE_N=tiling.weight_rows, TILE_K=tiling.columns, GROUP=tiling.group,
         AHEAD=min(AHEAD, k), LINE=LINE_BYTES // weight.element_size(), num_warps=tiling.warps,
         num_stages=tiling.depth, **early_launch(x),

@@ -4,7 +4,7 @@ Few pairs take two launches, gated and weighted product: the products find their
 slices, which the next norm adds up. Many pairs take two more to sort, and one for the sum.
 """
 
-from typing import NamedTuple
+from dataclasses import dataclass
 
 import torch
 
@@ -19,7 +19,8 @@ UNSORTED_PAIRS = 256  # at most; more are sorted first
 SLICED_TOKENS = 128  # at most; for more a sum of their own is cheaper (`sum_choices.py`)
 
 
-class ExpertWeights(NamedTuple):
+@dataclass(slots=True, frozen=True)
+class ExpertWeights:
     """The experts of this rank, `first` to `first + len(gate_up) - 1` of `total`.
 
     Attributes:

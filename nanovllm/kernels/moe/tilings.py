@@ -5,10 +5,11 @@ of an expert, and padding costs nothing. Beyond, tiles have the shape that fills
 is a GPU's word: `python -m benchmarks.moe --tune` tries others. These are chosen by reckoning, not measured.
 """
 
-from typing import NamedTuple
+from dataclasses import dataclass, replace
 
 
-class Tiling(NamedTuple):
+@dataclass(slots=True, frozen=True)
+class Tiling:
     """A tile of `rows` pairs, by `weight_rows` rows of the weight, over `columns` of both at a time.
 
     Of a gated product the program takes as many rows of the up, too.
@@ -44,4 +45,4 @@ def choose_tilings(num_pairs: int, num_experts: int, itemsize: int, shared_memor
 
 def _fit(tiling: Tiling, halves: int, itemsize: int, shared_memory: int) -> Tiling:
     stage = (tiling.rows + halves * tiling.weight_rows) * tiling.columns * itemsize
-    return tiling._replace(depth=max(1, min(tiling.depth, shared_memory // stage)))
+    return replace(tiling, depth=max(1, min(tiling.depth, shared_memory // stage)))

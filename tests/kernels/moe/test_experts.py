@@ -1,5 +1,6 @@
 """Promises of the experts' products, kept by the kernels (interpreted on a CPU): the loop's results, rounded once."""
 
+from dataclasses import replace
 from typing import NamedTuple
 
 import pytest
@@ -127,8 +128,14 @@ def test_experts_of_other_ranks_add_nothing(unsorted_pairs: int, device: str, mo
     x, weights, ids, experts = draw(Case(11, 32, 32, 10, 3), torch.float32, device, has_bias=True)
     total = torch.zeros_like(x)
     for first, last in ((0, 4), (4, 9), (9, 10), (10, 10)):
-        part = [None if t is None else t[first:last] for t in experts[:4]]
-        own = experts._replace(gate_up=part[0], down=part[1], gate_up_bias=part[2], down_bias=part[3], first=first)
+        own = replace(
+            experts,
+            gate_up=experts.gate_up[first:last],
+            down=experts.down[first:last],
+            gate_up_bias=experts.gate_up_bias[first:last],
+            down_bias=experts.down_bias[first:last],
+            first=first,
+        )
         out = kernels.sum_experts_triton(x, weights, ids, own, in_slices=True)
         assert out.dim() == 2
         assert_near(out, exact(x, weights, ids, own), torch.float32)
