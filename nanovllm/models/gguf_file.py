@@ -109,7 +109,8 @@ def read_gguf(path: Path) -> GGUFFile:
 def _read_part(path: Path) -> GGUFFile:
     if path.stat().st_size < 24:
         raise OSError(f"{path} is not a GGUF file: it has {path.stat().st_size} bytes")
-    blob = np.memmap(path, dtype=np.uint8, mode="c")  # copy on write, for PyTorch warns of tensors it may not write
+    # Copy on write, for PyTorch warns of tensors it may not write; a plain array, for each view of a memmap costs more.
+    blob = np.asarray(np.memmap(path, dtype=np.uint8, mode="c"))
     if bytes(blob[:4]) != b"GGUF":
         raise OSError(f"{path} is not a GGUF file: it begins with {bytes(blob[:4])!r}")
     try:
@@ -171,16 +172,20 @@ class _Reader:
         return values
 
     def string(self) -> str:
-        start, end = self.place_of_string()
+        ((start, end),) = self.places_of_strings(1)
         return str(self.blob[start:end], "utf-8")
 
-    def place_of_string(self) -> tuple[int, int]:
-        (length,) = struct.unpack_from("<Q", self.blob, self.position)
-        start = self.position + 8
-        self.position = start + length
-        if self.position > len(self.blob):
-            raise IndexError(f"a string ends at byte {self.position}, the file at {len(self.blob)}")
-        return start, self.position
+    def places_of_strings(self, count: int) -> list[tuple[int, int]]:
+        places, end = [], self.position
+        length_at = struct.Struct("<Q").unpack_from
+        for _ in range(count):
+            start = end + 8
+            end = start + length_at(self.blob, end)[0]
+            places.append((start, end))
+        if end > len(self.blob):
+            raise IndexError(f"a string ends at byte {end}, the file at {len(self.blob)}")
+        self.position = end
+        return places
 
     def value(self, name: str) -> Any:
         (kind,) = self.numbers("I")
@@ -194,7 +199,7 @@ class _Reader:
             raise ValueError(f"{name} has the unknown type {kind}")
         kind, length = self.numbers("IQ")
         if kind == STRING:
-            return Strings(self.blob, [self.place_of_string() for _ in range(length)])
+            return Strings(self.blob, self.places_of_strings(length))
         if kind not in NUMBERS:
             raise ValueError(f"{name} is an array of type {kind}, which is not read")
         return list(self.numbers(f"{length}{NUMBERS[kind]}"))

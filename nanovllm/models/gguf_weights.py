@@ -65,7 +65,7 @@ def read_gguf_tensors(
     Raises as `read_gguf`, and ValueError for a tensor that the architecture has not, or of a type that is not read.
     """
     file = read_gguf(path)
-    architecture = file.metadata["general.architecture"]
+    architecture = file.metadata.get("general.architecture")
     for gguf_name, tensor in file.tensors.items():
         name = None if gguf_name in IN_CONFIG else hf_name(gguf_name, architecture)
         if name is None or (only is not None and name not in only and "{}" not in name):
@@ -129,6 +129,8 @@ def undo_conversion(numbers: torch.Tensor, name: str, architecture: str, metadat
     num_heads = metadata["llama.attention.head_count"]
     if ".k_proj." in name:
         num_heads = metadata.get("llama.attention.head_count_kv", num_heads)
+    if isinstance(num_heads, list):  # a number for each layer, all equal: see `gguf_config`
+        num_heads = num_heads[0]
     # Pairs of features that are rotated together lie side by side here, and half a head apart in transformers.
     pairs = numbers.view(num_heads, -1, 2, *numbers.shape[1:])  # [heads, head_dim / 2, 2, …]
     return pairs.transpose(1, 2).reshape(numbers.shape)

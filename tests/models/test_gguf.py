@@ -3,6 +3,8 @@
 The files are written by `gguf_files.py` as llama.cpp's converter writes them. A real one is in `test_chat_model.py`.
 """
 
+import contextlib
+import random
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -21,6 +23,7 @@ from tokenizers import models as tokenizer_models
 from tokenizers.pre_tokenizers import ByteLevel
 
 from nanovllm import LLM, SamplingParams
+from nanovllm.models.checkpoint_config import load_hf_config
 from nanovllm.models.gguf_config import ARCHITECTURES, read_config
 from nanovllm.models.gguf_file import GGUFTensor, read_gguf
 from nanovllm.models.gguf_weights import read_gguf_tensors, to_torch
@@ -234,6 +237,18 @@ class TestDamage:
             (tmp_path / "cut.gguf").write_bytes(content[:length])
             with pytest.raises(OSError, match="cut.gguf is (not a GGUF file|damaged|cut off)"):
                 read_gguf(tmp_path / "cut.gguf")
+
+    def test_changed_bytes_raise_nothing_else(self, qwen3: Path) -> None:
+        content, generator = qwen3.read_bytes(), random.Random(0)
+        end_of_header = content.index(b"output_norm.weight") + 100
+        for _ in range(300):
+            changed = bytearray(content)
+            for _ in range(generator.choice((1, 2, 4))):
+                changed[generator.randrange(4, end_of_header)] = generator.choice((0, 1, 255, generator.randrange(256)))
+            qwen3.write_bytes(changed)
+            for read in (load_hf_config, lambda path: list(read_gguf_tensors(path))):
+                with contextlib.suppress(OSError, ValueError):
+                    read(qwen3)
 
     def test_file_of_another_kind_is_refused(self, tmp_path: Path, make_llm: Callable[..., LLM]) -> None:
         (tmp_path / "model.gguf").write_bytes(b"PK\x03\x04" + bytes(100))
