@@ -213,14 +213,14 @@ def owners_of_blocks(manager: "BlockManager") -> list[int]:
     return manager._ref_count
 
 
-def blocks_of_digests(manager: "BlockManager") -> dict[bytes, int]:
-    """The prefix map: in which block the manager promises the tokens of a digest."""
+def blocks_of_digests(manager: "BlockManager") -> dict[tuple[bytes, int], int]:
+    """The prefix map: in which block the manager promises the tokens of a digest for a group of layers."""
     return manager._block_with
 
 
-def digests_of_blocks(manager: "BlockManager") -> list[bytes | None]:
-    """For each block the digest of what it holds, None where it holds nothing that could be found."""
-    return manager._digest_of
+def digests_of_blocks(manager: "BlockManager") -> list[tuple[bytes, int] | None]:
+    """For each block (digest, group) of what it holds, None where it holds nothing that could be found."""
+    return manager._key_of
 
 
 # ---- worker ----------------------------------------------------------------------------------------------------------

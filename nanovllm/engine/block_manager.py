@@ -3,13 +3,18 @@
 The device holds one array of blocks. A sequence's `block_table` maps its *logical* blocks to *physical* ones. So its
 memory need not be contiguous, it takes blocks as it grows, and it shares them with every sequence that begins with the
 same tokens. PagedAttention: Kwon et al., 2023 (arXiv:2309.06180). `worker/memory.py` measures how many blocks fit.
+
+Layers that see equally far form a *group* (`cache_groups.py`), with a block table of its own in each sequence; most
+models have one. A group with a window gives blocks behind it back, and a prefix hit needs only those that it reaches.
 """
 
 from array import array
 from collections import OrderedDict
 from dataclasses import dataclass
 from hashlib import blake2b
+from itertools import chain, product, takewhile, zip_longest
 
+from nanovllm.cache_groups import Windows, end_of_first_block, first_visible_block, longest_hit, most_blocks
 from nanovllm.engine.sequence import Sequence
 
 
@@ -29,16 +34,19 @@ class BlockManager:
     can be revived until they are taken. A block's digest commits to its own tokens and to all tokens before them.
     """
 
-    def __init__(self, num_blocks: int, block_size: int, enable_prefix_caching: bool = True) -> None:
+    def __init__(
+        self, num_blocks: int, block_size: int, enable_prefix_caching: bool = True, windows: Windows = (None,)
+    ) -> None:
         self.num_blocks = num_blocks
         self.block_size = block_size
         self.enable_prefix_caching = enable_prefix_caching
+        self.windows = windows  # of each group
         self.stats = CacheStats()
         self._ref_count = [0] * num_blocks
         # Oldest release first. An ordered dict takes, returns and removes from the middle in O(1).
         self._free: OrderedDict[int, None] = OrderedDict.fromkeys(range(num_blocks))
-        self._digest_of: list[bytes | None] = [None] * num_blocks
-        self._block_with: dict[bytes, int] = {}
+        self._key_of: list[tuple[bytes, int] | None] = [None] * num_blocks  # (digest, group) of what it holds
+        self._block_with: dict[tuple[bytes, int], int] = {}
 
     @property
     def num_free_blocks(self) -> int:
@@ -52,50 +60,79 @@ class BlockManager:
     def num_blocks_for(self, num_tokens: int) -> int:
         return -(-num_tokens // self.block_size)
 
-    def find_prefix(self, seq: Sequence) -> list[int]:
-        """The longest run of cached blocks that `seq` begins with. It does not take them.
+    def find_prefix(self, seq: Sequence) -> list[list[int]]:
+        """The longest run of cached blocks that `seq` begins with, for each group. It does not take them.
 
-        It never covers the last token: the device must compute that one, since the sampler needs its logits.
+        It never covers the last token: the device must compute that one, since the sampler needs its logits. Blocks
+        that a group no longer needs after the run are -1.
         """
-        if not self.enable_prefix_caching:
-            return []
+        if seq.must_score_prompt or not self.enable_prefix_caching:
+            return [[] for _ in self.windows]
         self._extend_digests(seq)
-        blocks: list[int] = []
-        for digest in seq.block_digests[: (len(seq.token_ids) - 1) // self.block_size]:
-            block = self._block_with.get(digest)
-            if block is None:
-                break
-            blocks.append(block)
-        return blocks
+        size, block_with = self.block_size, self._block_with
+        digests = seq.block_digests[: (len(seq.token_ids) - 1) // size]
+        for group, window in enumerate(self.windows):
+            if window is None:
+                digests = list(takewhile(lambda digest, group=group: (digest, group) in block_with, digests))
+        if any(self.windows):
+            is_cached = lambda i, group: (digests[i], group) in block_with  # noqa: E731
+            digests = digests[: longest_hit(len(digests), self.windows, size, is_cached)]
+        firsts = [first_visible_block(len(digests) * size, window, size) for window in self.windows]
+        return [
+            [-1] * first + [block_with[digest, group] for digest in digests[first:]]
+            for group, first in enumerate(firsts)
+        ]
 
-    def num_free_blocks_needed(self, seq: Sequence, prefix: list[int]) -> int:
-        """How many blocks `admit` will take off the free list, including those of the prefix that it revives."""
-        revived = sum(self._ref_count[block] == 0 for block in prefix)
-        return self.num_blocks_for(len(seq.token_ids)) - len(prefix) + revived
+    def num_free_blocks_needed(self, seq: Sequence, prefix: list[list[int]], largest_chunk: int) -> int:
+        """How many blocks off the free list get `seq` through its prompt, including those of the prefix it revives."""
+        num_tokens, needed = len(seq.token_ids), 0
+        for table, window in zip(prefix, self.windows, strict=True):
+            revived = sum(block >= 0 and self._ref_count[block] == 0 for block in table)
+            fresh = self.num_blocks_for(num_tokens) - len(table)
+            needed += min(revived + fresh, most_blocks(num_tokens, window, largest_chunk, self.block_size))
+        return needed
 
-    def admit(self, seq: Sequence, prefix: list[int]) -> None:
-        """Give `seq`, which holds none, blocks for all its tokens: the shared `prefix`, then fresh ones."""
-        for block in prefix:
-            if self._ref_count[block] == 0:
-                del self._free[block]
-            self._ref_count[block] += 1
-        seq.block_table = list(prefix)
-        seq.num_published_blocks = len(prefix)
-        seq.num_computed_tokens = len(prefix) * self.block_size
+    def admit(self, seq: Sequence, prefix: list[list[int]]) -> None:
+        """Give `seq`, which holds none, the shared `prefix`, and fresh blocks for all its tokens.
+
+        In groups with a window `grow` gives it fresh ones chunk by chunk.
+        """
+        for block in chain.from_iterable(prefix):
+            if block >= 0:
+                if self._ref_count[block] == 0:
+                    del self._free[block]
+                self._ref_count[block] += 1
+        seq.block_tables = prefix
+        seq.num_published_blocks = len(prefix[0])
+        seq.num_computed_tokens = len(prefix[0]) * self.block_size
         if self.enable_prefix_caching:
             self.stats.prefix_queries += len(seq.token_ids)
             self.stats.prefix_hits += seq.num_computed_tokens
-        for _ in range(self.num_blocks_for(len(seq.token_ids)) - len(prefix)):
-            seq.block_table.append(self._take())
+        for table, window in zip(prefix, self.windows, strict=True):
+            while window is None and len(table) < self.num_blocks_for(len(seq.token_ids)):
+                table.append(self._take())
 
-    def grow(self, seq: Sequence) -> bool:
-        """Make room for one more token. False if that needs a block and none is free; then nothing has changed."""
-        if seq.num_computed_tokens < len(seq.block_table) * self.block_size:
-            return True
-        if not self._free:
-            return False
-        seq.block_table.append(self._take())
-        return True
+    def grow(self, seq: Sequence, num_tokens: int = 1) -> list[tuple[int, int, int]] | None:
+        """Make room for the next `num_tokens`, once the blocks that these do not see have gone back.
+
+        Returns the blocks taken, as (group, index in its table, block). None if too few are free: then it took none.
+        """
+        start, size = seq.num_computed_tokens, self.block_size
+        if start + num_tokens <= seq.room_until:
+            return []
+        num_blocks, num_missing, taken = self.num_blocks_for(start + num_tokens), 0, []
+        for table, window in zip(seq.block_tables, self.windows, strict=True):
+            self._give_back(table, first_visible_block(start, window, size))
+            num_missing += max(num_blocks - len(table), 0)
+        if num_missing > len(self._free):
+            return None
+        for group, table in enumerate(seq.block_tables):
+            while len(table) < num_blocks:
+                table.append(self._take())
+                taken.append((group, len(table) - 1, table[-1]))
+        ends = [end_of_first_block(start, window, size) for window in self.windows]
+        seq.room_until = min(*ends, size * min(map(len, seq.block_tables)))
+        return taken
 
     def publish(self, seq: Sequence) -> None:
         """Let other sequences share the blocks that `seq` has filled with tokens known to the host.
@@ -111,48 +148,59 @@ class BlockManager:
             return
         self._extend_digests(seq)
         for i in range(seq.num_published_blocks, num_full):
-            block, digest = seq.block_table[i], seq.block_digests[i]
-            # If two sequences have computed equal blocks side by side, lookups keep finding the first.
-            if digest not in self._block_with:
-                self._block_with[digest] = block
-                self._digest_of[block] = digest
+            for group, table in enumerate(seq.block_tables):
+                block, key = table[i], (seq.block_digests[i], group)
+                # If two sequences have computed equal blocks side by side, lookups keep finding the first.
+                if block >= 0 and key not in self._block_with:
+                    self._block_with[key] = block
+                    self._key_of[block] = key
         seq.num_published_blocks = num_full
 
     def release(self, seq: Sequence) -> None:
         """Take back all blocks of `seq`. Their content can be revived until another sequence takes them."""
         # Last block first: the beginning of a prefix, which most sequences share, shall be evicted last.
-        for block in reversed(seq.block_table):
-            self._ref_count[block] -= 1
-            if self._ref_count[block] == 0:
-                self._free[block] = None
-                if self._digest_of[block] is None:
-                    self._free.move_to_end(block, last=False)  # not cached: take it before those that are
-        seq.block_table = []
-        seq.num_published_blocks = 0
-        seq.num_computed_tokens = 0
+        for block in chain.from_iterable(zip_longest(*map(reversed, seq.block_tables), fillvalue=-1)):
+            if block >= 0:
+                self._release(block)
+        seq.block_tables = []
+        seq.room_until = seq.num_published_blocks = seq.num_computed_tokens = 0
 
     def forget(self, seq: Sequence) -> None:
         """Hide the blocks of `seq` from other sequences: those it has published, and those it would publish later."""
-        for digest in seq.block_digests:
-            block = self._block_with.pop(digest, None)
+        for key in product(seq.block_digests, range(len(self.windows))):
+            block = self._block_with.pop(key, None)
             if block is not None:
-                self._digest_of[block] = None
-        seq.num_published_blocks = len(seq.block_table)
+                self._key_of[block] = None
+        seq.num_published_blocks = max(map(len, seq.block_tables), default=0)
 
     def forget_content(self) -> None:
         """Empty the prefix cache. Sequences keep the blocks they hold."""
         self._block_with.clear()
-        self._digest_of = [None] * self.num_blocks
+        self._key_of = [None] * self.num_blocks
 
     def _take(self) -> int:
         block, _ = self._free.popitem(last=False)
         self._ref_count[block] = 1
-        digest = self._digest_of[block]
-        if digest is not None:
-            del self._block_with[digest]
-            self._digest_of[block] = None
+        key = self._key_of[block]
+        if key is not None:
+            del self._block_with[key]
+            self._key_of[block] = None
             self.stats.evictions += 1
         return block
+
+    def _release(self, block: int) -> None:
+        self._ref_count[block] -= 1
+        if self._ref_count[block] == 0:
+            self._free[block] = None
+            if self._key_of[block] is None:
+                self._free.move_to_end(block, last=False)  # not cached: take it before those that are
+
+    def _give_back(self, table: list[int], end: int) -> None:
+        """Release the logical blocks before `end`. What went back earlier lies before them."""
+        while end and table[end - 1] >= 0:
+            end -= 1
+            self._release(table[end])
+            table[end] = -1
 
     def _extend_digests(self, seq: Sequence) -> None:
         """Compute the digests of full blocks that `seq` lacks: BLAKE2b-128(parent's digest, token ids)."""

@@ -65,6 +65,7 @@ class ModelRunner:
         before = memory.DeviceMemory.now() if self.is_cuda else None
         self.model: Any = build_model(config, hf_config, model_cls, path, self.dtype, self.device, tp)
         self.attention_layers = [m for m in self.model.modules() if isinstance(m, Attention)]
+        self.cache_groups = memory.group_specs([layer.spec for layer in self.attention_layers], self.max_model_len)
         build_rope_tables((layer.spec.rope for layer in self.attention_layers), self.max_model_len, self.device)
         self.graphs: StepGraphs | None = None
         self.graph_type = StepGraphs if self.is_cuda and not config.enforce_eager else None
@@ -142,7 +143,7 @@ class ModelRunner:
         num_samples = num_seqs if num_samples is None else num_samples
         rows, query_start = batch.live_rows[:num_seqs], batch.query_start[: num_seqs + 1]
         prepare_inputs(
-            rows, query_start, batch.token_ids, batch.num_computed, batch.block_table, self.block_size, inputs
+            rows, query_start, batch.token_ids, batch.num_computed, batch.block_tables, self.block_size, inputs
         )
         hidden = last = self.model(inputs.input_ids[:num_tokens], self._attention_metadata(shape))
         if not num_samples:
@@ -155,20 +156,21 @@ class ModelRunner:
         return hidden, logits
 
     def _attention_metadata(self, shape: StepShape) -> AttentionMetadata:
-        """Where the step's tokens are: decodes first, chunks after."""
+        """Where the step's tokens are, for each group of layers: decodes first, chunks after."""
         batch, inputs, n = self.batch, self.inputs, shape.num_decodes
         rows, seq_lens = batch.live_rows[: shape.num_seqs], inputs.seq_lens[: shape.num_seqs]
-        decodes = chunks = None
+        decodes, chunks = [], []
         if n:
-            decodes = DecodeBatch(rows[:n], seq_lens[:n], batch.block_table)
-            if self.is_cuda:
-                num_kv_heads = self.attention_layers[0].spec.num_kv_heads
-                decodes.splits = split_contexts(decodes.seq_lens, num_kv_heads, self.decode_splits)
+            for window, splits in self.decode_splits.items():
+                args = (seq_lens[:n], self.attention_layers[0].spec.num_kv_heads, splits)
+                split_contexts(*args, **({} if window is None else {"window": window}))
+            for window, table in zip(self.cache_groups.windows, batch.block_tables, strict=True):
+                decodes.append(DecodeBatch(rows[:n], seq_lens[:n], table, self.decode_splits.get(window)))
         if shape.num_chunks:
             tokens = slice(n, shape.num_tokens)
-            query_start = batch.query_start[n : shape.num_seqs + 1] - n
-            places = (inputs.positions[tokens], inputs.slot_mapping[tokens])
-            chunks = ChunkBatch(*places, rows[n:], query_start, seq_lens[n:], batch.block_table)
+            positions, query_start = inputs.positions[tokens], batch.query_start[n : shape.num_seqs + 1] - n
+            for slots, table in zip(inputs.slot_mapping[:, tokens], batch.block_tables, strict=True):
+                chunks.append(ChunkBatch(positions, slots, rows[n:], query_start, seq_lens[n:], table))
         if self.cpu_step is not None:
             self.cpu_step.prepare(inputs, decodes, chunks)
         return AttentionMetadata(n, decodes, chunks)
@@ -201,41 +203,49 @@ class ModelRunner:
 
     def _fit_cache(self, before: memory.DeviceMemory | None) -> int:
         """Decide how many blocks the cache gets, and with it how long a sequence may be."""
-        num_layers, spec = len(self.attention_layers), self.attention_layers[0].spec
-        block_bytes = math.prod(memory.kv_cache_shape(num_layers, spec, 1, self.block_size)) * self.dtype.itemsize
+        num_layers, windows = self.cache_groups.num_layers, self.cache_groups.windows
+        shape = memory.kv_cache_shape(num_layers, self.attention_layers[0].spec, 1, self.block_size)
+        block_bytes = math.prod(shape) * self.dtype.itemsize
         num_blocks = memory.num_cache_blocks(
-            self.config, block_bytes, before, self._run_largest_step, self.tp, self.device
+            self.config, block_bytes, len(windows), before, self._run_largest_step, self.tp, self.device
         )
-        self.max_model_len = memory.fit_max_model_len(self.config, self.max_model_len, num_blocks * self.block_size)
-        size = num_blocks * block_bytes / 1e9
-        logger.info("KV cache: %d blocks of %d tokens, %.2f GB", num_blocks, self.block_size, size)
+        size = (num_blocks, self.block_size)
+        self.max_model_len = memory.fit_max_model_len(self.config, self.max_model_len, *size, windows)
+        of_what = (*size, num_layers, num_blocks * block_bytes / 1e9)
+        logger.info("KV cache: %d blocks of %d tokens in %d layers, %.2f GB", *of_what)
         return num_blocks
 
     def _allocate(self, num_blocks: int) -> None:
         """Make the cache, the rows and the step's buffers."""
         spec = self.attention_layers[0].spec
-        shape = memory.kv_cache_shape(len(self.attention_layers), spec, num_blocks, self.block_size)
+        windows, num_groups = self.cache_groups.windows, len(self.cache_groups.windows)
+        shape = memory.kv_cache_shape(self.cache_groups.num_layers, spec, num_blocks, self.block_size)
         self.kv_cache = memory.zeros_on_demand(shape, self.dtype, self.device)
-        for layer, (k_cache, v_cache) in zip(self.attention_layers, self.kv_cache, strict=True):
-            layer.cache = KVCache(k_cache, v_cache)
+        for group, layers in enumerate(self.cache_groups.layers):
+            for index, caches in zip(layers, self.kv_cache, strict=False):
+                layer = self.attention_layers[index]
+                layer.group, layer.cache = group, KVCache(*caches)
         max_blocks = -(-self.max_model_len // self.block_size)
-        self.batch = InputBatch(self.num_rows, self.max_model_len, max_blocks, self.device, MAX_STEPS_IN_FLIGHT)
+        sizes = (self.num_rows, self.max_model_len, max_blocks)
+        self.batch = InputBatch(*sizes, self.device, MAX_STEPS_IN_FLIGHT, num_groups)
         padded = [shape.num_tokens for shape in self.shapes.with_chunks()]
         max_tokens = max([self.config.max_num_batched_tokens, *padded])
         self.inputs = StepInputs(
             input_ids=torch.zeros(max_tokens, dtype=torch.int32, device=self.device),
             positions=torch.zeros(max_tokens, dtype=torch.int32, device=self.device),
-            slot_mapping=torch.zeros(max_tokens, dtype=torch.int64, device=self.device),
+            slot_mapping=torch.zeros(num_groups, max_tokens, dtype=torch.int64, device=self.device),
             seq_lens=torch.zeros(self.batch.num_entries, dtype=torch.int32, device=self.device),
         )
         self.sampled = torch.zeros(self.batch.num_entries, dtype=torch.int32, device=self.device)
         vocab_size = self.hf_config.vocab_size
         self.extras = LogitExtras(self.batch, self.model.compute_logits, vocab_size, self.process_logits)
         self.num_launched = 0
-        self.cpu_step = None if self.is_cuda else CpuStep(self.attention_layers[0].cache)
+        self.cpu_step = None if self.is_cuda else CpuStep(self.attention_layers[0].cache, windows)
+        self.decode_splits = {}  # by window
         if self.is_cuda:
             heads = (spec.num_heads, spec.num_kv_heads, spec.head_dim)
-            self.decode_splits = DecodeSplits.allocate(self.num_rows, *heads, self.device)
+            for window in dict.fromkeys(windows):
+                self.decode_splits[window] = DecodeSplits.allocate(self.num_rows, *heads, self.device)
             self.done = [torch.cuda.Event() for _ in range(MAX_STEPS_IN_FLIGHT)]
             self.sampled_on_host = [
                 torch.zeros(self.num_rows, dtype=torch.int32, pin_memory=True) for _ in range(MAX_STEPS_IN_FLIGHT)
@@ -244,7 +254,9 @@ class ModelRunner:
     def _run_largest_step(self) -> int:
         """Run the step that needs the most memory, over a cache of one block. Returns the bytes the graphs kept."""
         self._allocate(1)
-        self.launch(memory.largest_step(self.config, self.num_rows, self.max_model_len)).tokens()
+        self.launch(
+            memory.largest_step(self.config, self.num_rows, self.max_model_len, len(self.cache_groups.windows))
+        ).tokens()
         if self.config.enforce_eager:
             return 0
         self.batch.forget()
