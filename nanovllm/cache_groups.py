@@ -6,8 +6,7 @@ of equal blocks, so all have equally many layers: as many as the rarest kind. A 
 groups, whose last may leave some layers of its blocks unused (vLLM's hybrid cache has the same rule).
 """
 
-import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 Windows = tuple[int | None, ...]  # of each group: how many tokens a query sees, itself the last of them; None: all
@@ -45,13 +44,6 @@ def first_visible_block(position: int, window: int | None, block_size: int) -> i
     return 0 if window is None else max(position - window + 1, 0) // block_size
 
 
-def end_of_first_block(position: int, window: int | None, block_size: int) -> int:
-    """The position of the first query that no longer sees the first block which the query at `position` sees."""
-    if window is None:
-        return sys.maxsize
-    return (first_visible_block(position, window, block_size) + 1) * block_size + window - 1
-
-
 def most_blocks(num_tokens: int, window: int | None, largest_chunk: int, block_size: int) -> int:
     """The most blocks that a sequence of `num_tokens` holds in a group, if no step computes more than a chunk of it."""
     num_blocks = -(-num_tokens // block_size)
@@ -66,15 +58,20 @@ def most_blocks_in_all(num_tokens: int, windows: Windows, largest_chunk: int, bl
     return sum(most_blocks(num_tokens, window, largest_chunk, block_size) for window in windows)
 
 
-def longest_hit(num_blocks: int, windows: Windows, block_size: int, is_cached: Callable[[int, int], bool]) -> int:
-    """The longest prefix, in blocks and at most `num_blocks`, of which every group has all that later tokens see.
-
-    `is_cached(block, group)`, of a logical block. Looks at each once: from the end on, a missing block that is seen
-    after the prefix cuts the prefix off before it.
+def longest_hit(
+    windows: Windows, block_size: int, digests: Sequence[bytes], block_with: Sequence[Mapping[bytes, int]]
+) -> int:
+    """How many of the blocks with these `digests` a new sequence can share: the longest run from the first on, of which
+    every group has all that later tokens see. `block_with`: each group's cached blocks.
     """
-    hit = num_blocks
-    for i in reversed(range(num_blocks)):
-        for group, window in enumerate(windows):
-            if first_visible_block(hit * block_size, window, block_size) <= i < hit and not is_cached(i, group):
+    hit = len(digests)
+    for window, cached in zip(windows, block_with, strict=True):
+        if window is None:
+            hit = next((i for i in range(hit) if digests[i] not in cached), hit)
+    # From the end on: a missing block that is seen after the run cuts the run off before it.
+    windowed = [(window, cached) for window, cached in zip(windows, block_with, strict=True) if window is not None]
+    for i in reversed(range(hit if windowed else 0)):
+        for window, cached in windowed:
+            if first_visible_block(hit * block_size, window, block_size) <= i < hit and digests[i] not in cached:
                 hit = i
     return hit

@@ -215,12 +215,13 @@ def owners_of_blocks(manager: "BlockManager") -> list[int]:
 
 def blocks_of_digests(manager: "BlockManager") -> dict[tuple[bytes, int], int]:
     """The prefix map: in which block the manager promises the tokens of a digest for a group of layers."""
-    return manager._block_with
+    return {(digest, g): block for g, of_group in enumerate(manager._block_with) for digest, block in of_group.items()}
 
 
 def digests_of_blocks(manager: "BlockManager") -> list[tuple[bytes, int] | None]:
     """For each block (digest, group) of what it holds, None where it holds nothing that could be found."""
-    return manager._key_of
+    keys = zip(manager._digest_of, manager._group_of, strict=True)
+    return [None if digest is None else (digest, group) for digest, group in keys]
 
 
 # ---- worker ----------------------------------------------------------------------------------------------------------

@@ -8,13 +8,13 @@ Layers that see equally far form a *group* (`cache_groups.py`), with a block tab
 models have one. A group with a window gives blocks behind it back, and a prefix hit needs only those that it reaches.
 """
 
-from array import array
+import sys
 from collections import OrderedDict
 from dataclasses import dataclass
-from hashlib import blake2b
-from itertools import chain, product, takewhile, zip_longest
+from itertools import chain, product, zip_longest
 
-from nanovllm.cache_groups import Windows, end_of_first_block, first_visible_block, longest_hit, most_blocks
+from nanovllm.cache_groups import Windows, first_visible_block, longest_hit, most_blocks
+from nanovllm.engine.block_digests import extend_digests
 from nanovllm.engine.sequence import Sequence
 
 
@@ -45,8 +45,9 @@ class BlockManager:
         self._ref_count = [0] * num_blocks
         # Oldest release first. An ordered dict takes, returns and removes from the middle in O(1).
         self._free: OrderedDict[int, None] = OrderedDict.fromkeys(range(num_blocks))
-        self._key_of: list[tuple[bytes, int] | None] = [None] * num_blocks  # (digest, group) of what it holds
-        self._block_with: dict[tuple[bytes, int], int] = {}
+        self._digest_of: list[bytes | None] = [None] * num_blocks
+        self._group_of = [0] * num_blocks  # of a block with a digest
+        self._block_with: list[dict[bytes, int]] = [{} for _ in windows]
 
     @property
     def num_free_blocks(self) -> int:
@@ -63,25 +64,17 @@ class BlockManager:
     def find_prefix(self, seq: Sequence) -> list[list[int]]:
         """The longest run of cached blocks that `seq` begins with, for each group. It does not take them.
 
-        It never covers the last token: the device must compute that one, since the sampler needs its logits. Blocks
-        that a group no longer needs after the run are -1.
+        It never covers the last token: the device must compute that one, since the sampler needs its logits. -1 stands
+        for blocks that lie behind a group's window there.
         """
         if seq.must_score_prompt or not self.enable_prefix_caching:
             return [[] for _ in self.windows]
-        self._extend_digests(seq)
+        extend_digests(seq, self.block_size)
         size, block_with = self.block_size, self._block_with
         digests = seq.block_digests[: (len(seq.token_ids) - 1) // size]
-        for group, window in enumerate(self.windows):
-            if window is None:
-                digests = list(takewhile(lambda digest, group=group: (digest, group) in block_with, digests))
-        if any(self.windows):
-            is_cached = lambda i, group: (digests[i], group) in block_with  # noqa: E731
-            digests = digests[: longest_hit(len(digests), self.windows, size, is_cached)]
-        firsts = [first_visible_block(len(digests) * size, window, size) for window in self.windows]
-        return [
-            [-1] * first + [block_with[digest, group] for digest in digests[first:]]
-            for group, first in enumerate(firsts)
-        ]
+        hit = longest_hit(self.windows, size, digests, block_with)
+        firsts = [first_visible_block(hit * size, window, size) for window in self.windows]
+        return [[-1] * n + [of[key] for key in digests[n:hit]] for n, of in zip(firsts, block_with, strict=True)]
 
     def num_free_blocks_needed(self, seq: Sequence, prefix: list[list[int]], largest_chunk: int) -> int:
         """How many blocks off the free list get `seq` through its prompt, including those of the prefix it revives."""
@@ -93,9 +86,9 @@ class BlockManager:
         return needed
 
     def admit(self, seq: Sequence, prefix: list[list[int]]) -> None:
-        """Give `seq`, which holds none, the shared `prefix`, and fresh blocks for all its tokens.
+        """Give `seq`, which holds none, the shared `prefix`, then fresh blocks for all its tokens.
 
-        In groups with a window `grow` gives it fresh ones chunk by chunk.
+        In a group with a window `grow` takes the fresh ones, chunk by chunk.
         """
         for block in chain.from_iterable(prefix):
             if block >= 0:
@@ -108,31 +101,28 @@ class BlockManager:
         if self.enable_prefix_caching:
             self.stats.prefix_queries += len(seq.token_ids)
             self.stats.prefix_hits += seq.num_computed_tokens
+        num_fresh = self.num_blocks_for(len(seq.token_ids)) - len(prefix[0])
         for table, window in zip(prefix, self.windows, strict=True):
-            while window is None and len(table) < self.num_blocks_for(len(seq.token_ids)):
-                table.append(self._take())
+            if window is None:
+                table.extend([self._take() for _ in range(num_fresh)])
 
     def grow(self, seq: Sequence, num_tokens: int = 1) -> list[tuple[int, int, int]] | None:
-        """Make room for the next `num_tokens`, once the blocks that these do not see have gone back.
+        """Make room for the next `num_tokens`, once the blocks behind a window have gone back.
 
         Returns the blocks taken, as (group, index in its table, block). None if too few are free: then it took none.
         """
-        start, size = seq.num_computed_tokens, self.block_size
-        if start + num_tokens <= seq.room_until:
+        tables, end = seq.block_tables, seq.num_computed_tokens + num_tokens
+        if end <= seq.room_until:
             return []
-        num_blocks, num_missing, taken = self.num_blocks_for(start + num_tokens), 0, []
-        for table, window in zip(seq.block_tables, self.windows, strict=True):
-            self._give_back(table, first_visible_block(start, window, size))
-            num_missing += max(num_blocks - len(table), 0)
-        if num_missing > len(self._free):
+        next_give_back = self._give_back(seq)
+        num_blocks = self.num_blocks_for(end)
+        places = [(group, i) for group, table in enumerate(tables) for i in range(len(table), num_blocks)]
+        if len(places) > len(self._free):
             return None
-        for group, table in enumerate(seq.block_tables):
-            while len(table) < num_blocks:
-                table.append(self._take())
-                taken.append((group, len(table) - 1, table[-1]))
-        ends = [end_of_first_block(start, window, size) for window in self.windows]
-        seq.room_until = min(*ends, size * min(map(len, seq.block_tables)))
-        return taken
+        for group, _ in places:
+            tables[group].append(self._take())
+        seq.room_until = min(next_give_back, self.block_size * min(map(len, tables)))
+        return [(group, i, tables[group][i]) for group, i in places]
 
     def publish(self, seq: Sequence) -> None:
         """Let other sequences share the blocks that `seq` has filled with tokens known to the host.
@@ -146,14 +136,14 @@ class BlockManager:
         num_full = num_known // self.block_size
         if num_full <= seq.num_published_blocks:
             return
-        self._extend_digests(seq)
-        for i in range(seq.num_published_blocks, num_full):
-            for group, table in enumerate(seq.block_tables):
-                block, key = table[i], (seq.block_digests[i], group)
+        extend_digests(seq, self.block_size)
+        for group, (table, block_with) in enumerate(zip(seq.block_tables, self._block_with, strict=True)):
+            for i in range(seq.num_published_blocks, num_full):
+                block, digest = table[i], seq.block_digests[i]
                 # If two sequences have computed equal blocks side by side, lookups keep finding the first.
-                if block >= 0 and key not in self._block_with:
-                    self._block_with[key] = block
-                    self._key_of[block] = key
+                if block >= 0 and digest not in block_with:
+                    block_with[digest] = block
+                    self._digest_of[block], self._group_of[block] = digest, group
         seq.num_published_blocks = num_full
 
     def release(self, seq: Sequence) -> None:
@@ -167,24 +157,24 @@ class BlockManager:
 
     def forget(self, seq: Sequence) -> None:
         """Hide the blocks of `seq` from other sequences: those it has published, and those it would publish later."""
-        for key in product(seq.block_digests, range(len(self.windows))):
-            block = self._block_with.pop(key, None)
+        for digest, block_with in product(seq.block_digests, self._block_with):
+            block = block_with.pop(digest, None)
             if block is not None:
-                self._key_of[block] = None
+                self._digest_of[block] = None
         seq.num_published_blocks = max(map(len, seq.block_tables), default=0)
 
     def forget_content(self) -> None:
         """Empty the prefix cache. Sequences keep the blocks they hold."""
-        self._block_with.clear()
-        self._key_of = [None] * self.num_blocks
+        self._block_with = [{} for _ in self.windows]
+        self._digest_of = [None] * self.num_blocks
 
     def _take(self) -> int:
         block, _ = self._free.popitem(last=False)
         self._ref_count[block] = 1
-        key = self._key_of[block]
-        if key is not None:
-            del self._block_with[key]
-            self._key_of[block] = None
+        digest = self._digest_of[block]
+        if digest is not None:
+            del self._block_with[self._group_of[block]][digest]
+            self._digest_of[block] = None
             self.stats.evictions += 1
         return block
 
@@ -192,21 +182,18 @@ class BlockManager:
         self._ref_count[block] -= 1
         if self._ref_count[block] == 0:
             self._free[block] = None
-            if self._key_of[block] is None:
+            if self._digest_of[block] is None:
                 self._free.move_to_end(block, last=False)  # not cached: take it before those that are
 
-    def _give_back(self, table: list[int], end: int) -> None:
-        """Release the logical blocks before `end`. What went back earlier lies before them."""
-        while end and table[end - 1] >= 0:
-            end -= 1
-            self._release(table[end])
-            table[end] = -1
-
-    def _extend_digests(self, seq: Sequence) -> None:
-        """Compute the digests of full blocks that `seq` lacks: BLAKE2b-128(parent's digest, token ids)."""
-        size = self.block_size
-        parent = seq.block_digests[-1] if seq.block_digests else b""
-        for start in range(len(seq.block_digests) * size, len(seq.token_ids) - size + 1, size):
-            content = array("I", seq.token_ids[start : start + size]).tobytes()
-            parent = blake2b(parent + content, digest_size=16).digest()
-            seq.block_digests.append(parent)
+    def _give_back(self, seq: Sequence) -> int:
+        """Release blocks that no token to come sees. Returns the position of the first token that sees one less."""
+        start, size, until = seq.num_computed_tokens, self.block_size, sys.maxsize
+        for table, window in zip(seq.block_tables, self.windows, strict=True):
+            if window is not None:
+                i = first_visible_block(start, window, size)
+                until = min(until, (i + 1) * size + window - 1)
+                while i > 0 and table[i - 1] >= 0:  # those before one that went back have gone back too
+                    i -= 1
+                    self._release(table[i])
+                    table[i] = -1
+        return until

@@ -77,7 +77,7 @@ class Scheduler:
         for seq in self.running:  # a preemption removes the last one, at or after the loop's place
             if seq.num_tokens - seq.num_computed_tokens != 1 or seq.num_tokens >= seq.max_len:
                 continue  # its prompt is under way, or its last token is in flight
-            if not self._make_room(step, seq, 1):
+            if seq.num_computed_tokens >= seq.room_until and not self._make_room(step, seq, 1):
                 return
             step.plan.num_decodes += 1
             self._compute(step, seq, 1)

@@ -13,20 +13,20 @@ import torch
 
 from nanovllm.config import Config
 from nanovllm.distributed.tensor_parallel import TensorParallel
-from nanovllm.kernels.attention.contract import ChunkBatch, DecodeBatch, KVCache
-from nanovllm.kernels.attention.decode_splits import DecodeSplits, split_contexts
+from nanovllm.kernels.attention.contract import KVCache
 from nanovllm.kernels.prepare_inputs import StepInputs, prepare_inputs
 from nanovllm.kernels.sampling.sample import sample
-from nanovllm.layers.attention import Attention, AttentionMetadata
+from nanovllm.layers.attention import Attention
 from nanovllm.layers.rotary_embedding import build_rope_tables
 from nanovllm.models.loader import build_model
 from nanovllm.step_plan import StepPlan
 from nanovllm.worker import memory
-from nanovllm.worker.cpu_step import CpuStep, clear_fresh_tails
+from nanovllm.worker.cpu_step import clear_fresh_tails
 from nanovllm.worker.cuda_graph import StepGraphs, StepShape, StepShapes
 from nanovllm.worker.input_batch import InputBatch
 from nanovllm.worker.logit_extras import LogitExtras, PendingLogprobs, ProcessLogits
 from nanovllm.worker.resolve import resolve_device, resolve_dtype, resolve_max_model_len
+from nanovllm.worker.step_attention import StepAttention
 from nanovllm.worker.step_handle import StepHandle
 
 logger = logging.getLogger(__name__)
@@ -94,8 +94,7 @@ class ModelRunner:
         """Drop what `start` made. Until it is called again nothing can be launched."""
         if self.is_cuda:
             torch.cuda.synchronize()
-        self.graphs = self.kv_cache = self.batch = self.inputs = self.decode_splits = self.sampled = None
-        self.extras = self.cpu_step = None
+        self.graphs = self.kv_cache = self.batch = self.inputs = self.sampled = self.attention = self.extras = None
         self.recorded_hidden.clear()
         for layer in self.attention_layers:
             layer.cache = None
@@ -145,7 +144,8 @@ class ModelRunner:
         prepare_inputs(
             rows, query_start, batch.token_ids, batch.num_computed, batch.block_tables, self.block_size, inputs
         )
-        hidden = last = self.model(inputs.input_ids[:num_tokens], self._attention_metadata(shape))
+        meta = self.attention.metadata(batch, inputs, shape)
+        hidden = last = self.model(inputs.input_ids[:num_tokens], meta)
         if not num_samples:
             return hidden, None
         if num_tokens > num_samples:  # logits are computed for a sequence's last token alone
@@ -154,26 +154,6 @@ class ModelRunner:
         sampled, seq_lens = self.sampled[:num_samples], inputs.seq_lens[:num_samples]
         sample(logits, rows[:num_samples], seq_lens, batch.params, batch.token_ids, sampled)
         return hidden, logits
-
-    def _attention_metadata(self, shape: StepShape) -> AttentionMetadata:
-        """Where the step's tokens are, for each group of layers: decodes first, chunks after."""
-        batch, inputs, n = self.batch, self.inputs, shape.num_decodes
-        rows, seq_lens = batch.live_rows[: shape.num_seqs], inputs.seq_lens[: shape.num_seqs]
-        decodes, chunks = [], []
-        if n:
-            for window, splits in self.decode_splits.items():
-                args = (seq_lens[:n], self.attention_layers[0].spec.num_kv_heads, splits)
-                split_contexts(*args, **({} if window is None else {"window": window}))
-            for window, table in zip(self.cache_groups.windows, batch.block_tables, strict=True):
-                decodes.append(DecodeBatch(rows[:n], seq_lens[:n], table, self.decode_splits.get(window)))
-        if shape.num_chunks:
-            tokens = slice(n, shape.num_tokens)
-            positions, query_start = inputs.positions[tokens], batch.query_start[n : shape.num_seqs + 1] - n
-            for slots, table in zip(inputs.slot_mapping[:, tokens], batch.block_tables, strict=True):
-                chunks.append(ChunkBatch(positions, slots, rows[n:], query_start, seq_lens[n:], table))
-        if self.cpu_step is not None:
-            self.cpu_step.prepare(inputs, decodes, chunks)
-        return AttentionMetadata(n, decodes, chunks)
 
     def _record(self, shape: StepShape) -> None:
         """For a graph. The hidden states that extras may ask for stay where each replay will write them."""
@@ -209,10 +189,10 @@ class ModelRunner:
         num_blocks = memory.num_cache_blocks(
             self.config, block_bytes, len(windows), before, self._run_largest_step, self.tp, self.device
         )
-        size = (num_blocks, self.block_size)
-        self.max_model_len = memory.fit_max_model_len(self.config, self.max_model_len, *size, windows)
-        of_what = (*size, num_layers, num_blocks * block_bytes / 1e9)
-        logger.info("KV cache: %d blocks of %d tokens in %d layers, %.2f GB", *of_what)
+        cache = (num_blocks, self.block_size)
+        self.max_model_len = memory.fit_max_model_len(self.config, self.max_model_len, *cache, windows)
+        size = (num_layers, num_blocks * block_bytes / 1e9)
+        logger.info("KV cache: %d blocks of %d tokens in %d layers, %.2f GB", *cache, *size)
         return num_blocks
 
     def _allocate(self, num_blocks: int) -> None:
@@ -240,12 +220,8 @@ class ModelRunner:
         vocab_size = self.hf_config.vocab_size
         self.extras = LogitExtras(self.batch, self.model.compute_logits, vocab_size, self.process_logits)
         self.num_launched = 0
-        self.cpu_step = None if self.is_cuda else CpuStep(self.attention_layers[0].cache, windows)
-        self.decode_splits = {}  # by window
+        self.attention = StepAttention(spec, self.attention_layers[0].cache, windows, self.num_rows)
         if self.is_cuda:
-            heads = (spec.num_heads, spec.num_kv_heads, spec.head_dim)
-            for window in dict.fromkeys(windows):
-                self.decode_splits[window] = DecodeSplits.allocate(self.num_rows, *heads, self.device)
             self.done = [torch.cuda.Event() for _ in range(MAX_STEPS_IN_FLIGHT)]
             self.sampled_on_host = [
                 torch.zeros(self.num_rows, dtype=torch.int32, pin_memory=True) for _ in range(MAX_STEPS_IN_FLIGHT)
@@ -254,9 +230,8 @@ class ModelRunner:
     def _run_largest_step(self) -> int:
         """Run the step that needs the most memory, over a cache of one block. Returns the bytes the graphs kept."""
         self._allocate(1)
-        self.launch(
-            memory.largest_step(self.config, self.num_rows, self.max_model_len, len(self.cache_groups.windows))
-        ).tokens()
+        sizes = (self.num_rows, self.max_model_len, len(self.cache_groups.windows))
+        self.launch(memory.largest_step(self.config, *sizes)).tokens()
         if self.config.enforce_eager:
             return 0
         self.batch.forget()
