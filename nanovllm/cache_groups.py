@@ -25,11 +25,11 @@ class CacheGroups:
         return len(self.layers[0])
 
 
-def group_layers(windows: Sequence[int | None], max_model_len: int) -> CacheGroups:
-    """Group layers by their windows. A window that no sequence outgrows is none."""
+def group_layers(windows: Sequence[int | None]) -> CacheGroups:
+    """Group a model's layers by their windows."""
     kinds: dict[int | None, list[int]] = {}
     for layer, window in enumerate(windows):
-        kinds.setdefault(None if window is None or window >= max_model_len else window, []).append(layer)
+        kinds.setdefault(window, []).append(layer)
     size = min(map(len, kinds.values()))
     groups = [
         (window, kinds[window][start : start + size])

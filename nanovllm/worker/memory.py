@@ -81,14 +81,17 @@ def num_cache_blocks(
 
 
 def group_specs(specs: list[AttentionSpec], max_model_len: int) -> CacheGroups:
-    """Group a model's attention layers by their windows.
+    """Group a model's attention layers by their windows. A window that no sequence outgrows becomes none.
 
-    Raises ValueError if they differ in what else decides a block's size.
+    Raises ValueError if the layers differ in what decides a block's size.
     """
     shapes = sorted({(spec.num_kv_heads, spec.head_dim) for spec in specs})
     if len(shapes) > 1:
         raise ValueError(f"attention layers of (kv heads, head_dim) {shapes} share one KV cache: they must be equal")
-    return group_layers([spec.window for spec in specs], max_model_len)
+    for spec in specs:
+        if spec.window is not None and spec.window >= max_model_len:
+            spec.window = None
+    return group_layers([spec.window for spec in specs])
 
 
 def fit_max_model_len(config: Config, max_model_len: int, num_blocks: int, block_size: int, windows: Windows) -> int:
