@@ -103,9 +103,10 @@ def fit_max_model_len(config: Config, max_model_len: int, num_blocks: int, block
         return max_model_len
     longest = bisect_right(range(max_model_len), num_blocks, key=needs) - 1
     if config.max_model_len is not None:
+        chunk = f", lower max_num_batched_tokens={config.max_num_batched_tokens}" if any(windows) else ""
         raise ValueError(
             f"max_model_len={config.max_model_len} exceeds the KV cache, which holds {longest} tokens; "
-            "lower max_model_len or give the cache more memory"
+            f"lower max_model_len{chunk} or give the cache more memory"
         )
     logger.warning("max_model_len is cut from %d to the %d tokens of the cache", max_model_len, longest)
     return longest
