@@ -37,10 +37,8 @@ class BlockManager:
     def __init__(
         self, num_blocks: int, block_size: int, enable_prefix_caching: bool = True, windows: Windows = (None,)
     ) -> None:
-        self.num_blocks = num_blocks
-        self.block_size = block_size
+        self.num_blocks, self.block_size, self.windows = num_blocks, block_size, windows  # a window for each group
         self.enable_prefix_caching = enable_prefix_caching
-        self.windows = windows  # of each group
         self.stats = CacheStats()
         self._ref_count = [0] * num_blocks
         # Oldest release first. An ordered dict takes, returns and removes from the middle in O(1).
@@ -62,10 +60,9 @@ class BlockManager:
         return -(-num_tokens // self.block_size)
 
     def find_prefix(self, seq: Sequence) -> list[list[int]]:
-        """The longest run of cached blocks that `seq` begins with, for each group. It does not take them.
+        """The longest run of cached blocks that `seq` begins with, for each group, -1 behind its window. Takes none.
 
-        It never covers the last token: the device must compute that one, since the sampler needs its logits. -1 stands
-        for blocks that lie behind a group's window there.
+        It never covers the last token: the device must compute that one, since the sampler needs its logits.
         """
         if seq.must_score_prompt or not self.enable_prefix_caching:
             return [[] for _ in self.windows]
@@ -81,15 +78,12 @@ class BlockManager:
         num_tokens, needed = len(seq.token_ids), 0
         for table, window in zip(prefix, self.windows, strict=True):
             revived = sum(block >= 0 and self._ref_count[block] == 0 for block in table)
-            fresh = self.num_blocks_for(num_tokens) - len(table)
-            needed += min(revived + fresh, most_blocks(num_tokens, window, largest_chunk, self.block_size))
+            revived_and_fresh = revived + self.num_blocks_for(num_tokens) - len(table)
+            needed += min(revived_and_fresh, most_blocks(num_tokens, window, largest_chunk, self.block_size))
         return needed
 
     def admit(self, seq: Sequence, prefix: list[list[int]]) -> None:
-        """Give `seq`, which holds none, the shared `prefix`, then fresh blocks for all its tokens.
-
-        In a group with a window `grow` takes the fresh ones, chunk by chunk.
-        """
+        """Give `seq`, which holds none, the shared `prefix`, then fresh blocks; those for a window `grow` takes."""
         for block in chain.from_iterable(prefix):
             if block >= 0:
                 if self._ref_count[block] == 0:
@@ -114,8 +108,7 @@ class BlockManager:
         tables, end = seq.block_tables, seq.num_computed_tokens + num_tokens
         if end <= seq.room_until:
             return []
-        next_give_back = self._give_back(seq)
-        num_blocks = self.num_blocks_for(end)
+        next_give_back, num_blocks = self._give_back(seq), self.num_blocks_for(end)
         places = [(group, i) for group, table in enumerate(tables) for i in range(len(table), num_blocks)]
         if len(places) > len(self._free):
             return None

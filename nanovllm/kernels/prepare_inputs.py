@@ -32,6 +32,15 @@ class StepInputs:
     slot_mapping: torch.Tensor
     seq_lens: torch.Tensor
 
+    @classmethod
+    def allocate(cls, num_tokens: int, num_seqs: int, num_groups: int, device: torch.device | str) -> "StepInputs":
+        return cls(
+            input_ids=torch.zeros(num_tokens, dtype=torch.int32, device=device),
+            positions=torch.zeros(num_tokens, dtype=torch.int32, device=device),
+            slot_mapping=torch.zeros(num_groups, num_tokens, dtype=torch.int64, device=device),
+            seq_lens=torch.zeros(num_seqs, dtype=torch.int32, device=device),
+        )
+
 
 def prepare_inputs(
     rows: torch.Tensor,

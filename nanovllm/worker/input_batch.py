@@ -125,13 +125,11 @@ class InputBatch:
         scalars.view(np.uint32)[[SEED_LO, SEED_HI]] = new.seed & 0xFFFFFFFF, (new.seed >> 32) & 0xFFFFFFFF
         scalars[STOP_IDS : STOP_IDS + len(new.stop_ids)] = new.stop_ids
         tokens, blocks, computed, params = self.offsets[:4]
-        table_rows = range(new.row, len(new.block_tables) * self.num_rows, self.num_rows)
+        tables = [np.array(table, dtype=np.int32).clip(min=0) for table in new.block_tables]
+        starts = [blocks + (group * self.num_rows + new.row) * self.max_blocks for group in range(len(tables))]
         return [
             (tokens + new.row * self.width, np.array(new.token_ids, dtype=np.int32)),
-            *(
-                (blocks + row * self.max_blocks, np.array(table, dtype=np.int32).clip(min=0))
-                for row, table in zip(table_rows, new.block_tables, strict=True)
-            ),
+            *zip(starts, tables, strict=True),
             (computed + new.row, np.array([new.num_computed_tokens], dtype=np.int32)),
             (params + new.row * NUM_SCALARS, scalars),
         ]

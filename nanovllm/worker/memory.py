@@ -18,7 +18,8 @@ import torch
 from nanovllm.cache_groups import CacheGroups, Windows, group_layers, most_blocks_in_all
 from nanovllm.config import Config
 from nanovllm.distributed.tensor_parallel import TensorParallel
-from nanovllm.kernels.attention.contract import AttentionSpec
+from nanovllm.kernels.attention.contract import AttentionSpec, KVCache
+from nanovllm.layers.attention import Attention
 from nanovllm.step_plan import NewRow, StepPlan
 from nanovllm.worker.logit_extras import add_largest_extras
 
@@ -72,10 +73,10 @@ def num_cache_blocks(
         num_blocks = cache_bytes_left(before, config.gpu_memory_utilization, graph_bytes) // block_bytes
     num_blocks = tp.minimum(num_blocks, device)  # one plan serves all ranks
     if num_blocks < num_groups:
+        what = "one block" if num_groups == 1 else f"{num_groups} blocks, one for each group of layers,"
         raise ValueError(
-            f"the KV cache has no room for {num_groups} block{'s' * (num_groups > 1)} of {block_bytes} bytes, one for "
-            f"each group of layers; raise gpu_memory_utilization={config.gpu_memory_utilization} or "
-            f"kvcache_memory_bytes={config.kvcache_memory_bytes}"
+            f"the KV cache has no room for {what} of {block_bytes} bytes; raise gpu_memory_utilization="
+            f"{config.gpu_memory_utilization} or kvcache_memory_bytes={config.kvcache_memory_bytes}"
         )
     return num_blocks
 
@@ -135,6 +136,13 @@ def kv_cache_shape(num_layers: int, spec: AttentionSpec, num_blocks: int, block_
     `num_layers`: of a group. Layer i of every group keeps its keys and values in slice i, in blocks of its own.
     """
     return (num_layers, 2, num_blocks, spec.num_kv_heads, block_size, spec.head_dim)
+
+
+def assign_cache(layers: list[Attention], groups: CacheGroups, kv_cache: torch.Tensor) -> None:
+    """Give each layer its group, and its slice of `kv_cache` (`kv_cache_shape`)."""
+    for group, indices in enumerate(groups.layers):
+        for index, caches in zip(indices, kv_cache, strict=False):  # the last group of a kind may have fewer layers
+            layers[index].group, layers[index].cache = group, KVCache(*caches)
 
 
 def largest_step(config: Config, num_rows: int, max_model_len: int, num_groups: int) -> StepPlan:

@@ -13,7 +13,6 @@ import torch
 
 from nanovllm.config import Config
 from nanovllm.distributed.tensor_parallel import TensorParallel
-from nanovllm.kernels.attention.contract import KVCache
 from nanovllm.kernels.prepare_inputs import StepInputs, prepare_inputs
 from nanovllm.kernels.sampling.sample import sample
 from nanovllm.layers.attention import Attention
@@ -183,44 +182,32 @@ class ModelRunner:
 
     def _fit_cache(self, before: memory.DeviceMemory | None) -> int:
         """Decide how many blocks the cache gets, and with it how long a sequence may be."""
-        num_layers, windows = self.cache_groups.num_layers, self.cache_groups.windows
-        shape = memory.kv_cache_shape(num_layers, self.attention_layers[0].spec, 1, self.block_size)
+        config, size, groups = self.config, self.block_size, self.cache_groups
+        shape = memory.kv_cache_shape(groups.num_layers, self.attention_layers[0].spec, 1, size)
         block_bytes = math.prod(shape) * self.dtype.itemsize
-        num_blocks = memory.num_cache_blocks(
-            self.config, block_bytes, len(windows), before, self._run_largest_step, self.tp, self.device
-        )
-        cache = (num_blocks, self.block_size)
-        self.max_model_len = memory.fit_max_model_len(self.config, self.max_model_len, *cache, windows)
-        size = (num_layers, num_blocks * block_bytes / 1e9)
-        logger.info("KV cache: %d blocks of %d tokens in %d layers, %.2f GB", *cache, *size)
+        measure = (before, self._run_largest_step, self.tp, self.device)
+        num_blocks = memory.num_cache_blocks(config, block_bytes, len(groups.windows), *measure)
+        self.max_model_len = memory.fit_max_model_len(config, self.max_model_len, num_blocks, size, groups.windows)
+        total = (groups.num_layers, num_blocks * block_bytes / 1e9)
+        logger.info("KV cache: %d blocks of %d tokens in %d layers, %.2f GB", num_blocks, size, *total)
         return num_blocks
 
     def _allocate(self, num_blocks: int) -> None:
         """Make the cache, the rows and the step's buffers."""
-        spec = self.attention_layers[0].spec
-        windows, num_groups = self.cache_groups.windows, len(self.cache_groups.windows)
-        shape = memory.kv_cache_shape(self.cache_groups.num_layers, spec, num_blocks, self.block_size)
+        groups, spec = self.cache_groups, self.attention_layers[0].spec
+        shape = memory.kv_cache_shape(groups.num_layers, spec, num_blocks, self.block_size)
         self.kv_cache = memory.zeros_on_demand(shape, self.dtype, self.device)
-        for group, layers in enumerate(self.cache_groups.layers):
-            for index, caches in zip(layers, self.kv_cache, strict=False):
-                layer = self.attention_layers[index]
-                layer.group, layer.cache = group, KVCache(*caches)
-        max_blocks = -(-self.max_model_len // self.block_size)
-        sizes = (self.num_rows, self.max_model_len, max_blocks)
-        self.batch = InputBatch(*sizes, self.device, MAX_STEPS_IN_FLIGHT, num_groups)
+        memory.assign_cache(self.attention_layers, groups, self.kv_cache)
+        sizes = (self.num_rows, self.max_model_len, -(-self.max_model_len // self.block_size))
+        self.batch = InputBatch(*sizes, self.device, MAX_STEPS_IN_FLIGHT, len(groups.windows))
         padded = [shape.num_tokens for shape in self.shapes.with_chunks()]
         max_tokens = max([self.config.max_num_batched_tokens, *padded])
-        self.inputs = StepInputs(
-            input_ids=torch.zeros(max_tokens, dtype=torch.int32, device=self.device),
-            positions=torch.zeros(max_tokens, dtype=torch.int32, device=self.device),
-            slot_mapping=torch.zeros(num_groups, max_tokens, dtype=torch.int64, device=self.device),
-            seq_lens=torch.zeros(self.batch.num_entries, dtype=torch.int32, device=self.device),
-        )
+        self.inputs = StepInputs.allocate(max_tokens, self.batch.num_entries, len(groups.windows), self.device)
         self.sampled = torch.zeros(self.batch.num_entries, dtype=torch.int32, device=self.device)
         vocab_size = self.hf_config.vocab_size
         self.extras = LogitExtras(self.batch, self.model.compute_logits, vocab_size, self.process_logits)
         self.num_launched = 0
-        self.attention = StepAttention(spec, self.attention_layers[0].cache, windows, self.num_rows)
+        self.attention = StepAttention(spec, self.attention_layers[0].cache, groups.windows, self.num_rows)
         if self.is_cuda:
             self.done = [torch.cuda.Event() for _ in range(MAX_STEPS_IN_FLIGHT)]
             self.sampled_on_host = [
