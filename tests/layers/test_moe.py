@@ -142,6 +142,20 @@ def test_partial_sums_of_all_ranks_are_transformers_block(family: str, size: int
         torch.testing.assert_close(total, expected(block, x), rtol=1e-4, atol=2e-5)
 
 
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="a CPU runs no kernels here: tests/kernels/moe does")
+@pytest.mark.parametrize("whole_experts", [False, True], ids=["cut experts", "whole experts"])
+@pytest.mark.parametrize("family", FAMILIES)
+def test_a_gpu_computes_what_a_cpu_computes(family: str, whole_experts: bool) -> None:
+    block, options = random_block(family)
+    for rank in range(2):
+        layer = build(options, TensorParallel(rank, 2, whole_experts=whole_experts))
+        load(layer, checkpoint_of(block, options.get("names", QWEN_NAMES)))
+        for num_tokens in (1, 5, 300):
+            x = x_of(num_tokens)
+            want = layer.cpu()(x).partial
+            torch.testing.assert_close(layer.cuda()(x.cuda()).partial.cpu(), want, rtol=1e-4, atol=2e-5)
+
+
 @pytest.mark.parametrize("family", FAMILIES)
 def test_packed_experts_come_back_bit_for_bit(family: str) -> None:
     block, options = random_block(family)
