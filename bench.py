@@ -30,8 +30,8 @@ from typing import Any
 from benchmarks import ablation, all_rows, ranks, scaling
 from benchmarks.engines import ENGINES, EngineOptions, make_engine
 from benchmarks.machine import describe_machine, describe_versions, seconds_since_process_start
+from benchmarks.model_shape import read_config
 from benchmarks.report import comparison_line, result_lines, split_lines, startup_line
-from benchmarks.roofline import read_config
 from benchmarks.runs import compare, measure_split, run_alternating, warm_up
 from benchmarks.setting import SHAPES, Setting
 from benchmarks.workloads import PRESETS, LengthMix, few_streams

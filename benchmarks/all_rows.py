@@ -18,8 +18,8 @@ from benchmarks.attention_timing import (
 from benchmarks.ceilings import Ceilings
 from benchmarks.engines import make_engine
 from benchmarks.machine import describe_machine, seconds_since_process_start
+from benchmarks.model_shape import attention_heads
 from benchmarks.report import result_lines, split_lines, startup_line
-from benchmarks.roofline import attention_heads
 from benchmarks.runs import measure_split, run_alternating, warm_up
 from benchmarks.setting import Setting
 from benchmarks.targets import goal_lines, goals_for, judge

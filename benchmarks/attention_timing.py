@@ -21,7 +21,8 @@ from nanovllm.kernels.attention.decode_splits import DecodeSplits, split_context
 from nanovllm.kernels.attention.kv_gather import gather_blocks
 from nanovllm.kernels.attention.paged_decode import paged_decode
 from nanovllm.kernels.attention.paged_decode_kernel import DecodeConfig, paged_decode_triton
-from nanovllm.kernels.attention.paged_prefill import PrefillConfig, paged_prefill, paged_prefill_triton
+from nanovllm.kernels.attention.paged_prefill import paged_prefill
+from nanovllm.kernels.attention.paged_prefill_kernel import PrefillConfig, paged_prefill_triton
 
 FRESH_BYTES = 400_000_000  # what launches read before a block comes again: far more than an L2 cache has
 MIN_LAUNCHES, MAX_LAUNCHES = 4, {"cuda": 128, "cpu": 4}

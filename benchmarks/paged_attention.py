@@ -30,7 +30,7 @@ from benchmarks.attention_timing import (
 )
 from benchmarks.ceilings import measure_ceilings
 from benchmarks.workloads import PRESETS, draw
-from nanovllm.kernels.attention import decode_splits, paged_decode_kernel, paged_prefill
+from nanovllm.kernels.attention import decode_splits, paged_decode_kernel, paged_prefill_kernel
 from nanovllm.kernels.device import multiprocessors, shared_memory_bytes
 from nanovllm.kernels.triton_shim import triton
 
@@ -101,8 +101,8 @@ def bench_splits() -> dict:
 
 def bench_prefill(pool: Pool, rate: float, quick: bool) -> list[dict]:
     """Time prefill attention of whole prompts over launch parameters. Prints a table."""
-    default = paged_prefill.prefill_config(SHAPE.head_dim, 2, shared_memory_bytes(torch.device("cuda")))
-    config = paged_prefill.PrefillConfig
+    default = paged_prefill_kernel.prefill_config(SHAPE.head_dim, 2, shared_memory_bytes(torch.device("cuda")))
+    config = paged_prefill_kernel.PrefillConfig
     variants = [default, config(128, 64, 8, 3, not default.pack), config(128, 128, 8, 2, True)]
     variants += [config(128, 64, 8, 2, True), config(64, 64, 4, 3, True), config(64, 128, 4, 2, True)]
     if not quick:

@@ -8,8 +8,9 @@ import torch
 
 from benchmarks.ceilings import Ceilings, measure_ceilings
 from benchmarks.engines import EngineOptions
+from benchmarks.model_shape import ModelShape, model_shape
 from benchmarks.report import ceilings_line
-from benchmarks.roofline import ModelShape, Roofline, model_shape, roofline
+from benchmarks.roofline import Roofline, roofline
 from benchmarks.workloads import LengthMix, Workload, draw, shrunk
 
 SHAPES = Path(__file__).parent / "shapes"
@@ -34,7 +35,7 @@ class Setting:
 
     @property
     def shape(self) -> ModelShape:
-        return model_shape(self.config, self.dtype.itemsize)
+        return model_shape(self.options.model_dir, self.dtype.itemsize)
 
     def draw(self, name: str, mix: LengthMix, all_seqs: bool = False) -> Workload:
         """Draw the mix's requests. With `all_seqs`, `shrink` does not divide their number.

@@ -7,8 +7,8 @@ measures a row without a goal, but does not judge it.
 from dataclasses import dataclass
 from typing import Any
 
+from benchmarks.model_shape import model_shape
 from benchmarks.report import table_lines
-from benchmarks.roofline import model_shape, read_config
 from benchmarks.setting import SHAPES, Setting
 
 
@@ -72,7 +72,7 @@ def goals_for(setting: Setting, machine: dict[str, Any]) -> dict[str, tuple[floa
     """The goals for a run in this setting on this machine (from `describe_machine`); {} if there are none."""
     words, num_ranks = machine.get("gpu", "").split(), setting.options.tensor_parallel_size
     for (device, shape, ranks), goals in GOALS.items():
-        is_same_model = setting.shape == model_shape(read_config(SHAPES / shape), bytes_per_element=2)
+        is_same_model = setting.shape == model_shape(SHAPES / shape, bytes_per_element=2)
         if device in words and is_same_model and ranks == num_ranks and setting.shrink == 1:
             return goals
     return {}

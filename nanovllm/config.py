@@ -37,8 +37,12 @@ class Config:
         kvcache_memory_bytes: bytes for the cache instead of a profiling run; default 4 GiB on the CPU.
         enable_prefix_caching: let requests with equal prefixes share blocks.
         enforce_eager: no CUDA graphs. The tokens are the same.
+        compile: let `torch.compile` fuse the elementwise operations for which there is no kernel of ours
+            (`layers/pointwise.py`; few families have any). Default: on CUDA, unless enforce_eager.
         tensor_parallel_size: processes that share each layer's work; on CUDA each has its own device.
         tensor_parallel_timeout: seconds that one of them waits for another in a step before it raises an error.
+        enable_expert_parallel: these processes share the experts of a layer, whole ones, instead of the features of
+            each expert. Needs a model with experts.
         load_format: "auto" and "safetensors" read the folder's files; "dummy" makes random weights of the config's
             shapes, for benchmarks; "sharded_state" reads the files that each rank wrote: `models/sharded_state.py`.
         generation_config: the source of EOS ids and of the parameters of requests without any. "auto": the model's
@@ -71,8 +75,10 @@ class Config:
     kvcache_memory_bytes: int | None = None
     enable_prefix_caching: bool = True
     enforce_eager: bool = False
+    compile: bool | None = None
     tensor_parallel_size: int = 1
     tensor_parallel_timeout: float = 30.0
+    enable_expert_parallel: bool = False
     load_format: LoadFormat = "auto"
     generation_config: str = "auto"
     override_generation_config: dict[str, Any] | None = None
@@ -119,6 +125,8 @@ class Config:
                 raise ValueError(f"{option.name}={value!r} must be one of {', '.join(get_args(option.type))}")
             if option.type is bool and not isinstance(value, bool):
                 raise TypeError(f"{option.name}={value!r} must be True or False")
+            if option.type == bool | None and not isinstance(value, bool | None):
+                raise TypeError(f"{option.name}={value!r} must be True, False or None")
             if option.type == str | None and not isinstance(value, str | None):
                 raise TypeError(f"{option.name}={value!r} must be a string or None")
             if option.type == dict[str, Any] | None and not isinstance(value, dict | None):

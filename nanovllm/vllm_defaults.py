@@ -151,11 +151,10 @@ _ENGINE_OPTIONS = {
         "worker_cls": ("auto",),
         "_api_process_rank": (0, -1),
     },
-    "there are no models with experts": {
+    "experts stay on the rank that loads them, each once, and an all-reduce joins the ranks' sums": {
         """
-    all2all_backend dbo_decode_token_threshold dbo_prefill_token_threshold elastic_ep_max_dp_size
-        enable_expert_parallel eplb_config eplb_log_balancedness eplb_step_interval eplb_window_size
-        expert_placement_strategy moe_backend
+        all2all_backend dbo_decode_token_threshold dbo_prefill_token_threshold elastic_ep_max_dp_size
+        eplb_config eplb_log_balancedness eplb_step_interval eplb_window_size expert_placement_strategy moe_backend
         """: ANY,
         """
         enable_dbo enable_elastic_ep enable_ep_weight_filter enable_eplb enable_return_routed_experts
@@ -228,7 +227,7 @@ _SAMPLING_FIELDS = {
     "the engine decides when to use the prefix cache": {
         "skip_reading_prefix_cache": OFF,
     },
-    "there are no models with experts": {
+    "an output does not say which experts its tokens took": {
         "routed_experts_prompt_start": ANY,
     },
     "it is for the engine's logits_processors, which read it": {

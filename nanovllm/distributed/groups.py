@@ -6,7 +6,7 @@ in a private folder, which rank 0 removes once all are connected; GPU ranks thro
 """
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from datetime import timedelta
 from pathlib import Path
 from typing import Any
@@ -28,6 +28,7 @@ class Rendezvous:
     peer_bytes: int  # ranks sum messages up to this size through each other's memory: the same on every rank
     hidden_size: int
     dtype: torch.dtype
+    whole_experts: bool = False  # see `TensorParallel`
 
 
 def join_group(rendezvous: Rendezvous, rank: int, size: int, timeout: timedelta) -> TensorParallel:
@@ -35,17 +36,17 @@ def join_group(rendezvous: Rendezvous, rank: int, size: int, timeout: timedelta)
     if not rendezvous.nccl_id:
         store = dist.FileStore(str(rendezvous.folder / "store"), size)
         store.set_timeout(timeout)
-        tp = TensorParallel(rank, size, GlooGroup(store, rank, size, timeout))
+        tp = TensorParallel(rank, size, GlooGroup(store, rank, size, timeout), whole_experts=rendezvous.whole_experts)
         tp.minimum(0, "cpu")
         return tp
     from nanovllm.distributed.nccl import NcclGroup
     from nanovllm.distributed.peer_memory import connect_peers
 
-    tp = TensorParallel(rank, size, NcclGroup(rendezvous.nccl_id, rank, size))
+    tp = TensorParallel(rank, size, NcclGroup(rendezvous.nccl_id, rank, size), whole_experts=rendezvous.whole_experts)
     peers = connect_peers(tp.group, rank, size, rendezvous.peer_bytes, rendezvous.hidden_size, rendezvous.dtype)
     # All ranks use it or none: a rank that summed in another way than the rest would wait for them forever.
     if tp.minimum(int(peers is not None), "cuda"):
-        tp = TensorParallel(rank, size, tp.group, peers)
+        tp = replace(tp, peers=peers)
     return tp
 
 

@@ -186,7 +186,8 @@ class Followers:
                 from nanovllm.distributed.nccl import make_unique_id
 
                 nccl_id = make_unique_id()
-            rendezvous = Rendezvous(folder, nccl_id, all_reduce.one_shot_limit(self.size), hidden_size, dtype)
+            peer_bytes, whole_experts = all_reduce.one_shot_limit(self.size), self._config.enable_expert_parallel
+            rendezvous = Rendezvous(folder, nccl_id, peer_bytes, hidden_size, dtype, whole_experts)
             with self.also_run("join", rendezvous, wait=True):
                 # NCCL waits without end for a rank that dies before NCCL knows it: hence a thread.
                 self.tp = self.processes.run_until_failure(lambda: join_group(rendezvous, 0, self.size, timeout))

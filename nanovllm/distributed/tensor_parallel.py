@@ -44,12 +44,14 @@ class TensorParallel:
     Attributes:
         group: carries the collectives; None without other ranks, and in outlines that only need the sizes.
         peers: carries small sums faster, on devices that reach each other's memory; None elsewhere.
+        whole_experts: each rank has some of a layer's experts, whole, instead of a share of each (expert parallelism).
     """
 
     rank: int = 0
     size: int = 1
     group: Group | None = None
     peers: PeerBuffers | None = None
+    whole_experts: bool = False
 
     def split(self, total: int, what: str) -> int:
         """One rank's part of `total`, named `what`. Raises ValueError if `size` does not divide it."""

@@ -39,6 +39,10 @@ class PartialSum:
         partial = self.partial.sum(dim=0).to(self.dtype) if self.partial.dim() == 3 else self.partial
         return self.tp.all_reduce(partial)
 
+    def reduced(self) -> torch.Tensor:
+        """The sum over ranks: `[tokens, n]`, or still in slices."""
+        return self.partial if self.tp.size == 1 else self.total()
+
     def add_to(self, residual: torch.Tensor, weight: torch.Tensor, eps: float) -> tuple[torch.Tensor, torch.Tensor]:
         """Adds the sum to `residual [tokens, n]` in place; returns (the RMSNorm of that, `residual`).
 
@@ -110,6 +114,10 @@ class MergedColumnParallelLinear(ColumnParallelLinear):
         return self.format.matmul(self, x, self.bias, gated=True)
 
     def load_shard(self, param: nn.Parameter, loaded: torch.Tensor, shard: str | int | None) -> None:
+        if shard is None:  # the checkpoint has them as one tensor too
+            for index, part in enumerate(split_exactly(loaded, self.totals)):
+                self.load_shard(param, part, index)
+            return
         own = param.narrow(0, sum(self.shard_sizes[:shard]), self.shard_sizes[shard])
         copy_share(own, loaded, 0, self.totals[shard], self.tp.rank)
 
@@ -138,8 +146,10 @@ class QKVParallelLinear(Linear):
         self.num_heads = tp.split(num_heads, "num_attention_heads")
         group = num_heads // num_kv_heads
         served = gcd(group, self.num_heads)  # query heads for each key/value head that a rank keeps
-        first = tp.rank * self.num_heads
-        self.kv_heads = [head // group for head in range(first, first + self.num_heads, served)]
+        kept = [head // group for head in range(0, num_heads, served)]  # by all ranks, one after the other
+        share = self.num_heads // served
+        self.kv_heads = kept[tp.rank * share : (tp.rank + 1) * share]
+        self.kv_copies = [kept.count(head) for head in self.kv_heads]
         self.num_kv_heads, self.total_kv_heads = len(self.kv_heads), num_kv_heads
         self.shard_sizes = {
             "q": self.num_heads * head_dim,
@@ -150,10 +160,19 @@ class QKVParallelLinear(Linear):
 
     def load_shard(self, param: nn.Parameter, loaded: torch.Tensor, shard: str | int | None) -> None:
         order = list(self.shard_sizes)
+        if shard is None:  # the checkpoint has the three as one tensor too
+            kv_size = self.shard_sizes["k"] // self.num_kv_heads * self.total_kv_heads
+            sizes = [self.shard_sizes["q"] * self.tp.size, kv_size, kv_size]
+            for each, part in zip(order, split_exactly(loaded, sizes), strict=True):
+                self.load_shard(param, part, each)
+            return
         start = sum(self.shard_sizes[s] for s in order[: order.index(shard)])
-        own = param.narrow(0, start, self.shard_sizes[shard])
+        self.copy_heads(param.narrow(0, start, self.shard_sizes[shard]), loaded, shard)
+
+    def copy_heads(self, own: torch.Tensor, loaded: torch.Tensor, shard: str) -> None:
+        """Copy this rank's heads of `loaded`, which has all of them along dimension 0. Raises as `copy_share`."""
         if shard == "q":
-            copy_share(own, loaded, 0, self.shard_sizes["q"] * self.tp.size, self.tp.rank)
+            copy_share(own, loaded, 0, len(own) * self.tp.size, self.tp.rank)
             return
         for part, head in zip(own.chunk(self.num_kv_heads), self.kv_heads, strict=True):
             copy_share(part, loaded, 0, self.total_kv_heads * len(part), head)
@@ -195,6 +214,13 @@ def copy_share(param: torch.Tensor, loaded: torch.Tensor, dim: int, total: int, 
     length = min(share, total - start)
     param.data.narrow(dim, 0, length).copy_(loaded.narrow(dim, start, length))
     param.data.narrow(dim, length, share - length).zero_()
+
+
+def split_exactly(loaded: torch.Tensor, sizes: list[int]) -> tuple[torch.Tensor, ...]:
+    """`loaded` in parts of `sizes` along dimension 0. Raises ValueError if it is not of their sum."""
+    if len(loaded) != sum(sizes):
+        raise ValueError(f"shape {list(loaded.shape)} where the model has {sum(sizes)} rows, of {sizes}")
+    return loaded.split(sizes)
 
 
 def copy_exactly(param: torch.Tensor, loaded: torch.Tensor) -> None:

@@ -40,10 +40,11 @@ def build_rope_tables(ropes: Iterable[Rope | None], max_position: int, device: s
             rope.cos_sin = tables[key]
 
 
-def rope_parameters(hf_config: Any) -> RopeParameters:
+def rope_parameters(hf_config: Any, layer_type: str = "full_attention") -> RopeParameters:
     """The rope settings of a Hugging Face config in one spelling, with the names and the precedence of transformers 5.
 
-    `rope_scaling` replaces `rope_parameters` whole, and `rope_theta` counts where neither has one.
+    `rope_scaling` replaces `rope_parameters` whole, and `rope_theta` counts where neither has one. Types of layers may
+    have settings of their own, by `layer_type`, if the config says so (`has_rope_by_layer_type`).
 
     Raises:
         ValueError: a setting is missing, of a wrong type, or not supported.
@@ -53,12 +54,14 @@ def rope_parameters(hf_config: Any) -> RopeParameters:
         if not isinstance(value, dict | None):
             raise ValueError(f"{key}={value!r:.80} must be null or an object")
     params = dict(scaling or params or {})
+    if getattr(hf_config, "has_rope_by_layer_type", False):
+        params = dict(params[layer_type])
     if "full_attention" in params:
         raise ValueError("rope settings for each type of layer, as 'full_attention', are not supported")
     params.setdefault("rope_theta", getattr(hf_config, "rope_theta", 10000.0))
     params.setdefault("rope_type", params.get("type", "default"))
     own = hf_config.max_position_embeddings
-    if params["rope_type"] not in ("yarn", "llama3"):
+    if params["rope_type"] not in ("yarn", "llama3", "longrope"):
         params["original_max_position_embeddings"] = own  # the others do not read it
     elif hasattr(hf_config, "original_max_position_embeddings"):
         params["original_max_position_embeddings"] = hf_config.original_max_position_embeddings
@@ -67,7 +70,7 @@ def rope_parameters(hf_config: Any) -> RopeParameters:
     if getattr(hf_config, "partial_rotary_factor", None) is not None:
         params.setdefault("partial_rotary_factor", hf_config.partial_rotary_factor)
     _check(params)
-    if params["rope_type"] == "yarn" and params["factor"] is None:
+    if params["rope_type"] in ("yarn", "longrope") and params.get("factor") is None:
         params["factor"] = own / params["original_max_position_embeddings"]
     return params
 
@@ -80,6 +83,8 @@ def _check(params: RopeParameters) -> None:
     for key in ("rope_theta", *required):
         if key not in params:
             raise ValueError(f"rope_type={rope_type!r} needs the setting {key!r}")
+        if key in ("short_factor", "long_factor"):
+            continue  # lists
         is_derived = (rope_type, key, params[key]) == ("yarn", "factor", None)
         if not is_derived and not (_is_finite(params[key]) and params[key] > 0):
             raise ValueError(f"{key}={params[key]!r:.80} of rope_type={rope_type!r} must be a finite number > 0")
@@ -87,6 +92,10 @@ def _check(params: RopeParameters) -> None:
         value = params.get(key)
         if value is not None and not (_is_finite(value) and (value >= 0 or not key.startswith("beta"))):
             raise ValueError(f"{key}={value!r:.80} of rope_type={rope_type!r} must be null or a finite number")
+    if rope_type == "longrope":
+        for key in ("short_factor", "long_factor"):
+            if not (isinstance(params[key], list) and all(_is_finite(x) and x > 0 for x in params[key])):
+                raise ValueError(f"{key}={params[key]!r:.80} of rope_type='longrope' must be a list of numbers > 0")
     if rope_type == "yarn" and params["rope_theta"] <= 1:
         raise ValueError(f"rope_theta={params['rope_theta']} of rope_type='yarn' must exceed 1")
     if rope_type == "llama3" and params["high_freq_factor"] <= params["low_freq_factor"]:
@@ -170,12 +179,32 @@ def _llama3(dim: int, max_position: int, params: RopeParameters) -> tuple[torch.
     return plain / factor * (1 - kept) + plain * kept, 1.0
 
 
+def _longrope(dim: int, max_position: int, params: RopeParameters) -> tuple[torch.Tensor, float]:
+    """LongRoPE (Ding et al., 2024, arXiv:2402.13753): each feature is stretched by a factor of its own.
+
+    There are factors for the original context and for longer ones. transformers chooses them anew as a sequence grows
+    past the original context, and computes all its keys again. Here the longest context that the engine admits
+    chooses, as in vLLM.
+    """
+    original, factor = params["original_max_position_embeddings"], params["factor"]
+    stretch = params["long_factor" if max_position > original else "short_factor"]
+    if len(stretch) != dim // 2:
+        raise ValueError(
+            f"rope_type='longrope' has {len(stretch)} factors: must be {dim // 2}, half of the rotary dimension"
+        )
+    scale = params.get("attention_factor")
+    if scale is None:
+        scale = 1.0 if factor <= 1 else math.sqrt(1 + math.log(factor) / math.log(original))
+    return _plain(dim, params["rope_theta"]) / torch.tensor(stretch, dtype=torch.float32), scale
+
+
 _INV_FREQ: dict[str, Callable[[int, int, RopeParameters], tuple[torch.Tensor, float]]] = {
     "default": _default,
     "linear": _linear,
     "dynamic": _dynamic,
     "yarn": _yarn,
     "llama3": _llama3,
+    "longrope": _longrope,
 }
 # type: (the settings it requires, those it accepts), beside rope_theta. All are numbers.
 _SETTINGS: dict[str, tuple[tuple[str, ...], tuple[str, ...]]] = {
@@ -185,6 +214,10 @@ _SETTINGS: dict[str, tuple[tuple[str, ...], tuple[str, ...]]] = {
     "yarn": (
         ("factor", "original_max_position_embeddings"),
         ("attention_factor", "beta_fast", "beta_slow", "mscale", "mscale_all_dim"),
+    ),
+    "longrope": (
+        ("short_factor", "long_factor", "original_max_position_embeddings"),
+        ("factor", "attention_factor"),
     ),
     "llama3": (("factor", "low_freq_factor", "high_freq_factor", "original_max_position_embeddings"), ()),
 }

@@ -13,6 +13,7 @@ from torch import nn
 
 from nanovllm.config import Config
 from nanovllm.distributed.tensor_parallel import TensorParallel
+from nanovllm.layers.layernorm import RMSNorm
 from nanovllm.models.gguf_file import gguf_in, is_gguf
 from nanovllm.models.sharded_state import load_shard
 from nanovllm.models.tied_head import EMBEDDING, HEAD, TiedHead
@@ -167,6 +168,9 @@ def build_outline(
     """
     with torch.device("meta"):
         model = cls(hf_config, tp).to(dtype)
+        for module in model.modules():
+            if isinstance(module, RMSNorm) and module.one_plus:
+                module.weight = nn.Parameter(module.weight.float(), requires_grad=False)
         for layer in _formatted(model):
             if device == "cpu":
                 layer.use_packed_format(dtype)
@@ -198,16 +202,21 @@ def tensor_places(model: nn.Module) -> dict[str, Place]:
     module -> (parameter, shard).
     """
     places: dict[str, Place] = {}
+
+    def join(*parts: str) -> str:
+        names = ".".join(filter(None, parts)).split(".")
+        return ".".join(model.renamed.get(name, name) for name in names)
+
     for module_name, module in model.named_modules():
         for name, (leaf, shard) in getattr(module, "checkpoint_names", {}).items():
-            places[".".join(filter(None, (module_name, name)))] = (module_name, leaf, shard)
+            places[join(module_name, name)] = (module_name, leaf, shard)
     for name, _ in model.named_parameters():
         module_name, _, leaf = name.rpartition(".")
         if hasattr(model.get_submodule(module_name), "checkpoint_names"):
             continue
         prefix, _, module_leaf = module_name.rpartition(".")
         for source, shard in model.packed_modules.get(module_leaf, [(module_leaf, None)]):
-            places[".".join(filter(None, (prefix, source, leaf)))] = (module_name, leaf, shard)
+            places[join(prefix, source, leaf)] = (module_name, leaf, shard)
     return places
 
 

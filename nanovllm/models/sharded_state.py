@@ -10,8 +10,6 @@ from pathlib import Path
 import torch
 from torch import nn
 
-from nanovllm.layers.linear import Linear
-
 DEFAULT_PATTERN = "model-rank-{rank}-part-{part}.safetensors"
 
 
@@ -80,6 +78,6 @@ def _weights(model: nn.Module) -> Iterator[tuple[str, torch.Tensor]]:
     """Every parameter as a checkpoint has it."""
     yield from model.named_parameters()
     for name, layer in model.named_modules():
-        if isinstance(layer, Linear):
+        if hasattr(layer, "format"):
             for leaf, tensor in layer.format.hidden_tensors(layer).items():
                 yield f"{name}.{leaf}", tensor

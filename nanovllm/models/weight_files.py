@@ -9,11 +9,25 @@ import torch
 
 from nanovllm.models.gguf_file import is_gguf
 
+# Of models that see images too: the parts that are not text, and what stands before a text part's names
+OTHER_PARTS = ("vision_tower.", "multi_modal_projector.", "model.vision_tower.", "model.multi_modal_projector.")
+TEXT_PREFIXES = {"language_model.": "", "model.language_model.": "model."}
+
+
+def text_name(name: str) -> str | None:
+    """A tensor's name in a model of text alone; None if it belongs to another part."""
+    if name.startswith(OTHER_PARTS):
+        return None
+    for prefix, own in TEXT_PREFIXES.items():
+        if name.startswith(prefix):
+            return own + name.removeprefix(prefix)
+    return name
+
 
 def read_tensors(
     path: Path, only: frozenset[str] | None = None, dtype: torch.dtype = torch.float32
 ) -> Iterator[tuple[str, torch.Tensor]]:
-    """Yield each tensor, or only those named, mapped from its file: the system reads only the parts that are used.
+    """Yield each tensor of text, or only those named, mapped from its file: only the parts that are used are read.
 
     `dtype` is for what a GGUF file holds in blocks: see `gguf_weights.read_gguf_tensors`, which raises ValueError, too.
 
@@ -32,8 +46,9 @@ def read_tensors(
         try:
             with safe_open(file, framework="pt") as tensors:
                 for name in tensors.keys():  # noqa: SIM118 -- not a dict
-                    if only is None or name in only:
-                        yield name, tensors.get_tensor(name)
+                    own = text_name(name)
+                    if own is not None and (only is None or own in only):
+                        yield own, tensors.get_tensor(name)
         except SafetensorError as error:
             raise OSError(f"{file} is damaged: {error}") from error
 

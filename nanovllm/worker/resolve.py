@@ -8,6 +8,7 @@ import torch
 from nanovllm.config import Config
 from nanovllm.distributed.tensor_parallel import TensorParallel
 from nanovllm.kernels.triton_shim import HAS_TRITON
+from nanovllm.layers.moe import Experts
 from nanovllm.layers.rotary_embedding import rope_parameters
 from nanovllm.models.loader import DTYPES, build_outline
 from nanovllm.models.tied_head import untie_if_heads_differ
@@ -72,7 +73,7 @@ def resolve_max_model_len(config: Config, hf_config: Any) -> int:
     if config.max_model_len is None:
         return own
     rope = rope_parameters(hf_config)
-    factor = 1.0 if rope["rope_type"] == "default" else rope["factor"]
+    factor = 1.0 if rope["rope_type"] in ("default", "longrope") else rope["factor"]
     stretched = int(rope["original_max_position_embeddings"] * factor)
     limit = max(own, stretched)
     if config.max_model_len > limit:
@@ -81,9 +82,15 @@ def resolve_max_model_len(config: Config, hf_config: Any) -> int:
 
 
 def require_cut(config: Config, hf_config: Any, model_cls: type) -> None:
-    """Raises ValueError if tensor_parallel_size does not divide the model's sizes, or exceeds the CUDA devices."""
+    """Refuse what several ranks cannot share.
+
+    Raises ValueError if tensor_parallel_size does not divide the model's sizes, or exceeds the CUDA devices; or if
+    enable_expert_parallel asks a model without experts to share them.
+    """
     size = config.tensor_parallel_size
-    build_outline(hf_config, model_cls, TensorParallel(0, size))
+    outline = build_outline(hf_config, model_cls, TensorParallel(0, size, whole_experts=config.enable_expert_parallel))
+    if config.enable_expert_parallel and not any(isinstance(module, Experts) for module in outline.modules()):
+        raise ValueError(f"enable_expert_parallel=True, but {model_cls.__name__} has no experts")
     if resolve_device(config.device) == "cuda":
         if torch.cuda.device_count() < size:
             raise ValueError(

@@ -16,7 +16,8 @@ import pytest
 from benchmarks.ceilings import Ceilings
 from benchmarks.engines import EngineOptions, make_engine
 from benchmarks.machine import seconds_since_process_start
-from benchmarks.roofline import ModelShape, decode_load, model_shape, read_config, roofline
+from benchmarks.model_shape import ModelShape, model_shape, read_config
+from benchmarks.roofline import decode_load, roofline
 from benchmarks.runs import Result, compare, measure_split, timed_run
 from benchmarks.setting import Setting
 from benchmarks.step_timing import StepRecorder
@@ -73,24 +74,50 @@ def test_shrunk_mix_is_smaller_in_all_but_kind():
     )
 
 
-@pytest.mark.parametrize("name", ["qwen3-0.6b", "qwen3-8b", "qwen3-32b", "tiny"])
+@pytest.mark.parametrize(
+    "name",
+    ["qwen3-0.6b", "qwen3-8b", "qwen3-32b", "llama-3.1-8b", "gemma-3-4b", "gpt-oss-20b", "qwen3-30b-a3b", "tiny"],
+)
 def test_model_shape_counts_the_weights_of_transformers_model(name):
     import torch
     from transformers import AutoConfig, AutoModelForCausalLM
 
     with torch.device("meta"):
         model = AutoModelForCausalLM.from_config(AutoConfig.from_pretrained(SHAPES / name))
-    matrices = {key: p.numel() for key, p in model.named_parameters() if p.dim() == 2}
+    matrices = {key: p.numel() for key, p in model.named_parameters() if p.dim() == 2 and "bias" not in key}
+    experts = sum(p.numel() for key, p in model.named_parameters() if p.dim() == 3)
     embedding = matrices.pop("model.embed_tokens.weight")
     head = matrices.pop("lm_head.weight", embedding)  # tied: the embedding is the head
-    shape = model_shape(read_config(SHAPES / name), bytes_per_element=2)
+    shape = model_shape(SHAPES / name, bytes_per_element=2)
     assert (shape.layer_params, shape.head_params) == (sum(matrices.values()), head)
+    assert shape.num_experts * shape.expert_params == experts
+
+
+def test_windows_and_experts_count_as_far_as_they_are_read():
+    shape = ModelShape(
+        layer_params=1000,
+        head_params=0,
+        windows=((None, 1), (4, 2)),
+        kv_elements_per_token=10,
+        attention_flops_per_pair=1,
+        bytes_per_element=1,
+        expert_params=100,
+        num_experts=4,
+        experts_per_token=2,
+    )
+    assert [shape.weight_bytes(n) for n in (1, 2, 1000)] == [1200, 1300, pytest.approx(1400)]
+    # Decodes over 4, 5 and 6 tokens: the windows see 4 each time.
+    bound = roofline(shape, [3], [4], Ceilings(1.0, 1.0, 1e9))
+    assert bound.kv_read_s == 10 * (4 + 5 + 6) + 2 * 10 * (4 + 4 + 4)
+    # Pairs of a prompt of 6 with a window of 4: 1 + 2 + 3 + 4 + 4 + 4.
+    bound = roofline(shape, [6], [1], Ceilings(1e9, 1e9, 1.0))
+    assert bound.prefill_s == 2 * 1200 * 6 + 21 + 2 * 18
 
 
 def test_qwen3_shape_has_the_published_bytes():
-    shape = model_shape(read_config(SHAPES / "qwen3-0.6b"), bytes_per_element=2)
+    shape = model_shape(SHAPES / "qwen3-0.6b", bytes_per_element=2)
     assert shape.kv_bytes_per_token == 114_688
-    assert round(shape.weight_bytes / 1e9, 2) == 1.19
+    assert round(shape.weight_bytes() / 1e9, 2) == 1.19
 
 
 def test_decode_load_counts_live_sequences_and_their_context():
@@ -104,7 +131,12 @@ def test_decode_load_counts_live_sequences_and_their_context():
 
 def test_roofline_equals_the_sum_worked_out_by_hand():
     shape = ModelShape(
-        layer_params=1000, head_params=500, kv_elements_per_token=10, attention_flops_per_pair=40, bytes_per_element=2
+        layer_params=1000,
+        head_params=500,
+        windows=((None, 2),),
+        kv_elements_per_token=5,
+        attention_flops_per_pair=20,
+        bytes_per_element=2,
     )
     # Decodes with 4, then 5 tokens of context: (3000 + 80) and (3000 + 100) bytes; 3160 and 3200 FLOPs.
     # Prefill: 3 tokens * 2000 + one head 1000 + 6 pairs * 40 = 7240 FLOPs; 3000 bytes.

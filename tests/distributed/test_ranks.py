@@ -150,6 +150,14 @@ def test_a_size_that_does_not_fit_the_heads_is_refused_before_anything_starts(
         make_tp(checkpoint("plain"), tensor_parallel_size=3)
 
 
+def test_a_model_without_experts_cannot_share_them(
+    checkpoint: Callable[..., Path], make_tp: Callable[..., LLM], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    forbid_starting_ranks(monkeypatch)
+    with pytest.raises(ValueError, match="enable_expert_parallel=True, but Qwen3ForCausalLM has no experts"):
+        make_tp(checkpoint("plain"), tensor_parallel_size=2, enable_expert_parallel=True)
+
+
 def test_what_fails_in_rank_0_during_construction_is_raised_as_it_is(
     checkpoint: Callable[..., Path], make_tp: Callable[..., LLM]
 ) -> None:

@@ -8,6 +8,7 @@ it must import Triton as a compiler.
 """
 
 import sys
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -16,14 +17,18 @@ from triton.backends.compiler import GPUTarget
 from triton.runtime import driver
 from triton.runtime.jit import JITFunction
 
-from nanovllm.kernels.attention import paged_decode_kernel, paged_prefill
+from nanovllm.kernels.attention import paged_decode_kernel, paged_prefill_kernel
 from nanovllm.kernels.attention.decode_splits import DecodeSplits, split_contexts_triton
 from nanovllm.kernels.attention.paged_decode_kernel import paged_decode_triton
-from nanovllm.kernels.attention.paged_prefill import paged_prefill_triton
+from nanovllm.kernels.attention.paged_prefill_kernel import paged_prefill_triton
 from nanovllm.kernels.attention.qk_norm_rope_store import qk_norm_rope_store_triton
 from nanovllm.kernels.linear import skinny_linear
 from nanovllm.kernels.linear.silu_mul import silu_mul_triton
 from nanovllm.kernels.linear.skinny_linear import skinny_linear_triton
+from nanovllm.kernels.moe import experts as moe_experts
+from nanovllm.kernels.moe.experts import ExpertWeights, sum_experts_triton
+from nanovllm.kernels.moe.route import route_triton
+from nanovllm.kernels.moe.tilings import TILINGS
 from nanovllm.kernels.norm.all_reduce import PeerBuffers, make_inboxes, one_shot_add_rms_norm, one_shot_all_reduce
 from nanovllm.kernels.norm.rms_norm import add_rms_norm_triton, rms_norm_triton
 from nanovllm.kernels.prepare_inputs import StepInputs, prepare_inputs_triton
@@ -55,11 +60,14 @@ def compile_instead_of_launching() -> set[str]:
 
     def compile_only(self: JITFunction, *args: Any, warmup: bool, **options: Any) -> Any:
         compiled.add(self.fn.__name__)
-        return run(self, *args, warmup=True, **options)
+        kernel = run(self, *args, warmup=True, **options)
+        if kernel.metadata.shared > KIB_OF_SHARED_MEMORY[CAPABILITY] << 10:
+            sys.exit(f"{self.fn.__name__} takes {kernel.metadata.shared} bytes of shared memory, with {options}")
+        return kernel
 
     driver.set_active(AbsentDevice())
     JITFunction.run = compile_only
-    for module in (paged_decode_kernel, paged_prefill, skinny_linear):
+    for module in (moe_experts, paged_decode_kernel, paged_prefill_kernel, skinny_linear):
         module.shared_memory_bytes = lambda device: KIB_OF_SHARED_MEMORY[CAPABILITY] << 10
     if CAPABILITY >= 90:
         launch_kernels_early()
@@ -98,10 +106,38 @@ def call_linear_kernels() -> None:
     one_shot_add_rms_norm(zeros(2, SEQS, 1024, dtype=torch.float32), x.clone(), weight, 1e-6, peers)
 
 
+def call_moe_kernels() -> None:
+    """Every shape of tiles, few pairs and sorted ones; an expert's size that no tile divides; float32."""
+    num, k, hidden_size = 4, 2, 2880
+    biases = zeros(num, 2 * 360), zeros(num, hidden_size)
+    plain = ExpertWeights(zeros(num, 512, hidden_size), zeros(num, hidden_size, 256), None, None, "silu", 0, num)
+    clamped = ExpertWeights(zeros(num, 720, hidden_size), zeros(num, hidden_size, 360), *biases, "clamped", 0, num)
+    for most in TILINGS:
+        tokens = min(most, 500) * num // k
+        weights, ids = route_triton(zeros(tokens, num), k, True)
+        sum_experts_triton(zeros(tokens, hidden_size), weights, ids, clamped, in_slices=True)
+    for tilings in (TILINGS[min(TILINGS)], tuple(replace(t, copy_engine=False) for t in TILINGS[max(TILINGS)])):
+        sum_experts_triton(zeros(tokens, hidden_size), weights, ids, plain, tilings=tilings)
+    weights, ids = route_triton(zeros(1, num), k, False)
+    sum_experts_triton(zeros(1, hidden_size), weights, ids, plain, in_slices=True)
+    weights_and_biases = (clamped.gate_up, clamped.down, clamped.gate_up_bias, clamped.down_bias)
+    exact = ExpertWeights(*(tensor.float() for tensor in weights_and_biases), "clamped", 0, num)
+    for tokens in (1, 200):
+        weights, ids = route_triton(zeros(tokens, num, dtype=torch.float32), k, False)
+        sum_experts_triton(zeros(tokens, hidden_size, dtype=torch.float32), weights, ids, exact)
+
+
 def call_attention_kernels(
-    head_dim: int, block_size: int, dtype: torch.dtype, has_norm: bool, rotary_dim: int | None = None
+    head_dim: int,
+    block_size: int,
+    dtype: torch.dtype,
+    has_norm: bool,
+    rotary_dim: int | None = None,
+    heads: int = 16,
+    window: int | None = None,
+    **changes: Any,
 ) -> None:
-    heads, kv_heads, lens = 16, 8, ints(SEQS) + 1
+    kv_heads, lens = 8, ints(SEQS) + 1
     k_cache, v_cache = zeros(2, 4, kv_heads, block_size, head_dim, dtype=dtype).unbind(0)
     table, rows, starts = ints(4, 4), ints(SEQS), torch.arange(SEQS + 1, dtype=torch.int32)
     qkv = zeros(SEQS, (heads + 2 * kv_heads) * head_dim, dtype=dtype)
@@ -110,12 +146,13 @@ def call_attention_kernels(
     norms, cache = (weight, weight, 1e-6), (k_cache, v_cache)
     slots = zeros(SEQS, dtype=torch.int64)
     q = qk_norm_rope_store_triton(qkv, *norms, ints(SEQS), cos_sin, slots, *cache, heads)
-    paged_prefill_triton(q, *cache, table, rows, starts, lens, 0.1, torch.empty_like(q))
+    paged_prefill_triton(q, *cache, table, rows, starts, lens, 0.1, torch.empty_like(q), window=window, **changes)
     splits = DecodeSplits.allocate(SEQS, heads, kv_heads, head_dim, "cpu", target_splits=8, min_split=128)
-    split_contexts_triton(lens, kv_heads, splits)
-    paged_decode_triton(qkv, *norms, cos_sin, *cache, table, rows, lens, splits, 0.1, torch.empty_like(q))
-    inputs = StepInputs(ints(SEQS), ints(SEQS), slots, lens)
-    prepare_inputs_triton(rows, starts, ints(4, 9), ints(4), table, block_size, inputs)
+    split_contexts_triton(lens, kv_heads, splits, window)
+    paged_decode_triton(qkv, *norms, cos_sin, *cache, table, rows, lens, splits, 0.1, torch.empty_like(q), **changes)
+    for num_groups in (1, 7):
+        inputs = StepInputs(ints(SEQS), ints(SEQS), zeros(num_groups, SEQS, dtype=torch.int64), lens)
+        prepare_inputs_triton(rows, starts, ints(4, 9), ints(4), ints(num_groups, 4, 4), block_size, inputs)
 
 
 def call_sampler(dtype: torch.dtype) -> None:
@@ -128,12 +165,19 @@ def call_sampler(dtype: torch.dtype) -> None:
 if __name__ == "__main__":
     names = compile_instead_of_launching()
     call_linear_kernels()
+    call_moe_kernels()
     call_attention_kernels(128, 256, torch.bfloat16, has_norm=True)
     call_attention_kernels(128, 256, torch.float32, has_norm=True)
     paged_decode_kernel.multiprocessors = lambda device: 1  # many programs for each
     call_attention_kernels(128, 256, torch.bfloat16, has_norm=True)
     call_attention_kernels(80, 48, torch.float32, has_norm=False)
     call_attention_kernels(128, 256, torch.bfloat16, has_norm=True, rotary_dim=0)
+    bf16 = torch.bfloat16
+    call_attention_kernels(64, 256, bf16, has_norm=False, heads=64, window=128, sinks=zeros(64))
+    call_attention_kernels(64, 256, bf16, has_norm=False, heads=64, sinks=zeros(64))
+    call_attention_kernels(96, 48, bf16, has_norm=False, rotary_dim=72, window=2047, soft_cap=30.0, sinks=zeros(16))
+    call_attention_kernels(256, 256, bf16, has_norm=True, window=4096, soft_cap=50.0)
+    call_attention_kernels(256, 16, bf16, has_norm=False, soft_cap=50.0, sinks=zeros(16))
     call_sampler(torch.bfloat16)
     call_sampler(torch.float32)
     print(*sorted(names))

@@ -64,34 +64,64 @@ def make_case(
     return PagedCase(k_cache, v_cache, block_table.to(device), rows.to(device), seq_lens, keys, values)
 
 
+def forget_what_no_query_sees(case: PagedCase, num_queries: list[int], window: int | None) -> None:
+    """Give back the blocks that lie wholly below the window of each sequence's oldest query.
+
+    They and their entries of the block table are stale then: NaN, and other sequences' blocks or block 0.
+    """
+    block_size, unused = case.k_cache.shape[2], int(case.block_table[case.rows.max(), -1])
+    for row, length, queries in zip(case.rows.tolist(), case.seq_lens.tolist(), num_queries, strict=True):
+        oldest = 0 if window is None or row < 0 else max(0, length - queries + 1 - window)
+        for column in range(oldest // block_size):
+            block = int(case.block_table[row, column])
+            case.k_cache[block] = case.v_cache[block] = float("nan")
+            case.block_table[row, column] = (unused, 0, block)[column % 3]
+
+
 def dense_attention(
-    q: torch.Tensor, keys: torch.Tensor, values: torch.Tensor, scale: float
+    q: torch.Tensor,
+    keys: torch.Tensor,
+    values: torch.Tensor,
+    scale: float,
+    window: int | None = None,
+    soft_cap: float | None = None,
+    sinks: torch.Tensor | None = None,
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """Causal attention of the last `q.shape[0]` tokens, and the same over |values|, which bounds its rounding error.
 
-    q `[tokens, heads, head_dim]`, keys and values `[length, kv_heads, head_dim]`; float64 results like q.
+    q `[tokens, heads, head_dim]`, keys and values `[length, kv_heads, head_dim]`, sinks `[heads]`; float64 results like
+    q.
     """
     q, keys, values = q.cpu().double(), keys.double(), values.double()
     num_queries, num_heads, _ = q.shape
     length, num_kv_heads, _ = keys.shape
-    hidden = torch.ones(num_queries, length, dtype=torch.bool).triu(length - num_queries + 1)
+    ages = torch.arange(length - num_queries, length)[:, None] - torch.arange(length)  # of a key when a query comes
+    hidden = (ages < 0) | (ages >= (length if window is None else window))
     out, bound = torch.zeros_like(q), torch.zeros_like(q)
     for head in range(num_heads):
         kv_head = head // (num_heads // num_kv_heads)
         scores = q[:, head] @ keys[:, kv_head].T * scale
-        weights = torch.softmax(scores.masked_fill(hidden, float("-inf")), dim=1)
+        if soft_cap is not None:
+            scores = soft_cap * torch.tanh(scores / soft_cap)
+        scores = scores.masked_fill(hidden, float("-inf"))
+        if sinks is not None:
+            scores = torch.cat([scores, sinks[head].cpu().double().expand(num_queries, 1)], dim=1)
+        weights = torch.softmax(scores, dim=1)[:, :length]
         out[:, head] = weights @ values[:, kv_head]
         bound[:, head] = weights @ values[:, kv_head].abs()
     return out, bound
 
 
-def assert_within_rounding(actual: torch.Tensor, expected: torch.Tensor, bound: torch.Tensor) -> None:
+def assert_within_rounding(
+    actual: torch.Tensor, expected: torch.Tensor, bound: torch.Tensor, soft_cap: float | None = None
+) -> None:
     """Each element within what its dtype warrants: the softmax weights are rounded once, and so is the result.
 
-    That is two unit roundoffs, one eps, of the attention over |values|; float32 arithmetic itself gets 5e-6.
+    That is two unit roundoffs, one eps, of the attention over |values|; float32 arithmetic itself gets 5e-6, and a soft
+    cap a few roundings of its size. A sink far above all scores leaves what underflows.
     """
-    error = (actual.cpu().double() - expected).abs()
-    allowed = (torch.finfo(actual.dtype).eps + 5e-6) * bound
+    error, limits = (actual.cpu().double() - expected).abs(), torch.finfo(actual.dtype)
+    allowed = (limits.eps + 5e-6 + (soft_cap or 0) * 2.0**-20) * bound + limits.smallest_normal * limits.eps + 1e-37
     assert bool((error <= allowed).all()), f"error is {(error / allowed).max():.3g} of what is allowed"
 
 

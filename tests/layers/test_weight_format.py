@@ -10,6 +10,7 @@ from torch import nn
 
 from nanovllm import LLM
 from nanovllm.distributed.tensor_parallel import TensorParallel
+from nanovllm.layers import embed_head, linear
 from nanovllm.layers.linear import ColumnParallelLinear, Linear, RowParallelLinear
 from nanovllm.layers.weight_format import PlainFormat
 from nanovllm.models import loader
@@ -65,7 +66,8 @@ def test_a_model_in_another_format_loads_by_name_and_keeps_each_parameters_dtype
         if isinstance(layer, Linear)
         for leaf, tensor in layer.format.hidden_tensors(layer).items()
     ]
-    monkeypatch.setattr(loader, "PackedFormat", lambda has_lookups: PlainFormat() if has_lookups else ScaledCodes())
+    monkeypatch.setattr(linear, "PackedFormat", ScaledCodes)
+    monkeypatch.setattr(embed_head, "PackedFormat", lambda has_lookups: PlainFormat())
     llm = make_llm(checkpoint("plain"), dtype="bfloat16", load_format="dummy")
     model = llm.engine.runner.model
     places = loader.tensor_places(model)

@@ -102,7 +102,7 @@ def test_unknown_architecture_is_answered_with_those_there_are(
 
 def test_unknown_activation_is_named(model_dir: Path, make_llm: Callable[..., LLM]) -> None:
     edit_config(model_dir, hidden_act="gelu")
-    assert "hidden_act='gelu' must be 'silu'" in load_error(model_dir, ValueError, make_llm)
+    assert "hidden_act='gelu' must be one of silu" in load_error(model_dir, ValueError, make_llm)
 
 
 def test_no_weights_is_a_missing_file(model_dir: Path, make_llm: Callable[..., LLM]) -> None:

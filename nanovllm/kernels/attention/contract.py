@@ -55,6 +55,11 @@ class AttentionSpec:
         q, k = self.q_norm, self.k_norm
         return q and q.weight, k and k.weight, (q or k).eps if q or k else 0.0
 
+    @property
+    def sink_scores(self) -> torch.Tensor | None:
+        """`[num_heads]`, or None where there are no sinks."""
+        return None if self.sinks is None else self.sinks.weight
+
     def cos_sin(self, device: torch.device) -> torch.Tensor:
         """The rotations `[max_position, rotary_dim]`; without rope none of the dimensions is rotated."""
         return torch.empty(1, 0, dtype=torch.float32, device=device) if self.rope is None else self.rope.cos_sin
@@ -74,8 +79,10 @@ class DecodeBatch:
     rows: torch.Tensor  # [seqs] int32: each sequence's row of the block table; -1 pads
     seq_lens: torch.Tensor  # [seqs] int32: tokens in the cache, the newest included; 0 pads
     block_table: torch.Tensor  # [rows, max_blocks] int32
-    splits: DecodeSplits | None = None  # on a GPU: how the contexts are cut
-    gather: KvGather | None = None  # on a CPU: which blocks are copied together
+    splits: DecodeSplits | None = (
+        None  # on a GPU: how the contexts are cut, for the window of the layers that read them
+    )
+    gather: KvGather | None = None  # on a CPU: which blocks are copied together, for that window
     places: TokenPlaces | None = None  # on a CPU
 
 

@@ -5,6 +5,7 @@ scores, which gives its weight in the whole ("flash decoding", Dao et al. 2023).
 order, not in the order in which programs finish, so results do not depend on timing.
 """
 
+from nanovllm.kernels.attention.sinks import sink_mass
 from nanovllm.kernels.triton_shim import tl, triton
 
 MERGE_ELEMENTS = 4096  # float32 elements of partial results that a program holds in registers at once
@@ -14,6 +15,7 @@ MERGE_ELEMENTS = 4096  # float32 elements of partial results that a program hold
 def merge_splits(
     partial_out_ptr,
     partial_lse_ptr,
+    sinks_ptr,
     first_partial,
     num_splits,
     kv_head,
@@ -52,4 +54,6 @@ def merge_splits(
         mass = mass * decay + tl.sum(weights, 0)
         merged = merged * decay[:, None] + tl.sum(weights[:, :, None] * partial, 0)
         top = new_top
+    if sinks_ptr is not None:
+        mass += sink_mass(sinks_ptr + heads, top)
     return merged / mass[:, None]

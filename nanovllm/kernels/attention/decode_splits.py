@@ -42,6 +42,7 @@ class DecodeSplits:
     partial_out: torch.Tensor  # [entries, heads, head_dim] float32, each split's softmax normalized by itself
     partial_lse: torch.Tensor  # [entries, heads] float32, log2 of the sum of exponentials
     arrivals: torch.Tensor  # [max_seqs, kv_heads] int32
+    window: int | None = None  # what the table was cut for: a query sees so many tokens, the newest the last of them
 
     @classmethod
     def allocate(
@@ -92,7 +93,9 @@ class DecodeSplits:
             )
 
 
-def split_contexts(seq_lens: torch.Tensor, num_kv_heads: int, splits: DecodeSplits) -> DecodeSplits:
+def split_contexts(
+    seq_lens: torch.Tensor, num_kv_heads: int, splits: DecodeSplits, window: int | None = None
+) -> DecodeSplits:
     """Cut the contexts of a step's sequences, once a step, before the first layer's `paged_decode`. Returns `splits`.
 
     At least one launch must lie between the two: `paged_decode` reads the table before it waits (`early_launch.py`).
@@ -101,20 +104,31 @@ def split_contexts(seq_lens: torch.Tensor, num_kv_heads: int, splits: DecodeSpli
     tokens, a multiple of SPLIT_MULTIPLE, except the last of each sequence: the total spread over `target_splits`, but
     at least `min_split`. They always fit, since sum(ceil(len / size)) <= S + total / size.
 
+    With a window a sequence's first split begins at the last multiple of SPLIT_MULTIPLE that leaves out no token which
+    the newest one sees, `max(len - window, 0)` and up; lengths count from there. `paged_decode` masks what is too old.
+
     Args:
         seq_lens: `[S]` int32; 0 for padding, which gets one empty split.
+        window: of the layers that will read these splits; None: they see all tokens.
 
     Raises:
         ValueError: `splits` were allocated for fewer sequences or for other heads.
     """
     splits.require(seq_lens.shape[0], num_kv_heads)
-    return (split_contexts_triton if seq_lens.is_cuda else split_contexts_reference)(seq_lens, num_kv_heads, splits)
+    cut = split_contexts_triton if seq_lens.is_cuda else split_contexts_reference
+    return cut(seq_lens, num_kv_heads, splits, window)
 
 
-def split_contexts_reference(seq_lens: torch.Tensor, num_kv_heads: int, splits: DecodeSplits) -> DecodeSplits:
+def split_contexts_reference(
+    seq_lens: torch.Tensor, num_kv_heads: int, splits: DecodeSplits, window: int | None = None
+) -> DecodeSplits:
     """`split_contexts` in PyTorch."""
+    splits.window = window
     num_seqs, device = seq_lens.shape[0], seq_lens.device
-    lens = seq_lens.long()
+    skipped = torch.zeros_like(seq_lens, dtype=torch.long)
+    if window is not None:
+        skipped = (seq_lens.long() - window).clamp(min=0) // SPLIT_MULTIPLE * SPLIT_MULTIPLE
+    lens = seq_lens.long() - skipped
     share = -(-lens.sum() // splits.target_splits)
     size = (-(-share // SPLIT_MULTIPLE) * SPLIT_MULTIPLE).clamp(min=_min_split(splits, num_seqs))
     counts = (-(-lens // size)).clamp(min=1)
@@ -126,6 +140,7 @@ def split_contexts_reference(seq_lens: torch.Tensor, num_kv_heads: int, splits: 
     is_last = partial == (firsts + counts - 1)[seq]
     # Whole splits first, then the ends of the sequences.
     order = torch.argsort(torch.where(is_last, end - begin, size + 1), descending=True, stable=True)
+    begin, end = begin + skipped[seq], end + skipped[seq]
     used = torch.stack([seq, begin, end, partial, firsts[seq], counts[seq]], dim=1)[order]
     splits.table[: num_seqs + splits.target_splits] = -1
     splits.table[: used.shape[0]] = used.int()
@@ -141,8 +156,11 @@ def _min_split(splits: DecodeSplits, num_seqs: int) -> int:
     return split
 
 
-def split_contexts_triton(seq_lens: torch.Tensor, num_kv_heads: int, splits: DecodeSplits) -> DecodeSplits:
+def split_contexts_triton(
+    seq_lens: torch.Tensor, num_kv_heads: int, splits: DecodeSplits, window: int | None = None
+) -> DecodeSplits:
     """`split_contexts` in one launch: a program for each sequence, and one that fills the idle entries."""
+    splits.window = window
     num_seqs = seq_lens.shape[0]
     _split_kernel[(num_seqs + 1,)](
         seq_lens,
@@ -153,6 +171,7 @@ def split_contexts_triton(seq_lens: torch.Tensor, num_kv_heads: int, splits: Dec
         splits.target_splits,
         _min_split(splits, num_seqs),
         num_kv_heads,
+        window,
         SPLIT_MULTIPLE=SPLIT_MULTIPLE,
         SPLIT_FIELDS=SPLIT_FIELDS,
         CHUNK=1024,
@@ -162,7 +181,16 @@ def split_contexts_triton(seq_lens: torch.Tensor, num_kv_heads: int, splits: Dec
     return splits
 
 
-@triton.jit(do_not_specialize=["num_seqs", "num_entries", "target_splits", "min_split", "num_kv_heads"])
+@triton.jit
+def _skipped(lens, window, SPLIT_MULTIPLE: tl.constexpr):
+    """The tokens before the first split."""
+    if window is None:
+        return 0
+    else:
+        return tl.maximum(lens - window, 0) // SPLIT_MULTIPLE * SPLIT_MULTIPLE
+
+
+@triton.jit(do_not_specialize=["num_seqs", "num_entries", "target_splits", "min_split", "num_kv_heads", "window"])
 def _split_kernel(
     seq_lens_ptr,
     splits_ptr,
@@ -172,6 +200,7 @@ def _split_kernel(
     target_splits,
     min_split,
     num_kv_heads,
+    window,
     SPLIT_MULTIPLE: tl.constexpr,
     SPLIT_FIELDS: tl.constexpr,
     CHUNK: tl.constexpr,
@@ -183,10 +212,13 @@ def _split_kernel(
     lanes = tl.arange(0, CHUNK)
     total = 0
     for base in range(0, num_seqs, CHUNK):
-        total += tl.sum(tl.load(seq_lens_ptr + base + lanes, mask=base + lanes < num_seqs, other=0))
+        lens = tl.load(seq_lens_ptr + base + lanes, mask=base + lanes < num_seqs, other=0)
+        total += tl.sum(lens - _skipped(lens, window, SPLIT_MULTIPLE))
     size = tl.maximum(min_split, tl.cdiv(tl.cdiv(total, target_splits), SPLIT_MULTIPLE) * SPLIT_MULTIPLE)
 
     length = tl.load(seq_lens_ptr + seq, mask=seq < num_seqs, other=0)
+    skipped = _skipped(length, window, SPLIT_MULTIPLE)
+    length -= skipped
     count = tl.maximum(tl.cdiv(length, size), 1)
     end_length = length - (count - 1) * size
     first = 0  # index of this sequence's first partial result
@@ -195,6 +227,7 @@ def _split_kernel(
     for base in range(0, num_seqs, CHUNK):
         other = base + lanes
         lens = tl.load(seq_lens_ptr + other, mask=other < num_seqs, other=0)
+        lens -= _skipped(lens, window, SPLIT_MULTIPLE)
         counts = tl.where(other < num_seqs, tl.maximum(tl.cdiv(lens, size), 1), 0)
         end_lengths = lens - (counts - 1) * size
         is_before = (end_lengths > end_length) | ((end_lengths == end_length) & (other < seq))
@@ -210,8 +243,8 @@ def _split_kernel(
             place = splits_ptr + entry * SPLIT_FIELDS
             inside = index < count
             tl.store(place, tl.zeros_like(index) + seq, mask=inside)
-            tl.store(place + 1, index * size, mask=inside)
-            tl.store(place + 2, tl.minimum(index * size + size, length), mask=inside)
+            tl.store(place + 1, skipped + index * size, mask=inside)
+            tl.store(place + 2, skipped + tl.minimum(index * size + size, length), mask=inside)
             tl.store(place + 3, first + index, mask=inside)
             tl.store(place + 4, tl.zeros_like(index) + first, mask=inside)
             tl.store(place + 5, tl.zeros_like(index) + count, mask=inside)

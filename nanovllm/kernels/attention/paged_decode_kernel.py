@@ -13,13 +13,13 @@ Two choices save energy. A large GPU that decodes draws all the power it may, so
 - Scores are K qᵀ, `[tokens, heads]`: the few query heads of a kv head are the second factor of the product, which
   matrix units pad to 8 columns. As the first factor, in q Kᵀ, they would be padded to 16 rows.
 - The device's copy engine (TMA) copies tiles, not the threads.
-"""
 
-from dataclasses import dataclass
-from functools import lru_cache
+A layer without window, soft cap and sinks has None for them, and a kernel without a trace of them.
+"""
 
 import torch
 
+from nanovllm.kernels.attention.decode_config import FEW, MANY, MIN_TILE, DecodeConfig, decode_config
 from nanovllm.kernels.attention.decode_merge import MERGE_ELEMENTS, merge_splits
 from nanovllm.kernels.attention.decode_splits import SPLIT_FIELDS, SPLIT_MULTIPLE, DecodeSplits
 from nanovllm.kernels.attention.own_token import own_token
@@ -30,44 +30,13 @@ from nanovllm.kernels.attention.paged_kv import (
     next_power_of_2,
     tile_blocks,
 )
-from nanovllm.kernels.constants import LOG2_E
+from nanovllm.kernels.attention.sinks import sink_mass
+from nanovllm.kernels.attention.soft_cap import cap_score, score_factors
 from nanovllm.kernels.device import is_hopper, multiprocessors, shared_memory_bytes
 from nanovllm.kernels.early_launch import LINE_BYTES, early_launch, wait_for_previous
 from nanovllm.kernels.triton_shim import TensorDescriptor, tl, triton
 
-# Measured on an H100 and an H200: docs/lab-notebook.md; benchmarks/paged_attention.py measures alternatives.
-TILE_BYTES = 16 * 1024  # of K a loop iteration: 64 tokens of 128 bf16
-MAX_STAGES = 3  # of the load pipeline
-# Programs on a multiprocessor if no sequence were cut: only the device knows the number of splits.
-MANY = 4  # with so many, others work while one waits, and 2 stages suffice
-FEW = 2  # up to so many wait at the same time, and may prefetch; later ones would ask for each line twice in a row
-MIN_TILE = 16  # tokens: the least length that a dot sums over
-NUM_WARPS = 2
 MIN_COLUMNS = 8  # least columns of a matrix unit's second factor: heads are padded to it
-
-
-@dataclass(frozen=True, slots=True)
-class DecodeConfig:
-    """Launch parameters: tokens a loop iteration, warps a program, depth of the load pipeline."""
-
-    tile: int
-    num_warps: int
-    num_stages: int
-
-
-@lru_cache
-def decode_config(head_dim: int, itemsize: int, shared_memory: int, is_many: bool = False) -> DecodeConfig:
-    """The launch parameters for a head dimension, an element size and a program's shared memory (both in bytes).
-
-    `is_many`: each multiprocessor has MANY programs or more.
-    """
-    token_bytes = next_power_of_2(head_dim) * itemsize
-    tile = max(MIN_TILE, min(SPLIT_MULTIPLE, TILE_BYTES // token_bytes))
-    # n stages need n-1 buffers of K and V; the query and layout conversions get 12 KiB.
-    fitting = 1 + (shared_memory - 12 * 1024) // (2 * tile * token_bytes)
-    num_warps = NUM_WARPS if itemsize <= 2 else 2 * NUM_WARPS  # float32 dots keep their operands in registers
-    num_stages = max(1, min(2 if is_many else MAX_STAGES, fitting))
-    return DecodeConfig(tile=tile, num_warps=num_warps, num_stages=num_stages)
 
 
 def paged_decode_triton(
@@ -85,15 +54,18 @@ def paged_decode_triton(
     scale: float,
     out: torch.Tensor,
     config: DecodeConfig | None = None,
+    soft_cap: float | None = None,
+    sinks: torch.Tensor | None = None,
 ) -> None:
     """`paged_decode` in one launch; `config` overrides the default launch parameters.
 
+    The window is the one that `splits` were cut for; sinks are `[heads]`.
     Raises ValueError for caches whose layouts differ or are not contiguous within a block, for one norm of two, for
     splits of fewer sequences or other heads, and for a tile that does not divide all splits.
     """
     check_caches(out, k_cache, v_cache)
-    if (q_weight is None) != (k_weight is None):
-        raise ValueError("q_weight and k_weight must both be given, or neither")
+    if (q_weight is None) != (k_weight is None) or (q_weight is not None and q_weight.dtype != k_weight.dtype):
+        raise ValueError("q_weight and k_weight must both be given, or neither, and have one dtype")
     num_seqs, num_heads, head_dim = out.shape
     _, num_kv_heads, block_size, _ = k_cache.shape
     splits.require(num_seqs, num_kv_heads)
@@ -105,12 +77,14 @@ def paged_decode_triton(
     early = early_launch(qkv)
     group = num_heads // num_kv_heads
     padded_dim, padded_group = next_power_of_2(head_dim), next_power_of_2(group)
+    cap_rate, scale_log2 = score_factors(scale, soft_cap)
     k_tiles, v_tiles = (_tiles(cache, config.tile) for cache in (k_cache, v_cache))
     # The kv head varies fastest, so programs that run together read neighbouring heads of the same blocks. The idle
     # entries of the table come last, so their programs start when the device runs empty anyway.
     _decode_kernel[(num_kv_heads, num_seqs + splits.target_splits)](
         qkv, q_weight, k_weight, cos_sin, k_cache, v_cache, k_tiles, v_tiles, out, block_table, rows, seq_lens,
-        splits.table, splits.partial_out, splits.partial_lse, splits.arrivals, eps, scale * LOG2_E,
+        splits.table, splits.partial_out, splits.partial_lse, splits.arrivals, sinks,
+        eps, cap_rate, scale_log2, splits.window,
         qkv.stride(0), cos_sin.stride(0), out.stride(0), out.stride(1), k_cache.stride(0), block_table.stride(0),
         GROUP=group,
         PADDED_GROUP=padded_group,
@@ -143,13 +117,14 @@ def _tiles(cache: torch.Tensor, tile: int) -> TensorDescriptor | None:
 
 
 @triton.jit
-def _attend(q, k, v, valid, top, mass, acc, scale_log2):
+def _attend(q, k, v, valid, top, mass, acc, cap_rate, scale_log2):
     """Take one tile into the online softmax: `q [dim, heads]`, `k` and `v [TILE, dim]`, `acc [dim, heads]`.
 
     The caller sums `mass [TILE, heads]` over the tokens once, at the end: in each step the sum would make all warps
     wait for each other.
     """
-    scores = tl.where(valid, tl.dot(k, q, input_precision="ieee"), float("-inf"))
+    scores = cap_score(tl.dot(k, q, input_precision="ieee"), cap_rate)
+    scores = tl.where(valid, scores, float("-inf"))
     new_top = tl.maximum(top, tl.max(scores, 0) * scale_log2)
     weights = tl.exp2(scores * scale_log2 - new_top[None, :])
     decay = tl.exp2(top - new_top)[None, :]
@@ -160,7 +135,7 @@ def _attend(q, k, v, valid, top, mass, acc, scale_log2):
     )
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["window"])
 def _decode_kernel(
     qkv_ptr,
     q_weight_ptr,
@@ -178,8 +153,11 @@ def _decode_kernel(
     partial_out_ptr,
     partial_lse_ptr,
     arrivals_ptr,
+    sinks_ptr,
     eps,
+    cap_rate,
     scale_log2,
+    window,
     stride_qkv,
     stride_cos_sin,
     stride_out_seq,
@@ -221,6 +199,10 @@ def _decode_kernel(
     own_block = tl.load(table_ptr + position // BLOCK_SIZE, mask=length > 0, other=0).to(tl.int64)
     own_slot = own_block * stride_block + (kv_head * BLOCK_SIZE + position % BLOCK_SIZE) * HEAD_DIM
 
+    visible = 0  # the first token that the query sees
+    if window is not None:
+        visible = tl.maximum(length - window, 0)
+        begin = tl.maximum(begin, visible // TILE * TILE)  # so that each tile has a token that it sees
     dims = tl.arange(0, PADDED_DIM)
     blocks = tile_blocks(table_ptr, begin, end, BLOCK_SIZE, TILE)
     rest = begin
@@ -266,22 +248,32 @@ def _decode_kernel(
             place = ((blocks * num_kv_heads + kv_head) * BLOCK_SIZE + start % BLOCK_SIZE).to(tl.int32)
             blocks = tile_blocks(table_ptr, start + TILE, end, BLOCK_SIZE, TILE)
             k, v = k_tiles.load([place, 0]), v_tiles.load([place, 0])
-            top, mass, acc = _attend(q, k, v, True, top, mass, acc, scale_log2)
+            valid = True
+            if window is not None:
+                valid = (start + tl.arange(0, TILE) >= visible)[:, None]
+            top, mass, acc = _attend(q, k, v, valid, top, mass, acc, cap_rate, scale_log2)
     for start in tl.range(rest, end, TILE, num_stages=1 if TILED else None):
         offsets = kv_offsets(blocks, start, kv_head, stride_block, HEAD_DIM, PADDED_DIM, BLOCK_SIZE, TILE)
         blocks = tile_blocks(table_ptr, start + TILE, end, BLOCK_SIZE, TILE)
         valid = (start + tl.arange(0, TILE) < end)[:, None]
-        # Slots past the end hold anything, even NaN, and 0 * NaN is NaN: so load them as zeros. The mask is constant
-        # along head_dim, so it costs one predicate for each row and no vector width.
+        if window is not None:
+            valid = valid & (start + tl.arange(0, TILE) >= visible)[:, None]
+        # Slots past the end hold anything, even NaN, and 0 * NaN is NaN: so load them as zeros; so do the blocks below
+        # a window, which may be another sequence's by now. The mask is constant along head_dim, so it costs one
+        # predicate for each row and no vector width.
         kv_mask = valid
         if HEAD_DIM != PADDED_DIM:
             kv_mask = kv_mask & (dims < HEAD_DIM)[None, :]
         k = tl.load(k_ptr + offsets, mask=kv_mask, other=0.0)
         v = tl.load(v_ptr + offsets, mask=kv_mask, other=0.0)
-        top, mass, acc = _attend(q, k, v, valid, top, mass, acc, scale_log2)
+        top, mass, acc = _attend(q, k, v, valid, top, mass, acc, cap_rate, scale_log2)
     mass = tl.sum(mass, 0)
     acc = tl.trans(acc)
-    acc = acc / tl.where(mass > 0, mass, 1.0)[:, None]  # a padding entry has no mass and gets zeros
+    total = mass
+    if sinks_ptr is not None:  # once a sequence: of several splits, the merge counts it
+        own_heads = tl.minimum(tl.arange(0, HEADS), GROUP - 1)
+        total += tl.where(num_splits == 1, sink_mass(sinks_ptr + kv_head * GROUP + own_heads, top), 0.0)
+    acc = acc / tl.where(mass > 0, total, 1.0)[:, None]  # a padding entry has no mass and gets zeros
 
     out_head_ptr = out_ptr + seq.to(tl.int64) * stride_out_seq + kv_head * GROUP * stride_out_head
     heads = tl.arange(0, HEADS)
@@ -302,7 +294,7 @@ def _decode_kernel(
     if arrived == num_splits - 1:
         tl.store(arrival_ptr, 0)
         merged = merge_splits(
-            partial_out_ptr, partial_lse_ptr, first_partial, num_splits, kv_head, num_heads,
+            partial_out_ptr, partial_lse_ptr, sinks_ptr, first_partial, num_splits, kv_head, num_heads,
             GROUP, PADDED_GROUP, HEAD_DIM, PADDED_DIM, MERGE_SPLITS,
         )  # fmt: skip
         group_heads = tl.arange(0, PADDED_GROUP)

@@ -32,10 +32,15 @@ def check_caches(q: torch.Tensor, k_cache: torch.Tensor, v_cache: torch.Tensor) 
         )
 
 
-def gather_kv(cache: torch.Tensor, table_row: torch.Tensor, length: int) -> torch.Tensor:
-    """One sequence's first `length` cached tokens, `[kv_heads, length, head_dim]`, from its row of the block table."""
-    num_blocks = -(-length // cache.shape[2])
-    return cache[table_row[:num_blocks].long()].transpose(0, 1).flatten(1, 2)[:, :length]
+def gather_kv(cache: torch.Tensor, table_row: torch.Tensor, length: int, first: int = 0) -> torch.Tensor:
+    """One sequence's cached tokens `first` to `length - 1`, `[kv_heads, tokens, head_dim]`, by its row of the table.
+
+    Blocks before the one of token `first` are not read.
+    """
+    block_size = cache.shape[2]
+    first_block, num_blocks = first // block_size, -(-length // block_size)
+    tokens = cache[table_row[first_block:num_blocks].long()].transpose(0, 1).flatten(1, 2)
+    return tokens[:, first - first_block * block_size : length - first_block * block_size]
 
 
 @triton.jit

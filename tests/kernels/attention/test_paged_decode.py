@@ -128,6 +128,9 @@ HEADS = [
     (128, 128, 4, False),
     (24, 12, 15, True),
     (96, 32, 5, False),
+    (96, 72, 3, True),
+    (64, 48, 8, False),
+    (256, 256, 2, True),
 ]
 
 
@@ -144,7 +147,8 @@ def test_newest_token_is_normalized_rotated_stored_and_attended_to(
     case = make_case(7, lengths, 2, head_dim, block_size, dtype, device)
     generator = torch.Generator().manual_seed(head_dim)
     qkv = torch.randn(len(lengths), (2 * group + 4) * head_dim, generator=generator).to(dtype).to(device)
-    weights = (torch.rand(2, head_dim, generator=generator) + 0.5).to(dtype).to(device)
+    norm_dtype = torch.float32 if group % 2 else dtype  # a model may keep its norms' weights in float32
+    weights = (torch.rand(2, head_dim, generator=generator) + 0.5).to(norm_dtype).to(device)
     norms = (weights[0], weights[1], 1e-6) if has_norm else (None, None, 0.0)
     cos_sin = torch.randn(2 * SPLIT + 5, rotary_dim, generator=generator).to(device)
     where = (case.block_table, case.rows, case.seq_lens)
@@ -173,12 +177,13 @@ def test_newest_token_is_normalized_rotated_stored_and_attended_to(
     torch.testing.assert_close(caches, expected_caches, **tolerance, equal_nan=True)
 
 
-def test_one_norm_of_two_is_refused() -> None:
+def test_one_norm_of_two_or_norms_of_two_dtypes_are_refused() -> None:
     case = make_case(0, [5], 1, 8, 16, torch.float32, "cpu")
     qkv, out = decode_inputs(case, 1, 0)
     cache = (case.k_cache, case.v_cache, case.block_table, case.rows, case.seq_lens)
-    with pytest.raises(ValueError, match="k_weight must both"):
-        paged_decode_triton(qkv, torch.ones(8), None, 0.0, qkv, *cache, make_splits(case, 1, 1), 0.1, out)
+    for k_weight in (None, torch.ones(8).half()):
+        with pytest.raises(ValueError, match="k_weight must both"):
+            paged_decode_triton(qkv, torch.ones(8), k_weight, 0.0, qkv, *cache, make_splits(case, 1, 1), 0.1, out)
 
 
 def test_layers_share_a_workspace_however_sequences_are_cut(device: str) -> None:

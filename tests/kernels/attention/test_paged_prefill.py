@@ -7,7 +7,8 @@ import pytest
 import torch
 from paged_cache import PagedCase, assert_within_rounding, dense_attention, make_case
 
-from nanovllm.kernels.attention import paged_prefill as kernels
+from nanovllm.kernels.attention import paged_prefill_kernel as kernels
+from nanovllm.kernels.attention.paged_prefill import paged_prefill_reference
 
 HEAD_DIMS = [24, 48, 64, 80, 96, 128, 256]
 GROUPS = [1, 2, 3, 5, 7, 8]
@@ -84,7 +85,7 @@ def test_more_sequences_than_one_look_at_query_start(device: str, monkeypatch: p
     work.assert_out_is_dense_attention(0.3)
 
 
-@pytest.mark.parametrize("function", [kernels.paged_prefill_triton, kernels.paged_prefill_reference])
+@pytest.mark.parametrize("function", [kernels.paged_prefill_triton, paged_prefill_reference])
 def test_padding_entries_are_left_alone(function, device: str) -> None:
     """Chunks, then entries of no sequence: some without tokens, the last with all that the step has left."""
     case = make_case(5, [37, 20], 2, 64, 16, torch.float32, device)
@@ -106,7 +107,7 @@ def test_reference_equals_dense_attention(seed: int) -> None:
     lengths, chunks = draw_chunks(rng, BLOCK_SIZES[seed % 4], 3, 90)
     case = make_case(seed, lengths, 2, HEAD_DIMS[seed % 7], BLOCK_SIZES[seed % 4], DTYPES[seed % 3], "cpu")
     work = Chunks(case, chunks, GROUPS[seed % 6], seed)
-    kernels.paged_prefill_reference(*work.arguments(0.2))
+    paged_prefill_reference(*work.arguments(0.2))
     work.assert_out_is_dense_attention(0.2)
 
 

@@ -38,6 +38,7 @@ SHAPES = [
     (2, 2, 256, 64, 16),
     (16, 8, 128, 128, 16),
     (3, 1, 64, 18, 16),
+    (6, 2, 96, 72, 16),
 ]
 
 
@@ -138,6 +139,16 @@ def assert_stores_and_returns(function, case: Case, q_norm: bool = True, k_norm:
 @pytest.mark.parametrize("shape", SHAPES)
 def test_q_is_returned_and_k_and_v_are_in_their_slots(function, shape, dtype: torch.dtype, device: str):
     assert_stores_and_returns(function, draw(6, shape, dtype, device))
+
+
+@pytest.mark.parametrize("function", FUNCTIONS)
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_weights_of_norms_may_have_another_dtype(function, dtype: torch.dtype, device: str):
+    case = draw(6, SHAPES[1], dtype, device)
+    other = torch.bfloat16 if dtype == torch.float32 else torch.float32
+    generator = torch.Generator().manual_seed(1)
+    case.q_weight, case.k_weight = torch.randn(2, 48, generator=generator).to(device, other)
+    assert_stores_and_returns(function, case)
 
 
 @pytest.mark.parametrize("function", FUNCTIONS)

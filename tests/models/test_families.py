@@ -1,0 +1,91 @@
+"""Every family answers what transformers answers, float32 on the CPU, however the engine cuts up the work."""
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+from checkpoints import random_prompts
+from families import CONFIGS, family_tokens, save_family
+
+from nanovllm import LLM, SamplingParams
+from nanovllm.cache_groups import group_layers, most_blocks_in_all
+from nanovllm.models import ARCHITECTURES
+from nanovllm.models.checkpoint_config import load_hf_config
+
+NUM_TOKENS = 16
+SHARED = random_prompts([41], seed=6)[0]
+# Windows of the configs are 10 to 40 tokens: prompts end within them and far behind; two of them share a beginning.
+PROMPTS = [SHARED + [5], SHARED + [7, 8, 9], *random_prompts([70, 20, 33], seed=3)]
+GREEDY = SamplingParams(temperature=0.0, max_tokens=NUM_TOKENS)
+
+
+@pytest.fixture(scope="module")
+def family(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], tuple[Path, list[list[int]]]]:
+    """`family(name)`: a checkpoint, and what transformers answers to PROMPTS. The last one made is kept."""
+    last: dict[str, tuple[Path, list[list[int]]]] = {}
+
+    def make(name: str) -> tuple[Path, list[list[int]]]:
+        if name not in last:
+            last.clear()
+            path = save_family(tmp_path_factory.mktemp(name), name)
+            last[name] = path, [family_tokens(path, prompt, NUM_TOKENS) for prompt in PROMPTS]
+        return last[name]
+
+    return make
+
+
+def tokens(llm: LLM) -> list[list[int]]:
+    return [output.outputs[0].token_ids for output in llm.generate(PROMPTS, GREEDY, use_tqdm=False)]
+
+
+def test_every_architecture_has_a_config_here() -> None:
+    assert {f"{architecture}ForCausalLM" for architecture, _ in CONFIGS.values()} == set(ARCHITECTURES)
+
+
+@pytest.mark.parametrize("loop", [{}, {"with_graphs": True}], ids=["plain", "replayed"])
+@pytest.mark.parametrize("name", CONFIGS)
+def test_tokens_are_transformers_in_small_blocks_and_chunks_of_33_under_preemption_and_from_the_prefix_cache(
+    name: str,
+    loop: dict[str, Any],
+    family: Callable[[str], tuple[Path, list[list[int]]]],
+    make_llm: Callable[..., LLM],
+) -> None:
+    path, expected = family(name)
+    windows = cache_windows(path)
+    num_blocks = most_blocks_in_all(100, windows, largest_chunk=33, block_size=16) + 1  # seldom enough for two
+    small = make_llm(path, **loop, num_kvcache_blocks=num_blocks, max_num_batched_tokens=33, max_model_len=100)
+    assert tokens(small) == expected
+    # Where all layers have windows, a sequence never holds more than what it was admitted with.
+    assert small.stats().num_preemptions > 0 or None not in windows
+    assert small.stats().cache_usage == 0.0
+    roomy = make_llm(path, **loop, max_num_batched_tokens=33, num_kvcache_blocks=400)
+    assert tokens(roomy) == expected
+    before = roomy.stats().prefix_hits
+    assert tokens(roomy) == expected
+    assert roomy.stats().prefix_hits - before >= 100 and roomy.stats().num_preemptions == 0
+
+
+def cache_windows(path: Path) -> tuple[int | None, ...]:
+    """The window of each group of layers in the cache."""
+    config, _ = load_hf_config(path)
+    window_of = {"full_attention": None, "sliding_attention": config.sliding_window}
+    return group_layers([window_of[layer_type] for layer_type in config.layer_types]).windows
+
+
+@pytest.mark.parametrize("name", CONFIGS)
+def test_two_ranks_answer_the_same(
+    name: str, family: Callable[[str], tuple[Path, list[list[int]]]], make_tp: Callable[..., LLM]
+) -> None:
+    path, expected = family(name)
+    if "7to1" in name or "nocap" in name or "partial" in name:
+        pytest.skip("an odd number of heads cannot be cut into two equal parts")
+    assert tokens(make_tp(path, tensor_parallel_size=2)) == expected
+
+
+@pytest.mark.parametrize("name", [name for name in CONFIGS if "moe" in name or name in ("mixtral", "gptoss")])
+def test_two_ranks_with_whole_experts_each_answer_the_same(
+    name: str, family: Callable[[str], tuple[Path, list[list[int]]]], make_tp: Callable[..., LLM]
+) -> None:
+    path, expected = family(name)
+    assert tokens(make_tp(path, tensor_parallel_size=2, enable_expert_parallel=True)) == expected
