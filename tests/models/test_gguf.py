@@ -63,6 +63,8 @@ def hf_model(family: str, **changes: Any) -> Any:
         for name, param in model.named_parameters():
             if "norm" in name or name.endswith("bias"):
                 param.add_(0.3 * torch.randn(param.shape, generator=generator))
+            else:  # large enough that attention attends, and the logits differ
+                param.mul_(6.0)
     return model.eval()
 
 
@@ -304,6 +306,19 @@ class TestEngine:
         llm.wake_up()
         llm.load_weights(read_gguf_tensors(path))
         assert llm.generate(self.PROMPT, self.GREEDY, use_tqdm=False)[0]["token_ids"] == expected
+
+    @pytest.mark.parametrize("family", FAMILIES)
+    def test_every_family_computes_what_transformers_does(
+        self, family: str, tmp_path: Path, make_llm: Callable[..., LLM]
+    ) -> None:
+        model = hf_model(family)
+        prompt = random_prompts([100], vocab_size=SMALL["vocab_size"])[0]  # longer than the windows
+        llm = make_llm(write_gguf(tmp_path / "model.gguf", model))
+        (found,) = llm.log_likelihood([prompt], use_tqdm=False)
+        with torch.inference_mode():
+            logprobs = model(torch.tensor([prompt])).logits[0].log_softmax(-1)
+        expected = logprobs[:-1].gather(1, torch.tensor(prompt[1:])[:, None])[:, 0]
+        torch.testing.assert_close(torch.tensor(found.logprobs[1:]), expected, rtol=1e-4, atol=1e-4)
 
     def test_a_folder_with_one_file_is_that_file(self, qwen3: Path, checkpoint: Callable[..., Path]) -> None:
         assert resolve_model_path(str(qwen3.parent), None) == qwen3
