@@ -31,7 +31,7 @@ class NewRow:
     row: int
     token_ids: list[int]
     num_computed_tokens: int  # found in the prefix cache
-    block_table: list[int]
+    block_tables: list[list[int]]  # of each group of layers; -1: no token of the sequence sees that block any more
     temperature: float
     top_k: int
     top_p: float
@@ -61,7 +61,7 @@ class StepPlan:
     """
 
     new_rows: list[NewRow] = field(default_factory=list)
-    new_blocks: list[tuple[int, int, int]] = field(default_factory=list)  # (row, index in its block_table, block)
+    new_blocks: list[tuple[int, int, int, int]] = field(default_factory=list)  # (row, group, index in its table, block)
     rows: list[int] = field(default_factory=list)
     query_lens: list[int] = field(default_factory=list)
     num_decodes: int = 0

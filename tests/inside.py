@@ -213,14 +213,15 @@ def owners_of_blocks(manager: "BlockManager") -> list[int]:
     return manager._ref_count
 
 
-def blocks_of_digests(manager: "BlockManager") -> dict[bytes, int]:
-    """The prefix map: in which block the manager promises the tokens of a digest."""
-    return manager._block_with
+def blocks_of_digests(manager: "BlockManager") -> dict[tuple[bytes, int], int]:
+    """The prefix map: in which block the manager promises the tokens of a digest for a group of layers."""
+    return {(digest, g): block for g, of_group in enumerate(manager._block_with) for digest, block in of_group.items()}
 
 
-def digests_of_blocks(manager: "BlockManager") -> list[bytes | None]:
-    """For each block the digest of what it holds, None where it holds nothing that could be found."""
-    return manager._digest_of
+def digests_of_blocks(manager: "BlockManager") -> list[tuple[bytes, int] | None]:
+    """For each block (digest, group) of what it holds, None where it holds nothing that could be found."""
+    keys = zip(manager._digest_of, manager._group_of, strict=True)
+    return [None if digest is None else (digest, group) for digest, group in keys]
 
 
 # ---- worker ----------------------------------------------------------------------------------------------------------

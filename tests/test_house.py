@@ -15,7 +15,7 @@ OF_OTHERS = {
     "_convert_float",  # a cast in Triton's interpreter, which paged_cache.py mends
     "_log_destroy_pending",  # whether a task complains that its loop was closed over it
 }
-PLAIN_DATA = ("step_plan", "outputs", "sampling_params", "config", "errors")
+PLAIN_DATA = ("step_plan", "cache_groups", "outputs", "sampling_params", "config", "errors")
 # What each room may import of the package, beside itself. The rooms not named here are free.
 MAY_IMPORT = {
     "kernels": ("sampling_params",),

@@ -236,8 +236,8 @@ class LLMEngine:
         self.is_changing = False
 
     def _make_scheduler(self, cache_stats: CacheStats | None = None, num_preemptions: int = 0) -> None:
-        config, runner = self.config, self.runner
-        block_manager = BlockManager(runner.num_blocks, runner.block_size, config.enable_prefix_caching)
+        config, runner, windows = self.config, self.runner, self.runner.cache_groups.windows
+        block_manager = BlockManager(runner.num_blocks, runner.block_size, config.enable_prefix_caching, windows)
         block_manager.stats = cache_stats or block_manager.stats
         scheduler = Scheduler(block_manager, config.max_num_seqs, config.max_num_batched_tokens)
         scheduler.num_preemptions = num_preemptions

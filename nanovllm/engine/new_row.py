@@ -19,7 +19,7 @@ def new_row(seq: Sequence) -> NewRow:
         row=seq.row,
         token_ids=seq.token_ids,
         num_computed_tokens=seq.num_computed_tokens,
-        block_table=seq.block_table,
+        block_tables=seq.block_tables,
         temperature=min(params.temperature, FLOAT32_MAX),
         top_k=min(params.top_k, INT32_MAX),
         top_p=params.top_p,

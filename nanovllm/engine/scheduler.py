@@ -77,25 +77,25 @@ class Scheduler:
         for seq in self.running:  # a preemption removes the last one, at or after the loop's place
             if seq.num_tokens - seq.num_computed_tokens != 1 or seq.num_tokens >= seq.max_len:
                 continue  # its prompt is under way, or its last token is in flight
-            num_held = len(seq.block_table)
-            while not self.block_manager.grow(seq):
-                if self._preempt_latest() is seq:
-                    return
-            if len(seq.block_table) > num_held:
-                step.plan.new_blocks.append((seq.row, num_held, seq.block_table[-1]))
+            if seq.num_computed_tokens >= seq.room_until and not self._make_room(step, seq, 1):
+                return
             step.plan.num_decodes += 1
             self._compute(step, seq, 1)
 
     def _continue_prefills(self, step: ScheduledStep, budget: int) -> int:
-        """Plan the next chunk of the prompt that the last budget cut short. It got all its blocks at admission."""
+        """Plan the next chunk of the prompt that the last budget cut short.
+
+        It is the latest arrival, since nobody is admitted behind a prompt that takes the rest of the budget. So if
+        blocks for windows run out, the scheduler preempts it, and nothing that is in the step already.
+        """
         for seq in self.running:
-            num_left = len(seq.token_ids) - seq.num_computed_tokens
-            if num_left > 0 and budget > 0:
-                budget -= self._compute(step, seq, min(num_left, budget))
+            num_new = min(len(seq.token_ids) - seq.num_computed_tokens, budget)
+            if num_new > 0 and self._make_room(step, seq, num_new):
+                budget -= self._compute(step, seq, num_new)
         return budget
 
     def _admit_waiting(self, step: ScheduledStep, budget: int) -> None:
-        """Admit new arrivals in order, each with blocks for its whole prompt, until rows, blocks or budget run out."""
+        """Admit new arrivals in order, each when its whole prompt has room, until rows, blocks or budget run out."""
         manager = self.block_manager
         while self.waiting and budget > 0 and self._free_rows:
             seq = self.waiting[0]
@@ -104,9 +104,10 @@ class Scheduler:
                 continue
             if seq.num_in_flight:
                 break  # just preempted: its newest token has not arrived yet
-            prefix = [] if seq.must_score_prompt else manager.find_prefix(seq)
+            prefix = manager.find_prefix(seq)
             spare = self._num_watermark_blocks if self.running else 0
-            if manager.num_free_blocks_needed(seq, prefix) + spare > manager.num_free_blocks:
+            needed = manager.num_free_blocks_needed(seq, prefix, self.max_num_batched_tokens)
+            if needed + spare > manager.num_free_blocks:
                 break
             self.waiting.popleft()
             manager.admit(seq, prefix)
@@ -116,8 +117,21 @@ class Scheduler:
             seq.status = SequenceStatus.RUNNING
             seq.row = self._free_rows.pop()
             self.running.append(seq)
+            num_new = min(len(seq.token_ids) - seq.num_computed_tokens, budget)
+            manager.grow(seq, num_new)
             step.plan.new_rows.append(new_row(seq))
-            budget -= self._compute(step, seq, min(len(seq.token_ids) - seq.num_computed_tokens, budget))
+            budget -= self._compute(step, seq, num_new)
+
+    def _make_room(self, step: ScheduledStep, seq: Sequence, num_new_tokens: int) -> bool:
+        """Take the blocks that the next tokens of `seq` lack, from the latest arrivals if they run out.
+
+        False if `seq` itself was preempted.
+        """
+        while (taken := self.block_manager.grow(seq, num_new_tokens)) is None:
+            if self._preempt_latest() is seq:
+                return False
+        step.plan.new_blocks += [(seq.row, *block) for block in taken]
+        return True
 
     def _compute(self, step: ScheduledStep, seq: Sequence, num_new_tokens: int) -> int:
         """Put the next tokens of `seq` into the step. If none are left after these, the step samples one more.

@@ -36,7 +36,8 @@ class Sequence:
     finish_reason: str | None = None
     stop_reason: int | str | None = None
     row: int = -1  # of the device's rows; -1 unless running
-    block_table: list[int] = field(default_factory=list)
+    block_tables: list[list[int]] = field(default_factory=list)  # of each group of layers; -1: given back
+    room_until: int = 0  # the block tables need no change for tokens before this position
     block_digests: list[bytes] = field(default_factory=list)  # of the known full blocks; survives a preemption
     num_published_blocks: int = 0
     num_computed_tokens: int = 0

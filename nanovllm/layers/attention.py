@@ -21,20 +21,21 @@ from nanovllm.layers.linear import copy_share
 
 @dataclass(slots=True)
 class AttentionMetadata:
-    """Where a step's tokens are. The batch lists the decodes, one token each, before the chunks of prompts."""
+    """Where a step's tokens are, for each group of layers. The batch lists the decodes, one token each, first."""
 
     num_decodes: int
-    decodes: DecodeBatch | None  # None: there are none
-    chunks: ChunkBatch | None
+    decodes: list[DecodeBatch]  # of each group; empty: there are none
+    chunks: list[ChunkBatch]
 
 
 class Attention(nn.Module):
-    """Causal attention on this rank's heads. The cache is assigned once it is allocated."""
+    """Causal attention on this rank's heads. The cache and the group are assigned once the cache is allocated."""
 
     def __init__(self, spec: AttentionSpec) -> None:
         super().__init__()
         self.spec = spec
         self.cache: KVCache | None = None
+        self.group = 0  # of layers that share a block table
 
     def forward(self, qkv: torch.Tensor, meta: AttentionMetadata) -> torch.Tensor:
         """`qkv [tokens, (heads + 2 * kv_heads) * head_dim]` -> `[tokens, heads * head_dim]`.
@@ -43,11 +44,12 @@ class Attention(nn.Module):
         """
         spec, n = self.spec, meta.num_decodes
         out = torch.empty(len(qkv), spec.num_heads, spec.head_dim, dtype=qkv.dtype, device=qkv.device)
-        if meta.decodes is not None:  # one launch does all of it
-            paged_decode(qkv[:n], spec, self.cache, meta.decodes, out[:n])
-        if meta.chunks is not None:
-            q = qk_norm_rope_store(qkv[n:], spec, self.cache, meta.chunks)
-            paged_prefill(q, spec, self.cache, meta.chunks, out[n:])
+        if meta.decodes:  # one launch does all of it
+            paged_decode(qkv[:n], spec, self.cache, meta.decodes[self.group], out[:n])
+        if meta.chunks:
+            chunks = meta.chunks[self.group]
+            q = qk_norm_rope_store(qkv[n:], spec, self.cache, chunks)
+            paged_prefill(q, spec, self.cache, chunks, out[n:])
         return out.flatten(1)
 
 

@@ -23,27 +23,29 @@ class InputBatch:
 
     Attributes (int32, on the device):
         token_ids: `[rows, max_model_len + 1]`, the prompt, then the sampled tokens, which the device itself writes.
-        block_table: `[rows, max_blocks]`. num_computed: `[rows]`, the tokens whose keys and values are in the cache.
+        block_tables: `[groups, rows, max_blocks]`. num_computed: `[rows]`, tokens whose keys and values are cached.
         params: the rows' sampling parameters, as the sampler reads them.
         live_rows: `[entries]`, the row of each entry of this step's batch; -1 is a padding entry.
         query_start: `[entries + 1]`, where each entry's tokens start among the step's tokens.
     """
 
-    def __init__(self, num_rows: int, max_model_len: int, max_blocks: int, device: str, num_slots: int) -> None:
+    def __init__(
+        self, num_rows: int, max_model_len: int, max_blocks: int, device: str, num_slots: int, num_groups: int = 1
+    ) -> None:
         self.device = device
         self.width = max_model_len + 1  # the device may sample one surplus token past the last
         self.num_rows, self.max_blocks = num_rows, max_blocks
-        sizes = [num_rows * self.width, num_rows * max_blocks, num_rows, num_rows * NUM_SCALARS]
+        sizes = [num_rows * self.width, num_groups * num_rows * max_blocks, num_rows, num_rows * NUM_SCALARS]
         if sum(sizes) > MAX_STATE:
             raise ValueError(
                 f"max_num_seqs={num_rows} rows for max_model_len={max_model_len} tokens each are {sum(sizes)} numbers: "
                 f"at most {MAX_STATE} can be indexed; lower one of the two"
             )
         self.state = torch.zeros(sum(sizes), dtype=torch.int32, device=device)
-        token_ids, block_table, self.num_computed, scalars = self.state.split(sizes)
+        token_ids, block_tables, self.num_computed, scalars = self.state.split(sizes)
         self.offsets = np.cumsum([0, *sizes])
         self.token_ids = token_ids.view(num_rows, self.width)
-        self.block_table = block_table.view(num_rows, max_blocks)
+        self.block_tables = block_tables.view(num_groups, num_rows, max_blocks)
         scalars = scalars.view(num_rows, NUM_SCALARS)
         floats = scalars.view(torch.float32)
         self.params = SamplingTensors(
@@ -96,8 +98,8 @@ class InputBatch:
     def _send_changes(self, plan: StepPlan, slot: int) -> None:
         indices, values = [], []
         if plan.new_blocks:
-            row, column, block = np.array(plan.new_blocks, dtype=np.int32).T
-            indices.append(self.offsets[1] + row * self.max_blocks + column)
+            row, group, column, block = np.array(plan.new_blocks, dtype=np.int32).T
+            indices.append(self.offsets[1] + (group * self.num_rows + row) * self.max_blocks + column)
             values.append(block)
         for new in plan.new_rows:
             for start, content in self._contents(new):
@@ -123,9 +125,11 @@ class InputBatch:
         scalars.view(np.uint32)[[SEED_LO, SEED_HI]] = new.seed & 0xFFFFFFFF, (new.seed >> 32) & 0xFFFFFFFF
         scalars[STOP_IDS : STOP_IDS + len(new.stop_ids)] = new.stop_ids
         tokens, blocks, computed, params = self.offsets[:4]
+        tables = [np.array(table, dtype=np.int32).clip(min=0) for table in new.block_tables]
+        starts = [blocks + (group * self.num_rows + new.row) * self.max_blocks for group in range(len(tables))]
         return [
             (tokens + new.row * self.width, np.array(new.token_ids, dtype=np.int32)),
-            (blocks + new.row * self.max_blocks, np.array(new.block_table, dtype=np.int32)),
+            *zip(starts, tables, strict=True),
             (computed + new.row, np.array([new.num_computed_tokens], dtype=np.int32)),
             (params + new.row * NUM_SCALARS, scalars),
         ]

@@ -13,20 +13,19 @@ import torch
 
 from nanovllm.config import Config
 from nanovllm.distributed.tensor_parallel import TensorParallel
-from nanovllm.kernels.attention.contract import ChunkBatch, DecodeBatch, KVCache
-from nanovllm.kernels.attention.decode_splits import DecodeSplits, split_contexts
 from nanovllm.kernels.prepare_inputs import StepInputs, prepare_inputs
 from nanovllm.kernels.sampling.sample import sample
-from nanovllm.layers.attention import Attention, AttentionMetadata
+from nanovllm.layers.attention import Attention
 from nanovllm.layers.rotary_embedding import build_rope_tables
 from nanovllm.models.loader import build_model
 from nanovllm.step_plan import StepPlan
 from nanovllm.worker import memory
-from nanovllm.worker.cpu_step import CpuStep, clear_fresh_tails
+from nanovllm.worker.cpu_step import clear_fresh_tails
 from nanovllm.worker.cuda_graph import StepGraphs, StepShape, StepShapes
 from nanovllm.worker.input_batch import InputBatch
 from nanovllm.worker.logit_extras import LogitExtras, PendingLogprobs, ProcessLogits
 from nanovllm.worker.resolve import resolve_device, resolve_dtype, resolve_max_model_len
+from nanovllm.worker.step_attention import StepAttention
 from nanovllm.worker.step_handle import StepHandle
 
 logger = logging.getLogger(__name__)
@@ -65,6 +64,7 @@ class ModelRunner:
         before = memory.DeviceMemory.now() if self.is_cuda else None
         self.model: Any = build_model(config, hf_config, model_cls, path, self.dtype, self.device, tp)
         self.attention_layers = [m for m in self.model.modules() if isinstance(m, Attention)]
+        self.cache_groups = memory.group_specs([layer.spec for layer in self.attention_layers], self.max_model_len)
         build_rope_tables((layer.spec.rope for layer in self.attention_layers), self.max_model_len, self.device)
         self.graphs: StepGraphs | None = None
         self.graph_type = StepGraphs if self.is_cuda and not config.enforce_eager else None
@@ -93,8 +93,7 @@ class ModelRunner:
         """Drop what `start` made. Until it is called again nothing can be launched."""
         if self.is_cuda:
             torch.cuda.synchronize()
-        self.graphs = self.kv_cache = self.batch = self.inputs = self.decode_splits = self.sampled = None
-        self.extras = self.cpu_step = None
+        self.graphs = self.kv_cache = self.batch = self.inputs = self.sampled = self.attention = self.extras = None
         self.recorded_hidden.clear()
         for layer in self.attention_layers:
             layer.cache = None
@@ -142,9 +141,10 @@ class ModelRunner:
         num_samples = num_seqs if num_samples is None else num_samples
         rows, query_start = batch.live_rows[:num_seqs], batch.query_start[: num_seqs + 1]
         prepare_inputs(
-            rows, query_start, batch.token_ids, batch.num_computed, batch.block_table, self.block_size, inputs
+            rows, query_start, batch.token_ids, batch.num_computed, batch.block_tables, self.block_size, inputs
         )
-        hidden = last = self.model(inputs.input_ids[:num_tokens], self._attention_metadata(shape))
+        meta = self.attention.metadata(batch, inputs, shape)
+        hidden = last = self.model(inputs.input_ids[:num_tokens], meta)
         if not num_samples:
             return hidden, None
         if num_tokens > num_samples:  # logits are computed for a sequence's last token alone
@@ -153,25 +153,6 @@ class ModelRunner:
         sampled, seq_lens = self.sampled[:num_samples], inputs.seq_lens[:num_samples]
         sample(logits, rows[:num_samples], seq_lens, batch.params, batch.token_ids, sampled)
         return hidden, logits
-
-    def _attention_metadata(self, shape: StepShape) -> AttentionMetadata:
-        """Where the step's tokens are: decodes first, chunks after."""
-        batch, inputs, n = self.batch, self.inputs, shape.num_decodes
-        rows, seq_lens = batch.live_rows[: shape.num_seqs], inputs.seq_lens[: shape.num_seqs]
-        decodes = chunks = None
-        if n:
-            decodes = DecodeBatch(rows[:n], seq_lens[:n], batch.block_table)
-            if self.is_cuda:
-                num_kv_heads = self.attention_layers[0].spec.num_kv_heads
-                decodes.splits = split_contexts(decodes.seq_lens, num_kv_heads, self.decode_splits)
-        if shape.num_chunks:
-            tokens = slice(n, shape.num_tokens)
-            query_start = batch.query_start[n : shape.num_seqs + 1] - n
-            places = (inputs.positions[tokens], inputs.slot_mapping[tokens])
-            chunks = ChunkBatch(*places, rows[n:], query_start, seq_lens[n:], batch.block_table)
-        if self.cpu_step is not None:
-            self.cpu_step.prepare(inputs, decodes, chunks)
-        return AttentionMetadata(n, decodes, chunks)
 
     def _record(self, shape: StepShape) -> None:
         """For a graph. The hidden states that extras may ask for stay where each replay will write them."""
@@ -201,41 +182,33 @@ class ModelRunner:
 
     def _fit_cache(self, before: memory.DeviceMemory | None) -> int:
         """Decide how many blocks the cache gets, and with it how long a sequence may be."""
-        num_layers, spec = len(self.attention_layers), self.attention_layers[0].spec
-        block_bytes = math.prod(memory.kv_cache_shape(num_layers, spec, 1, self.block_size)) * self.dtype.itemsize
-        num_blocks = memory.num_cache_blocks(
-            self.config, block_bytes, before, self._run_largest_step, self.tp, self.device
-        )
-        self.max_model_len = memory.fit_max_model_len(self.config, self.max_model_len, num_blocks * self.block_size)
-        size = num_blocks * block_bytes / 1e9
-        logger.info("KV cache: %d blocks of %d tokens, %.2f GB", num_blocks, self.block_size, size)
+        config, size, groups = self.config, self.block_size, self.cache_groups
+        shape = memory.kv_cache_shape(groups.num_layers, self.attention_layers[0].spec, 1, size)
+        block_bytes = math.prod(shape) * self.dtype.itemsize
+        measure = (before, self._run_largest_step, self.tp, self.device)
+        num_blocks = memory.num_cache_blocks(config, block_bytes, len(groups.windows), *measure)
+        self.max_model_len = memory.fit_max_model_len(config, self.max_model_len, num_blocks, size, groups.windows)
+        total = (groups.num_layers, num_blocks * block_bytes / 1e9)
+        logger.info("KV cache: %d blocks of %d tokens in %d layers, %.2f GB", num_blocks, size, *total)
         return num_blocks
 
     def _allocate(self, num_blocks: int) -> None:
         """Make the cache, the rows and the step's buffers."""
-        spec = self.attention_layers[0].spec
-        shape = memory.kv_cache_shape(len(self.attention_layers), spec, num_blocks, self.block_size)
+        groups, spec = self.cache_groups, self.attention_layers[0].spec
+        shape = memory.kv_cache_shape(groups.num_layers, spec, num_blocks, self.block_size)
         self.kv_cache = memory.zeros_on_demand(shape, self.dtype, self.device)
-        for layer, (k_cache, v_cache) in zip(self.attention_layers, self.kv_cache, strict=True):
-            layer.cache = KVCache(k_cache, v_cache)
-        max_blocks = -(-self.max_model_len // self.block_size)
-        self.batch = InputBatch(self.num_rows, self.max_model_len, max_blocks, self.device, MAX_STEPS_IN_FLIGHT)
+        memory.assign_cache(self.attention_layers, groups, self.kv_cache)
+        sizes = (self.num_rows, self.max_model_len, -(-self.max_model_len // self.block_size))
+        self.batch = InputBatch(*sizes, self.device, MAX_STEPS_IN_FLIGHT, len(groups.windows))
         padded = [shape.num_tokens for shape in self.shapes.with_chunks()]
         max_tokens = max([self.config.max_num_batched_tokens, *padded])
-        self.inputs = StepInputs(
-            input_ids=torch.zeros(max_tokens, dtype=torch.int32, device=self.device),
-            positions=torch.zeros(max_tokens, dtype=torch.int32, device=self.device),
-            slot_mapping=torch.zeros(max_tokens, dtype=torch.int64, device=self.device),
-            seq_lens=torch.zeros(self.batch.num_entries, dtype=torch.int32, device=self.device),
-        )
+        self.inputs = StepInputs.allocate(max_tokens, self.batch.num_entries, len(groups.windows), self.device)
         self.sampled = torch.zeros(self.batch.num_entries, dtype=torch.int32, device=self.device)
         vocab_size = self.hf_config.vocab_size
         self.extras = LogitExtras(self.batch, self.model.compute_logits, vocab_size, self.process_logits)
         self.num_launched = 0
-        self.cpu_step = None if self.is_cuda else CpuStep(self.attention_layers[0].cache)
+        self.attention = StepAttention(spec, self.attention_layers[0].cache, groups.windows, self.num_rows)
         if self.is_cuda:
-            heads = (spec.num_heads, spec.num_kv_heads, spec.head_dim)
-            self.decode_splits = DecodeSplits.allocate(self.num_rows, *heads, self.device)
             self.done = [torch.cuda.Event() for _ in range(MAX_STEPS_IN_FLIGHT)]
             self.sampled_on_host = [
                 torch.zeros(self.num_rows, dtype=torch.int32, pin_memory=True) for _ in range(MAX_STEPS_IN_FLIGHT)
@@ -244,7 +217,8 @@ class ModelRunner:
     def _run_largest_step(self) -> int:
         """Run the step that needs the most memory, over a cache of one block. Returns the bytes the graphs kept."""
         self._allocate(1)
-        self.launch(memory.largest_step(self.config, self.num_rows, self.max_model_len)).tokens()
+        sizes = (self.num_rows, self.max_model_len, len(self.cache_groups.windows))
+        self.launch(memory.largest_step(self.config, *sizes)).tokens()
         if self.config.enforce_eager:
             return 0
         self.batch.forget()

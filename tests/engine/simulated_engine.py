@@ -7,6 +7,8 @@ were stale, lost, shared wrongly or written by two. The next token is a function
 must answer is known beforehand, whoever shares its batch.
 """
 
+from bisect import bisect_right
+from functools import partial
 from itertools import pairwise
 from types import SimpleNamespace
 
@@ -21,6 +23,7 @@ from inside import (
     unfinished_sequences,
 )
 
+from nanovllm.cache_groups import CacheGroups, Windows, most_blocks_in_all
 from nanovllm.config import Config
 from nanovllm.distributed.ranks import Followers
 from nanovllm.engine.llm_engine import LLMEngine
@@ -84,11 +87,14 @@ class SimulatedDevice:
     is_cuda = False
     not_ready = ""
 
-    def __init__(self, num_blocks: int, block_size: int, max_model_len: int, num_rows: int, budget: int) -> None:
+    def __init__(
+        self, num_blocks: int, block_size: int, max_model_len: int, num_rows: int, budget: int, windows: Windows
+    ) -> None:
+        self.cache_groups = CacheGroups(windows, [])
         self.num_blocks, self.block_size, self.max_model_len = num_blocks, block_size, max_model_len
         self.num_rows, self.budget = num_rows, budget
         self.rows: dict[int, SimpleNamespace] = {}
-        self.slots: list[int | None] = [None] * (num_blocks * block_size)
+        self.slots: list[tuple[int, int] | None] = [None] * (num_blocks * block_size)  # (group, hash)
         self.launched: StepPlan | None = None
         self.fail_next = False
         self.nan_every = 0
@@ -121,27 +127,28 @@ class SimulatedDevice:
         assert plan.num_decodes <= plan.num_samples <= len(plan.rows)
         assert len(plan.rows) - plan.num_samples <= 1, "two prompts were cut short in one step"
         assert {new.row for new in plan.new_rows} <= set(plan.rows)
-        assert {row for row, _, _ in plan.new_blocks} <= set(plan.rows)
+        assert {row for row, *_ in plan.new_blocks} <= set(plan.rows)
 
     def _apply_deltas(self, plan: StepPlan) -> None:
-        for row, index, block in plan.new_blocks:
-            assert index == len(self.rows[row].block_table), "a block table grew with a gap"
-            self.rows[row].block_table.append(block)
+        for row, group, index, block in plan.new_blocks:
+            assert index == len(self.rows[row].block_tables[group]), "a block table grew with a gap"
+            self.rows[row].block_tables[group].append(block)
         for new in plan.new_rows:
             # An earlier owner's tokens and blocks stay in memory past what the new one overwrites.
             old = self.rows.get(new.row, SimpleNamespace(token_ids=[]))
             self.rows[new.row] = SimpleNamespace(
                 token_ids=[*new.token_ids, *old.token_ids[len(new.token_ids) :]],
-                block_table=list(new.block_table),
+                block_tables=[list(table) for table in new.block_tables],
                 num_computed=new.num_computed_tokens,
                 hashes=prefix_hashes(new.token_ids[: new.num_computed_tokens]),
                 min_len=new.min_len,
                 stop_ids=new.stop_ids,
             )
 
-    def _slots_of(self, row: SimpleNamespace, start: int, end: int) -> list[int]:
+    def _slots_of(self, table: list[int], start: int, end: int) -> list[int]:
         size = self.block_size
-        return [row.block_table[p // size] * size + p % size for p in range(start, end)]
+        assert all(table[i] >= 0 for i in range(start // size, -(-end // size))), "a block was needed that went back"
+        return [table[p // size] * size + p % size for p in range(start, end)]
 
     def _store(self, plan: StepPlan) -> None:
         """A layer stores all keys and values of a step before it attends."""
@@ -150,19 +157,25 @@ class SimulatedDevice:
             row = self.rows[index]
             start, end = row.num_computed, row.num_computed + query_len
             parent = row.hashes[-1] if row.hashes else 0
-            for position, slot in zip(range(start, end), self._slots_of(row, start, end), strict=True):
-                assert slot not in written, "two sequences write to one slot"
-                written.add(slot)
+            for position in range(start, end):
                 parent = extend(parent, row.token_ids[position])
                 row.hashes.append(parent)
-                self.slots[slot] = parent
+            for group, table in enumerate(row.block_tables):
+                for slot, content in zip(self._slots_of(table, start, end), row.hashes[start:end], strict=True):
+                    assert slot not in written, "two sequences, or two groups, write to one slot"
+                    written.add(slot)
+                    self.slots[slot] = (group, content)
             row.num_computed = end
 
     def _attend(self, plan: StepPlan) -> None:
-        for index in plan.rows:
+        for index, query_len in zip(plan.rows, plan.query_lens, strict=True):
             row = self.rows[index]
-            read = [self.slots[slot] for slot in self._slots_of(row, 0, row.num_computed)]
-            assert read == row.hashes, "attention read another prefix's keys and values"
+            first_query = row.num_computed - query_len
+            for group, (table, window) in enumerate(zip(row.block_tables, self.cache_groups.windows, strict=True)):
+                start = 0 if window is None else max(first_query - window + 1, 0)
+                read = [self.slots[slot] for slot in self._slots_of(table, start, row.num_computed)]
+                expected = [(group, content) for content in row.hashes[start:]]
+                assert read == expected, "attention read another prefix's keys and values"
 
     def _sample(self, plan: StepPlan) -> list[int]:
         sampled = []
@@ -186,9 +199,12 @@ def make_engine(
     max_model_len: int | None = None,
     enable_prefix_caching: bool = True,
     max_behind: int = 0,
+    windows: Windows = (None,),
 ) -> LLMEngine:
-    """An LLMEngine as its constructor leaves it, but for the device."""
-    max_model_len = max_model_len or num_blocks * block_size
+    """An LLMEngine as its constructor leaves it, but for the device. `max_model_len` is cut to what the cache holds."""
+    longest = max_model_len or num_blocks * block_size
+    needs = partial(most_blocks_in_all, windows=windows, largest_chunk=max_num_batched_tokens, block_size=block_size)
+    max_model_len = bisect_right(range(longest + 1), num_blocks, key=needs) - 1
     engine = LLMEngine.__new__(LLMEngine)
     engine.config = Config(
         model="simulated",
@@ -198,7 +214,7 @@ def make_engine(
     )
     engine.followers = Followers(engine.config)
     rows = min(max_num_seqs, max_num_batched_tokens)
-    engine.runner = SimulatedDevice(num_blocks, block_size, max_model_len, rows, max_num_batched_tokens)
+    engine.runner = SimulatedDevice(num_blocks, block_size, max_model_len, rows, max_num_batched_tokens, windows)
     engine.eos_token_ids, engine.eos_token_id = frozenset({EOS}), None
     engine.vocab_size = VOCAB_SIZE
     engine.max_model_len = max_model_len
@@ -263,16 +279,30 @@ class Checker:
         manager = self.engine.block_manager
         owners = [0] * manager.num_blocks
         for seq in self.engine.scheduler.running:
-            assert len(set(seq.block_table)) == len(seq.block_table)
-            assert len(seq.block_table) * manager.block_size >= seq.num_computed_tokens
-            # No more than the next token needs
-            assert len(seq.block_table) <= manager.num_blocks_for(max(len(seq.token_ids), seq.num_computed_tokens))
-            for block in seq.block_table:
+            held = [block for table in seq.block_tables for block in table if block >= 0]
+            assert len(set(held)) == len(held)
+            for table, window in zip(seq.block_tables, manager.windows, strict=True):
+                assert len(table) * manager.block_size >= seq.num_computed_tokens
+                # No more than the next token needs
+                assert len(table) <= manager.num_blocks_for(max(len(seq.token_ids), seq.num_computed_tokens))
+                self._check_window(table, window, seq.num_computed_tokens)
+            for block in held:
                 owners[block] += 1
         assert owners_of_blocks(manager) == owners
         assert set(free_blocks(manager)) == {block for block, n in enumerate(owners) if n == 0}
         assert manager.num_free_blocks + sum(n > 0 for n in owners) == manager.num_blocks
-        assert not any(seq.block_table for seq in self.engine.scheduler.waiting)
+        assert not any(seq.block_tables for seq in self.engine.scheduler.waiting)
+
+    def _check_window(self, table: list[int], window: int | None, num_computed: int) -> None:
+        """A table has all that later tokens see, and no more than the tokens of the last step saw."""
+        manager = self.engine.block_manager
+        size = manager.block_size
+        num_back = sum(block < 0 for block in table)
+        assert all(block < 0 for block in table[:num_back]) and (window is not None or not num_back)
+        if window is not None:
+            assert num_back <= max(num_computed - window + 1, 0) // size, "a block that the next token sees went back"
+            first_query = num_computed - self.engine.runner.budget
+            assert num_back >= max(first_query - window + 1, 0) // size, "a block was kept behind the window"
 
     def _check_content(self) -> None:
         """What the prefix map promises to be in a block is there."""
@@ -285,11 +315,12 @@ class Checker:
                     content = hashes[i * size : (i + 1) * size]
                     assert self.content_of.setdefault(digest, content) == content, "two prefixes, one digest"
         digest_of = digests_of_blocks(manager)
-        for digest, block in blocks_of_digests(manager).items():
-            assert digest_of[block] == digest
+        for (digest, group), block in blocks_of_digests(manager).items():
+            assert digest_of[block] == (digest, group)
             if digest in self.content_of:  # unknown only if its one owner finished within this very step
                 content = device.slots[block * size : (block + 1) * size]
-                assert content == self.content_of[digest], "a cached block does not hold what its digest says"
+                expected = [(group, prefix_hash) for prefix_hash in self.content_of[digest]]
+                assert content == expected, "a cached block does not hold what its digest says"
         cached = {block for block, digest in enumerate(digest_of) if digest is not None}
         assert cached == set(blocks_of_digests(manager).values())
         assert manager.enable_prefix_caching or not cached
@@ -310,7 +341,9 @@ class Checker:
         assert all(seq.row == -1 for seq in scheduler.waiting)
         for seq in scheduler.running:
             row = device.rows[seq.row]
-            assert row.block_table == seq.block_table
+            for on_device, table in zip(row.block_tables, seq.block_tables, strict=True):
+                assert len(on_device) == len(table)
+                assert all(theirs == ours for theirs, ours in zip(on_device, table, strict=True) if ours >= 0)
             assert row.num_computed == seq.num_computed_tokens
             assert row.token_ids[: len(seq.token_ids)] == seq.token_ids
 

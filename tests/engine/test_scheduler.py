@@ -96,7 +96,7 @@ def test_requests_that_arrive_together_share_their_prefix_within_the_step() -> N
     seqs = [add_request(engine, [1, 2, 3, 4, 1, 2, i], FOREVER) for i in (1, 2, 3)]
     assert next_plan(engine).query_lens == [7, 1, 1]
     assert [seq.num_cached_tokens for seq in seqs] == [0, 6, 6]
-    assert seqs[0].block_table[:3] == seqs[1].block_table[:3] == seqs[2].block_table[:3]
+    assert seqs[0].block_tables[0][:3] == seqs[1].block_tables[0][:3] == seqs[2].block_tables[0][:3]
 
 
 def test_aborted_requests_leave_at_once_running_or_waiting() -> None:

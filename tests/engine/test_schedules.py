@@ -5,11 +5,12 @@ import random
 from collections import Counter
 
 import pytest
-from hypothesis import HealthCheck, given, settings
+from hypothesis import HealthCheck, assume, given, settings
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, precondition, rule
 from simulated_engine import VOCAB_SIZE, Checker, add_request, expected_output, make_engine
 
+from nanovllm.cache_groups import Windows
 from nanovllm.engine.llm_engine import LLMEngine
 from nanovllm.engine.sequence import Sequence
 from nanovllm.sampling_params import SamplingParams
@@ -25,15 +26,20 @@ deterministic = settings(
 )
 
 
-def random_engine(rng: random.Random) -> LLMEngine:
+# Of each group of layers. Shorter than a block, no multiple of one, several groups of a kind, no layer that sees all.
+MIXED_WINDOWS = ((None, 1), (None, 2), (None, 3, 3), (None, 5), (4,), (2, 7), (3, 3, 8), (None, 2, 6, 6), (None, 20))
+
+
+def random_engine(rng: random.Random, windows: Windows) -> LLMEngine:
     block_size = rng.choice((1, 2, 2, 3, 4))
-    num_blocks = rng.randint(2, 12)
+    num_blocks = rng.randint(2, 12) * len(windows)
     return make_engine(
         num_blocks=num_blocks,
         block_size=block_size,
         max_num_seqs=rng.choice((1, 2, 3, 4, 6, 8)),
         max_num_batched_tokens=rng.choice((1, 2, 3, 5, 8, 13, 64)),
         max_model_len=max(2, int(num_blocks * block_size * rng.choice((0.4, 0.7, 1.0)))),
+        windows=windows,
         enable_prefix_caching=rng.random() < 0.75,
         max_behind=rng.randint(0, 1),
     )
@@ -96,8 +102,8 @@ class Schedule:
                 assert (seq.output_token_ids, seq.finish_reason) == (tokens, reason)
 
 
-def run_random_schedule(rng: random.Random) -> LLMEngine:
-    schedule = Schedule(random_engine(rng))
+def run_random_schedule(rng: random.Random, windows: Windows = (None,)) -> LLMEngine:
+    schedule = Schedule(random_engine(rng, windows))
     engine = schedule.engine
     engine.runner.nan_every = rng.choice((0, 0, 40))
     longest = engine.max_model_len - 1
@@ -125,15 +131,16 @@ def run_random_schedule(rng: random.Random) -> LLMEngine:
 
 
 @pytest.mark.parametrize("part", range(NUM_PARTS))
-def test_random_schedules_lose_no_block_and_every_request_ends_with_its_tokens(part: int) -> None:
+@pytest.mark.parametrize("has_windows", [False, True], ids=["one_group", "windows"])
+def test_random_schedules_lose_no_block_and_every_request_ends_with_its_tokens(part: int, has_windows: bool) -> None:
     rng = random.Random(part)
     seen: Counter[str] = Counter()
     for number in range(NUM_SCHEDULES // NUM_PARTS):
-        seed = rng.getrandbits(64)
+        seed, windows = rng.getrandbits(64), rng.choice(MIXED_WINDOWS) if has_windows else (None,)
         try:
-            engine = run_random_schedule(random.Random(seed))
+            engine = run_random_schedule(random.Random(seed), windows)
         except Exception as error:
-            raise AssertionError(f"schedule {number}: run_random_schedule(random.Random({seed}))") from error
+            raise AssertionError(f"schedule {number}: run_random_schedule(random.Random({seed}), {windows})") from error
         stats = engine.current_stats()
         seen["preempted"] += stats.num_preemptions > 0
         seen["shared a prefix"] += stats.prefix_hits > 0
@@ -145,9 +152,15 @@ def test_random_schedules_lose_no_block_and_every_request_ends_with_its_tokens(p
 
 
 @settings(deterministic, max_examples=600)
-@given(st.randoms(use_true_random=False))
-def test_shrinkable_schedules_lose_no_block_and_every_request_ends_with_its_tokens(rng: random.Random) -> None:
-    run_random_schedule(rng)
+@given(st.randoms(use_true_random=False), st.sampled_from([(None,), *MIXED_WINDOWS]))
+def test_shrinkable_schedules_lose_no_block_and_every_request_ends_with_its_tokens(
+    rng: random.Random, windows: Windows
+) -> None:
+    run_random_schedule(rng, windows)
+
+
+def windows_of_groups() -> st.SearchStrategy[Windows]:
+    return st.lists(st.one_of(st.none(), st.integers(1, 12)), min_size=1, max_size=4).map(tuple)
 
 
 class EngineMachine(RuleBasedStateMachine):
@@ -160,11 +173,22 @@ class EngineMachine(RuleBasedStateMachine):
         budget=st.integers(1, 9),
         caching=st.booleans(),
         max_behind=st.integers(0, 1),
+        windows=st.one_of(st.just((None,)), windows_of_groups()),
     )
     def start(
-        self, num_blocks: int, block_size: int, max_num_seqs: int, budget: int, caching: bool, max_behind: int
+        self,
+        num_blocks: int,
+        block_size: int,
+        max_num_seqs: int,
+        budget: int,
+        caching: bool,
+        max_behind: int,
+        windows: Windows,
     ) -> None:
-        self.schedule = Schedule(make_engine(num_blocks, block_size, max_num_seqs, budget, None, caching, max_behind))
+        num_blocks *= len(windows)
+        engine = make_engine(num_blocks, block_size, max_num_seqs, budget, None, caching, max_behind, windows)
+        assume(engine.max_model_len >= 2)
+        self.schedule = Schedule(engine)
         self.schedule.engine.runner.nan_every = 20
 
     @rule(

@@ -114,8 +114,9 @@ def call_attention_kernels(
     splits = DecodeSplits.allocate(SEQS, heads, kv_heads, head_dim, "cpu", target_splits=8, min_split=128)
     split_contexts_triton(lens, kv_heads, splits)
     paged_decode_triton(qkv, *norms, cos_sin, *cache, table, rows, lens, splits, 0.1, torch.empty_like(q))
-    inputs = StepInputs(ints(SEQS), ints(SEQS), slots, lens)
-    prepare_inputs_triton(rows, starts, ints(4, 9), ints(4), table, block_size, inputs)
+    for num_groups in (1, 7):
+        inputs = StepInputs(ints(SEQS), ints(SEQS), zeros(num_groups, SEQS, dtype=torch.int64), lens)
+        prepare_inputs_triton(rows, starts, ints(4, 9), ints(4), ints(num_groups, 4, 4), block_size, inputs)
 
 
 def call_sampler(dtype: torch.dtype) -> None:

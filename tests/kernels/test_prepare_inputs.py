@@ -15,43 +15,45 @@ POISON = -77
 class Rows:
     """Row state as an engine holds it: views of one flat tensor, every row a sequence of its own length."""
 
-    def __init__(self, rng: random.Random, num_rows: int, width: int, block_size: int, device: str) -> None:
+    def __init__(
+        self, rng: random.Random, num_rows: int, width: int, block_size: int, device: str, num_groups: int = 1
+    ) -> None:
         self.block_size = block_size
         max_blocks = -(-width // block_size)
         scalars = 5  # num_computed lies among others
-        sizes = [num_rows * width, num_rows * max_blocks, num_rows * scalars]
+        sizes = [num_rows * width, num_groups * num_rows * max_blocks, num_rows * scalars]
         generator = torch.Generator().manual_seed(rng.getrandbits(32))
         self.state = torch.randint(1, 100_000, (sum(sizes),), generator=generator, dtype=torch.int32).to(device)
-        token_ids, block_table, other = self.state.split(sizes)
+        token_ids, block_tables, other = self.state.split(sizes)
         self.token_ids = token_ids.view(num_rows, width)
-        self.block_table = block_table.view(num_rows, max_blocks)
+        self.block_tables = block_tables.view(num_groups, num_rows, max_blocks)
         self.num_computed = other.view(num_rows, scalars)[:, 3]
         self.num_computed.copy_(torch.tensor([rng.randint(0, width // 2) for _ in range(num_rows)]))
 
 
-def buffers(num_tokens: int, num_seqs: int, device: str) -> kernels.StepInputs:
+def buffers(num_tokens: int, num_seqs: int, num_groups: int, device: str) -> kernels.StepInputs:
     """Poisoned, and longer than the step needs."""
 
-    def full(size: int, dtype: torch.dtype) -> torch.Tensor:
-        return torch.full((size + 3,), POISON, dtype=dtype, device=device)
+    def full(size: int, *groups: int, dtype: torch.dtype = torch.int32) -> torch.Tensor:
+        return torch.full((*groups, size + 3), POISON, dtype=dtype, device=device)
 
-    tokens = (full(num_tokens, torch.int32), full(num_tokens, torch.int32), full(num_tokens, torch.int64))
-    return kernels.StepInputs(*tokens, full(num_seqs, torch.int32))
+    slots = full(num_tokens, num_groups, dtype=torch.int64)
+    return kernels.StepInputs(full(num_tokens), full(num_tokens), slots, full(num_seqs))
 
 
 def expected(state: Rows, rows: list[int], query_lens: list[int]) -> tuple[list[list[int]], list[int]]:
-    """(id, position, slot) of each token and the length of each sequence, one at a time."""
+    """(id, position, slot in each group) of each token and the length of each sequence, one at a time."""
     tokens, seq_lens = [], []
     for row, query_len in zip(rows, query_lens, strict=True):
         start = int(state.num_computed[row]) if row >= 0 else 0
         seq_lens.append(start + query_len if row >= 0 else 0)
         for position in range(start, start + query_len):
             if row < 0:
-                tokens.append([0, 0, -1])
+                tokens.append([0, 0, *[-1] * len(state.block_tables)])
                 continue
-            block = int(state.block_table[row, position // state.block_size])
-            slot = block * state.block_size + position % state.block_size
-            tokens.append([int(state.token_ids[row, position]), position, slot])
+            blocks = state.block_tables[:, row, position // state.block_size].tolist()
+            slots = [block * state.block_size + position % state.block_size for block in blocks]
+            tokens.append([int(state.token_ids[row, position]), position, *slots])
     return tokens, seq_lens
 
 
@@ -62,19 +64,20 @@ def assert_prepares(function, state: Rows, rows: list[int], query_lens: list[int
     for row, query_len in zip(rows, query_lens, strict=True):
         if row >= 0:
             after_num_computed[row] += query_len
-    out = buffers(len(tokens), len(rows), device)
+    num_groups = len(state.block_tables)
+    out = buffers(len(tokens), len(rows), num_groups, device)
     query_start = torch.tensor(list(accumulate(query_lens, initial=0)), dtype=torch.int32, device=device)
     function(
         torch.tensor(rows, dtype=torch.int32, device=device),
         query_start,
         state.token_ids,
         state.num_computed,
-        state.block_table,
+        state.block_tables,
         state.block_size,
         out,
     )
-    written = zip(out.input_ids.tolist(), out.positions.tolist(), out.slot_mapping.tolist(), strict=True)
-    assert [list(t) for t in written] == tokens + [[POISON] * 3] * 3
+    written = zip(out.input_ids.tolist(), out.positions.tolist(), *out.slot_mapping.tolist(), strict=True)
+    assert [list(t) for t in written] == tokens + [[POISON] * (2 + num_groups)] * 3
     assert out.seq_lens.tolist() == seq_lens + [POISON] * 3
     assert state.num_computed.tolist() == after_num_computed
     state.num_computed.copy_(torch.tensor(after_num_computed))  # the only state that may have changed
@@ -112,10 +115,17 @@ def test_padding_may_have_no_token_or_more_than_a_row_holds(function, device: st
 
 
 @pytest.mark.parametrize("function", FUNCTIONS)
+def test_each_group_of_layers_gets_slots_of_its_own_block_table(function, device: str):
+    state = Rows(random.Random(1), 6, 300, 16, device, num_groups=3)
+    assert_prepares(function, state, [5, -1, 0, 2], [1, 1, 1, 1], device)
+    assert_prepares(function, state, [1, -1, 4], [1, 40, 70], device)
+
+
+@pytest.mark.parametrize("function", FUNCTIONS)
 def test_random_batches(function, device: str):
     rng = random.Random(0)
     for _ in range(200 if device == "cuda" else 8):
-        state = Rows(rng, rng.randint(1, 40), rng.randint(40, 300), rng.choice([16, 48, 64]), device)
+        state = Rows(rng, rng.randint(1, 40), rng.randint(40, 300), rng.choice([16, 48, 64]), device, rng.randint(1, 5))
         num_rows, width = state.token_ids.shape
         rows = rng.sample(range(num_rows), rng.randint(1, num_rows))
         if rng.random() < 0.5:

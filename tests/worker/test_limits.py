@@ -1,13 +1,19 @@
 """What a device cannot do is said before anything is loaded or allocated for it."""
 
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 
-from nanovllm.worker import resolve
+from nanovllm.config import Config
+from nanovllm.distributed.tensor_parallel import TensorParallel
+from nanovllm.kernels.attention.contract import AttentionSpec
+from nanovllm.step_plan import NewRow, StepPlan
+from nanovllm.worker import memory, resolve
+from nanovllm.worker.cuda_graph import StepShape
 from nanovllm.worker.input_batch import MAX_STATE, InputBatch
 
 
@@ -35,3 +41,42 @@ def test_cuda_without_triton_is_told_so_at_once(monkeypatch: pytest.MonkeyPatch)
     assert resolve.resolve_device("cpu") == "cpu"
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
     assert resolve.resolve_device("auto") == "cpu"
+
+
+def test_layers_of_different_heads_cannot_share_a_cache() -> None:
+    specs = [AttentionSpec(4, 2, 64, 1.0), AttentionSpec(4, 1, 64, 1.0, window=8)]
+    with pytest.raises(ValueError, match=r"\[\(1, 64\), \(2, 64\)\].*must be equal"):
+        memory.group_specs(specs, 100)
+
+
+def test_a_window_that_no_sequence_outgrows_makes_no_group() -> None:
+    specs = [AttentionSpec(4, 2, 64, 1.0), AttentionSpec(4, 2, 64, 1.0, window=100)]
+    assert memory.group_specs(specs, 101).windows == (None, 100)
+    assert memory.group_specs(specs, 100).windows == (None,) and specs[1].window is None
+
+
+def test_a_window_leaves_room_for_longer_sequences(caplog: pytest.LogCaptureFixture) -> None:
+    """In a group with a window a sequence needs blocks for that and one chunk, however long it is."""
+    config = Config(model="any", max_num_batched_tokens=32)
+    fit = partial(memory.fit_max_model_len, num_blocks=40, block_size=16)
+    assert fit(config, 10_000, windows=(None, None)) == 20 * 16
+    assert fit(config, 10_000, windows=(None, 17)) == (40 - 4) * 16
+    assert fit(config, 10_000, windows=(17, 9)) == 10_000
+    config.max_model_len = 577
+    with pytest.raises(ValueError, match=r"max_model_len=577 .* holds 576 tokens; lower .* max_num_batched_tokens=32"):
+        fit(config, 577, windows=(None, 17))
+    with pytest.raises(ValueError, match="no room for 3 blocks.* of 100 bytes"):
+        config.num_kvcache_blocks = 2
+        memory.num_cache_blocks(config, 100, 3, None, lambda: 0, TensorParallel(), "cpu")
+
+
+def test_rows_have_a_block_table_for_each_group_of_layers() -> None:
+    batch = InputBatch(num_rows=3, max_model_len=50, max_blocks=4, device="cpu", num_slots=1, num_groups=2)
+    new = [NewRow(row, [7], 0, [[row, 5], [-1, row + 8]], 1.0, 0, 1.0, 0.0, 0, 0, []) for row in (2, 0)]
+    plan = StepPlan(new_rows=new, rows=[2, 0], query_lens=[1, 1], num_decodes=2)
+    plan.new_blocks = [(2, 1, 2, 77), (0, 0, 3, 66)]
+    batch.apply(plan, 0, StepShape(2))
+    assert batch.block_tables.tolist() == [
+        [[0, 5, 0, 66], [0] * 4, [2, 5, 0, 0]],
+        [[0, 8, 0, 0], [0] * 4, [0, 10, 77, 0]],
+    ]
