@@ -68,10 +68,13 @@ def longest_hit(
     for window, cached in zip(windows, block_with, strict=True):
         if window is None:
             hit = next((i for i in range(hit) if digests[i] not in cached), hit)
-    # From the end on: a missing block that is seen after the run cuts the run off before it.
     windowed = [(window, cached) for window, cached in zip(windows, block_with, strict=True) if window is not None]
-    for i in reversed(range(hit if windowed else 0)):
-        for window, cached in windowed:
-            if first_visible_block(hit * block_size, window, block_size) <= i < hit and digests[i] not in cached:
-                hit = i
+    i = hit
+    while i > 0 and windowed:  # from the end on: a missing block that is seen after the run cuts the run off before it
+        i -= 1
+        firsts = [first_visible_block(hit * block_size, window, block_size) for window, _ in windowed]
+        if any(i >= first and digests[i] not in cached for first, (_, cached) in zip(firsts, windowed, strict=True)):
+            hit = i
+        elif i <= min(firsts):
+            break
     return hit

@@ -33,7 +33,7 @@ class Config:
         max_num_batched_tokens: tokens in one step; the scheduler cuts longer prompts into chunks.
         gpu_memory_utilization: the share of the device's memory that this engine may use.
         kvcache_block_size: tokens in a block, a multiple of 16; default 256 on CUDA, 64 on the CPU.
-        num_kvcache_blocks: blocks in the cache; default or -1: as many as fit.
+        num_kvcache_blocks: blocks in the cache, each for a group of layers; default or -1: as many as fit.
         kvcache_memory_bytes: bytes for the cache instead of a profiling run; default 4 GiB on the CPU.
         enable_prefix_caching: let requests with equal prefixes share blocks.
         enforce_eager: no CUDA graphs. The tokens are the same.
