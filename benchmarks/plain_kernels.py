@@ -17,7 +17,8 @@ import torch.nn.functional as F
 from nanovllm.kernels.attention import paged_decode
 from nanovllm.kernels.attention import qk_norm_rope_store as rope_store
 from nanovllm.kernels.attention.contract import AttentionSpec, ChunkBatch, DecodeBatch, KVCache
-from nanovllm.kernels.linear import silu_mul, skinny_linear
+from nanovllm.kernels.linear import gate_mul, skinny_linear
+from nanovllm.kernels.linear.gate_mul import Gate
 from nanovllm.kernels.norm import rms_norm
 from nanovllm.kernels.sampling import sample
 from nanovllm.kernels.sampling.tensors import SamplingTensors
@@ -30,7 +31,7 @@ def plain_kernels() -> Iterator[None]:
     plain = {
         rms_norm.rms_norm: rms_norm.rms_norm_reference,
         rms_norm.add_rms_norm: rms_norm.add_rms_norm_reference,
-        silu_mul.silu_mul: plain_silu_mul,
+        gate_mul.gate_mul: plain_gate_mul,
         skinny_linear.skinny_linear: plain_skinny_linear,
         rope_store.qk_norm_rope_store: plain_qk_norm_rope_store,
         paged_decode.paged_decode: plain_paged_decode,
@@ -71,18 +72,19 @@ def plain_skinny_linear(
     x: torch.Tensor,
     weight: torch.Tensor,
     bias: torch.Tensor | None = None,
-    gated: bool = False,
+    gate: Gate | None = None,
     in_slices: bool = False,
 ) -> torch.Tensor:
     """The kernel's product, never in slices, then the gate as operations of its own."""
     out = _skinny_linear(x, weight, bias)
-    return plain_silu_mul(out) if gated else out
+    return plain_gate_mul(out, gate) if gate else out
 
 
-def plain_silu_mul(gate_up: torch.Tensor) -> torch.Tensor:
+def plain_gate_mul(gate_up: torch.Tensor, gate: Gate = "silu") -> torch.Tensor:
     """`gate_up [tokens, 2 * size]` -> `[tokens, size]`."""
-    gate, up = gate_up.chunk(2, dim=-1)
-    return (F.silu(gate.float()) * up).to(gate_up.dtype)
+    x, up = gate_up.chunk(2, dim=-1)
+    x = F.silu(x.float()) if gate == "silu" else F.gelu(x.float(), approximate="tanh")
+    return (x * up).to(gate_up.dtype)
 
 
 def plain_qk_norm_rope_store(

@@ -287,13 +287,23 @@ def tiling_of_product(rows: int, n: int, k: int, gated: bool, in_slices: bool) -
     return skinny_linear._tiling(rows, n, k, gated, in_slices)
 
 
+def slices_of_product(
+    monkeypatch: "pytest.MonkeyPatch", programs: int, k: int, longest: int, multiprocessors: int
+) -> int:
+    """How many slices a product of so many tiles is cut into on a device with so many multiprocessors."""
+    from nanovllm.kernels.linear import skinny_linear
+
+    monkeypatch.setattr(skinny_linear, "multiprocessors", lambda device: multiprocessors)
+    return skinny_linear._num_slices.__wrapped__(programs, k, longest, "cpu")
+
+
 def kernel_takes(
-    x: "torch.Tensor", weight: "torch.Tensor", bias: "torch.Tensor | None", gated: bool, in_slices: bool
+    x: "torch.Tensor", weight: "torch.Tensor", bias: "torch.Tensor | None", gate: str | None, in_slices: bool
 ) -> bool:
     """Whether the skinny kernel can take this product; if not, it must be left to the library."""
     from nanovllm.kernels.linear import skinny_linear
 
-    return skinny_linear._can_take(x, weight, bias, gated, in_slices)
+    return skinny_linear._can_take(x, weight, bias, gate, in_slices)
 
 
 def tiles_cut_to_fit(tiling: Any, columns: int, element_size: int, shared_bytes: int) -> tuple[int, int]:

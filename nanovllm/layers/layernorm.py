@@ -5,9 +5,9 @@ from dataclasses import dataclass
 import torch
 from torch import nn
 
-from nanovllm.kernels.norm.rms_norm import add_rms_norm, rms_norm
+from nanovllm.kernels.norm.rms_norm import add_rms_norm, norm_add_rms_norm, rms_norm
 from nanovllm.layers.linear import PartialSum, copy_exactly
-from nanovllm.layers.pointwise import norm_add, norm_add_norm
+from nanovllm.layers.pointwise import norm_add
 
 
 class RMSNorm(nn.Module):
@@ -17,13 +17,13 @@ class RMSNorm(nn.Module):
     sum would lose most of the checkpoint's digits.
     """
 
-    chains = ("norm_add", "norm_add_norm")
+    chains = ("norm_add",)
 
     def __init__(self, size: int, eps: float, one_plus: bool = False) -> None:
         super().__init__()
         self.eps, self.one_plus = eps, one_plus
         self.weight = nn.Parameter(torch.empty(size), requires_grad=False)
-        self.norm_add, self.norm_add_norm = norm_add, norm_add_norm
+        self.norm_add = norm_add
 
     def forward(
         self, x: "torch.Tensor | PartialSum | NormedSum", residual: torch.Tensor | None = None
@@ -60,4 +60,4 @@ class NormedSum:
     def add_to(self, residual: torch.Tensor, weight: torch.Tensor, eps: float) -> tuple[torch.Tensor, torch.Tensor]:
         """As `PartialSum.add_to`."""
         norm = self.norm
-        return norm.norm_add_norm(self.sum.reduced(), residual, norm.weight, norm.eps, weight, eps)
+        return norm_add_rms_norm(self.sum.reduced(), norm.weight, norm.eps, residual, weight, eps)

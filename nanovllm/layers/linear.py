@@ -15,6 +15,7 @@ import torch
 from torch import nn
 
 from nanovllm.distributed.tensor_parallel import TensorParallel
+from nanovllm.kernels.linear.gate_mul import Gate
 from nanovllm.kernels.norm.all_reduce import one_shot_add_rms_norm
 from nanovllm.kernels.norm.rms_norm import add_rms_norm
 from nanovllm.layers.packed_format import PackedFormat
@@ -109,9 +110,9 @@ class MergedColumnParallelLinear(ColumnParallelLinear):
         self.totals, self.shard_sizes = shard_sizes, [tp.padded_share(size) for size in shard_sizes]
         super().__init__(in_features, sum(self.shard_sizes) * tp.size, tp, bias)
 
-    def silu_mul(self, x: torch.Tensor) -> torch.Tensor:
-        """SwiGLU of a gate and an up of equal sizes (Shazeer, 2020, arXiv:2002.05202): silu(gate) · up."""
-        return self.format.matmul(self, x, self.bias, gated=True)
+    def gate_mul(self, x: torch.Tensor, gate: Gate = "silu") -> torch.Tensor:
+        """Of a gate and an up of equal sizes: silu(gate) · up, or gelu(gate) · up."""
+        return self.format.matmul(self, x, self.bias, gate)
 
     def load_shard(self, param: nn.Parameter, loaded: torch.Tensor, shard: str | int | None) -> None:
         if shard is None:  # the checkpoint has them as one tensor too

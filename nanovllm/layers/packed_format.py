@@ -3,8 +3,8 @@
 import torch
 from torch import nn
 
+from nanovllm.kernels.linear.gate_mul import Gate, gate_mul
 from nanovllm.kernels.linear.packed_linear import PackedWeight, pack_weight, packed_linear, packed_rows, unpack_weight
-from nanovllm.kernels.linear.silu_mul import silu_mul
 from nanovllm.layers.weight_format import PlainFormat
 
 
@@ -25,12 +25,17 @@ class PackedFormat(PlainFormat):
         return self.packed is not None
 
     def matmul(
-        self, layer: nn.Module, x: torch.Tensor, bias: torch.Tensor | None, gated: bool = False, in_slices: bool = False
+        self,
+        layer: nn.Module,
+        x: torch.Tensor,
+        bias: torch.Tensor | None,
+        gate: Gate | None = None,
+        in_slices: bool = False,
     ) -> torch.Tensor:
         if self.packed is None:
-            return super().matmul(layer, x, bias, gated, in_slices)
+            return super().matmul(layer, x, bias, gate, in_slices)
         out = packed_linear(x, self.packed, bias)
-        return silu_mul(out) if gated else out
+        return gate_mul(out, gate) if gate else out
 
     def rows(self, layer: nn.Module, ids: torch.Tensor) -> torch.Tensor:
         return super().rows(layer, ids) if self.packed is None else packed_rows(self.packed, ids)

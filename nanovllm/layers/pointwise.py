@@ -10,7 +10,6 @@ from functools import lru_cache, wraps
 from typing import Any
 
 import torch
-import torch.nn.functional as F
 from torch import nn
 
 Chain = Callable[..., Any]
@@ -40,15 +39,6 @@ def _compiled(chain: Chain) -> Chain:
     return run
 
 
-def gelu_mul(gate_up: torch.Tensor) -> torch.Tensor:
-    """GeGLU (Shazeer, 2020, arXiv:2002.05202): gelu(gate) · up, `[tokens, 2 * size]` -> `[tokens, size]`.
-
-    The gelu is its tanh approximation (Hendrycks & Gimpel, 2016, arXiv:1606.08415).
-    """
-    gate, up = gate_up.float().chunk(2, dim=-1)
-    return (F.gelu(gate, approximate="tanh") * up).to(gate_up.dtype)
-
-
 def cap(x: torch.Tensor, limit: float) -> torch.Tensor:
     """limit · tanh(x / limit), elementwise: near x for small x, and never above the limit (Gemma 2)."""
     return ((x.float() / limit).tanh() * limit).to(x.dtype)
@@ -56,21 +46,9 @@ def cap(x: torch.Tensor, limit: float) -> torch.Tensor:
 
 def norm_add(x: torch.Tensor, residual: torch.Tensor, weight: torch.Tensor, eps: float) -> torch.Tensor:
     """residual + the RMSNorm of `x`, which is `[tokens, size]` or, in slices to add up, `[slices, tokens, size]`."""
-    x = x.sum(dim=0).to(residual.dtype) if x.dim() == 3 else x
-    return residual + _norm(x, weight, eps)
-
-
-def norm_add_norm(
-    x: torch.Tensor,
-    residual: torch.Tensor,
-    weight: torch.Tensor,
-    eps: float,
-    next_weight: torch.Tensor,
-    next_eps: float,
-) -> tuple[torch.Tensor, torch.Tensor]:
-    """(the RMSNorm of the sum, the sum), where the sum is that of `norm_add`."""
-    residual = norm_add(x, residual, weight, eps)
-    return _norm(residual, next_weight, next_eps), residual
+    h = (x.sum(dim=0).to(residual.dtype) if x.dim() == 3 else x).float()
+    h = h * torch.rsqrt(h.square().mean(-1, keepdim=True) + eps) * weight.float()
+    return residual + h.to(residual.dtype)
 
 
 def mean_squares(qkv: torch.Tensor, shares: torch.Tensor, q_size: int) -> torch.Tensor:
@@ -90,8 +68,3 @@ def scale_heads(
     q = qkv[:, :q_size].float() * scale[:, :1] * weight[:q_size]
     k = qkv[:, q_size : len(weight)].float() * scale[:, 1:] * weight[q_size:]
     return torch.cat([q.to(qkv.dtype), k.to(qkv.dtype), qkv[:, len(weight) :]], dim=-1)
-
-
-def _norm(x: torch.Tensor, weight: torch.Tensor, eps: float) -> torch.Tensor:
-    h = x.float()
-    return (h * torch.rsqrt(h.square().mean(-1, keepdim=True) + eps) * weight.float()).to(x.dtype)

@@ -10,6 +10,7 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
+from nanovllm.kernels.linear.gate_mul import Gate
 from nanovllm.kernels.linear.skinny_linear import skinny_linear
 
 
@@ -23,12 +24,17 @@ class WeightFormat(Protocol):
         """
 
     def matmul(
-        self, layer: nn.Module, x: torch.Tensor, bias: torch.Tensor | None, gated: bool = False, in_slices: bool = False
+        self,
+        layer: nn.Module,
+        x: torch.Tensor,
+        bias: torch.Tensor | None,
+        gate: Gate | None = None,
+        in_slices: bool = False,
     ) -> torch.Tensor:
         """`x [tokens, in_features]` times the weight, plus `bias`: `[tokens, out_features]`.
 
         Args:
-            gated: silu(first half) · second half of that: `[tokens, out_features / 2]`.
+            gate: silu or gelu of the first half · second half of that: `[tokens, out_features / 2]`.
             in_slices: the result may be partial sums `[slices, tokens, out_features]` in float32 instead.
         """
 
@@ -61,9 +67,14 @@ class PlainFormat:
         return {"weight": nn.Parameter(torch.empty(out_features, in_features, dtype=dtype), requires_grad=False)}
 
     def matmul(
-        self, layer: nn.Module, x: torch.Tensor, bias: torch.Tensor | None, gated: bool = False, in_slices: bool = False
+        self,
+        layer: nn.Module,
+        x: torch.Tensor,
+        bias: torch.Tensor | None,
+        gate: Gate | None = None,
+        in_slices: bool = False,
     ) -> torch.Tensor:
-        return skinny_linear(x, layer.weight, bias, gated, in_slices)
+        return skinny_linear(x, layer.weight, bias, gate, in_slices)
 
     def rows(self, layer: nn.Module, ids: torch.Tensor) -> torch.Tensor:
         return F.embedding(ids, layer.weight)

@@ -11,12 +11,13 @@ import torch
 from torch import nn
 
 from nanovllm.distributed.tensor_parallel import TensorParallel
+from nanovllm.kernels.linear.gate_mul import Gate
 from nanovllm.layers.attention import Attention, AttentionMetadata, AttentionSinks, AttentionSpec
 from nanovllm.layers.embed_head import ParallelLMHead, VocabParallelEmbedding
 from nanovllm.layers.heads_norm import HeadsNorm
 from nanovllm.layers.layernorm import NormedSum, RMSNorm
 from nanovllm.layers.linear import MergedColumnParallelLinear, PartialSum, QKVParallelLinear, RowParallelLinear
-from nanovllm.layers.pointwise import cap, gelu_mul
+from nanovllm.layers.pointwise import cap
 from nanovllm.layers.rotary_embedding import Rope, rope_parameters
 
 Hidden = torch.Tensor | PartialSum | NormedSum  # [tokens, hidden_size]
@@ -37,7 +38,7 @@ class LayerSpec:
     scale: float | None = None  # of the scores; None: 1 / sqrt(head_dim)
     soft_cap: float | None = None  # of the scores
     has_sinks: bool = False
-    activation: str = "silu"  # of the gate; or "gelu": its tanh approximation
+    activation: Gate = "silu"
     mlp: Callable[[Any, TensorParallel], nn.Module] | None = None  # None: the gated MLP
 
 
@@ -75,19 +76,15 @@ class SelfAttention(nn.Module):
 
 
 class GatedMLP(nn.Module):
-    chains = ("gelu_mul",)
-
     def __init__(self, config: Any, tp: TensorParallel, spec: LayerSpec) -> None:
         super().__init__()
         hidden_size, size = config.hidden_size, config.intermediate_size
         self.gate_up_proj = MergedColumnParallelLinear(hidden_size, [size] * 2, tp, spec.mlp_bias)
         self.down_proj = RowParallelLinear(size, hidden_size, tp, spec.mlp_bias)
-        self.activation, self.gelu_mul = spec.activation, gelu_mul
+        self.activation = spec.activation
 
     def forward(self, hidden: torch.Tensor) -> PartialSum:
-        if self.activation == "silu":
-            return self.down_proj(self.gate_up_proj.silu_mul(hidden))
-        return self.down_proj(self.gelu_mul(self.gate_up_proj(hidden)))
+        return self.down_proj(self.gate_up_proj.gate_mul(hidden, self.activation))
 
 
 class DecoderLayer(nn.Module):

@@ -16,9 +16,9 @@ import bench
 from benchmarks.ablation import VARIANTS, check_chart, draw_chart, read_report
 from benchmarks.attention_timing import AttentionShape, Pool, decode_lengths
 from benchmarks.engines import EngineOptions, make_engine
-from benchmarks.plain_kernels import plain_kernels, plain_qk_norm_rope_store, plain_sample, plain_silu_mul, replaced
+from benchmarks.model_shape import read_config
+from benchmarks.plain_kernels import plain_gate_mul, plain_kernels, plain_qk_norm_rope_store, plain_sample, replaced
 from benchmarks.ranks import rank_lines, sum_lines
-from benchmarks.roofline import read_config
 from benchmarks.sampling_cost import CASES, PLAIN
 from benchmarks.scaling import RUNS, peak_blocks
 from benchmarks.setting import Setting
@@ -200,10 +200,11 @@ def test_goals_are_those_of_the_device_the_model_the_ranks_and_the_full_size():
         model_dir=SHAPES / "qwen3-0.6b", load_format="dummy", device="cuda", dtype="auto", max_model_len=4096
     )
     setting = Setting(options=options, config=read_config(options.model_dir), temperature=0.6, seed=0, repeat=2)
-    large = replace(setting, config=read_config(SHAPES / "qwen3-8b"))
+    of_8b = replace(options, model_dir=SHAPES / "qwen3-8b")
+    large = replace(setting, options=of_8b, config=read_config(of_8b.model_dir))
 
     def on_ranks(setting: Setting, size: int) -> Setting:
-        return replace(setting, options=replace(options, tensor_parallel_size=size))
+        return replace(setting, options=replace(setting.options, tensor_parallel_size=size))
 
     h100, h200 = {"gpu": "NVIDIA H100 80GB HBM3"}, {"gpu": "NVIDIA H200"}
     assert goals_for(setting, h100) is GOALS["H100", "qwen3-0.6b", 1]
@@ -263,13 +264,13 @@ def test_pool_gives_every_launch_blocks_of_its_own():
 def test_plain_kernels_compute_what_the_fused_ones_do_and_write_nothing_for_padding():
     from nanovllm.kernels.attention.contract import AttentionSpec, ChunkBatch, KVCache
     from nanovllm.kernels.attention.qk_norm_rope_store import qk_norm_rope_store_reference
-    from nanovllm.kernels.linear.silu_mul import silu_mul_reference
+    from nanovllm.kernels.linear.gate_mul import gate_mul_reference
     from nanovllm.layers.rotary_embedding import build_cos_sin
 
     torch.manual_seed(0)
     tokens, heads, kv_heads, dim, block_size = 5, 4, 2, 16, 16
     gate_up = torch.randn(tokens, 48, dtype=torch.bfloat16)
-    torch.testing.assert_close(plain_silu_mul(gate_up), silu_mul_reference(gate_up), rtol=0, atol=0)
+    torch.testing.assert_close(plain_gate_mul(gate_up), gate_mul_reference(gate_up), rtol=0, atol=0)
 
     qkv = torch.randn(tokens, (heads + 2 * kv_heads) * dim)
     weights = torch.rand(2, dim) + 0.5
@@ -319,7 +320,7 @@ def test_engine_of_plain_kernels_gives_the_same_greedy_tokens_and_is_not_left_be
     )  # fmt: skip
     workload = Workload("greedy", [[1, 2, 3], list(range(5, 45)), [9] * 7], [20, 12, 30], temperature=0.0)
     places = [
-        (layernorm, "rms_norm"), (linear, "add_rms_norm"), (packed_format, "silu_mul"),
+        (layernorm, "rms_norm"), (linear, "add_rms_norm"), (packed_format, "gate_mul"),
         (weight_format, "skinny_linear"), (attention, "qk_norm_rope_store"), (attention, "paged_decode"),
         (model_runner, "sample"),
     ]  # fmt: skip

@@ -23,14 +23,17 @@ from nanovllm.kernels.attention.paged_decode_kernel import paged_decode_triton
 from nanovllm.kernels.attention.paged_prefill_kernel import paged_prefill_triton
 from nanovllm.kernels.attention.qk_norm_rope_store import qk_norm_rope_store_triton
 from nanovllm.kernels.linear import skinny_linear
-from nanovllm.kernels.linear.silu_mul import silu_mul_triton
+from nanovllm.kernels.linear.gate_mul import gate_mul_triton
 from nanovllm.kernels.linear.skinny_linear import skinny_linear_triton
 from nanovllm.kernels.moe import experts as moe_experts
 from nanovllm.kernels.moe.experts import ExpertWeights, sum_experts_triton
 from nanovllm.kernels.moe.route import route_triton
 from nanovllm.kernels.moe.tilings import TILINGS
 from nanovllm.kernels.norm.all_reduce import PeerBuffers, make_inboxes, one_shot_add_rms_norm, one_shot_all_reduce
-from nanovllm.kernels.norm.rms_norm import add_rms_norm_triton, rms_norm_triton
+from nanovllm.kernels.norm.rms_norm import (
+    add_rms_norm_triton,
+    rms_norm_triton,
+)
 from nanovllm.kernels.prepare_inputs import StepInputs, prepare_inputs_triton
 from nanovllm.kernels.sampling.logprobs import summarize_triton
 from nanovllm.kernels.sampling.sample_kernel import sample_triton
@@ -88,11 +91,12 @@ def call_linear_kernels() -> None:
     x, weight = zeros(SEQS, 1024), zeros(1024)
     rms_norm_triton(x, weight, 1e-6)
     add_rms_norm_triton(x, x.clone(), weight, 1e-6)
-    silu_mul_triton(zeros(SEQS, 2048))
+    gate_mul_triton(zeros(SEQS, 2048))
+    gate_mul_triton(zeros(SEQS, 2048), "gelu")
     for rows in (1, 3, 20, 40, 60, 90, 100, 180, 200):
         for n in (128, 6144, 8192):
-            for options in ({}, {"gated": True}, {"in_slices": True}):
-                if rows == 1 or tiling_of_product(rows, n, 1024, "gated" in options, "in_slices" in options):
+            for options in ({}, {"gate": "silu"}, {"gate": "gelu"}, {"in_slices": True}):
+                if rows == 1 or tiling_of_product(rows, n, 1024, "gate" in options, "in_slices" in options):
                     out = skinny_linear_triton(zeros(rows, 1024), zeros(n, 1024), bias=zeros(n), **options)
                     if "in_slices" in options:
                         add_rms_norm_triton(out, zeros(rows, n), zeros(n), 1e-6)

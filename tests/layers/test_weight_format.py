@@ -23,10 +23,10 @@ class ScaledCodes(PlainFormat):
         codes, scale = torch.empty(out_features, in_features, dtype=torch.int8), torch.empty(out_features)
         return {name: nn.Parameter(x, requires_grad=False) for name, x in (("codes", codes), ("scale", scale))}
 
-    def matmul(self, layer, x, bias, gated=False, in_slices=False):
+    def matmul(self, layer, x, bias, gate=None, in_slices=False):
         out = F.linear(x, (layer.codes * layer.scale[:, None]).to(x.dtype), bias)
-        gate, up = out.chunk(2, dim=-1)
-        return F.silu(gate) * up if gated else out
+        first, up = out.chunk(2, dim=-1)
+        return F.silu(first) * up if gate else out
 
 
 def encode(weight: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:

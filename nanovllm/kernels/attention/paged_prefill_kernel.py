@@ -56,6 +56,8 @@ def prefill_config(head_dim: int, itemsize: int, shared_memory: int) -> PrefillC
     """The launch parameters for a head dimension, an element size and a program's shared memory (both in bytes)."""
     row_bytes = next_power_of_2(head_dim) * itemsize
     max_rows = MAX_ROWS if itemsize <= 2 else 32  # float32 dots keep operands in registers: more would spill
+    if row_bytes == 512 and itemsize == 2:  # a head_dim of 256: fewer rows would leave matrix units idle
+        return PrefillConfig(*((128, 32, 8, 3) if shared_memory >= 160 * 1024 else (64, 32, 4, 2)), PACK_GROUP)
     rows = max(16, min(max_rows, QUERY_BYTES // row_bytes))
     tile = max(16, min(MAX_TILE, TILE_BYTES // row_bytes))
     # n stages need n-1 buffers of K and V, beside q. (On Hopper n, but there shared memory does not limit them.)

@@ -10,8 +10,8 @@ all rows of x. A narrow weight has too few rows for well-shaped tiles to fill th
 which can add up partial sums, the kernel also cuts K into *slices*: the result is one *partial sum* per slice, in
 float32, and a program reads only its slice of x's columns.
 
-The kernel also computes the gate of an MLP: with `gated`, W is the rows of a gate and then those of an up, and the
-result is silu(x gateᵀ) · x upᵀ.
+The kernel also computes the gate of an MLP: with `gate`, W is the rows of a gate and then those of an up, and the
+result is silu(x gateᵀ) · x upᵀ, or gelu's.
 """
 
 from functools import lru_cache
@@ -22,11 +22,12 @@ import torch.nn.functional as F
 
 from nanovllm.kernels.device import multiprocessors, shared_memory_bytes
 from nanovllm.kernels.early_launch import LINE_BYTES, early_launch, fetch, wait_for_previous
-from nanovllm.kernels.linear.silu_mul import silu, silu_mul
+from nanovllm.kernels.linear.gate_mul import Gate, gate_mul, gate_value
 from nanovllm.kernels.triton_shim import TensorDescriptor, tl, triton
 
 MAX_ROWS = 256  # of x: with more, a library's kernels are as fast
 LARGE, HUGE = 1 << 23, 1 << 27  # elements: a large weight has tilings of its own, a huge one has none
+WIDE = 2048  # a sum in slices of more rows has tiles enough for the tilings of large weights
 NARROW = 4096  # a large weight of no more rows has too few tiles, unless in slices
 LARGE_AHEAD = 256  # columns of a large weight to fetch before the wait: all of them would flood the L2 cache
 K_MULTIPLE = 256
@@ -60,8 +61,8 @@ TILINGS = {
     256: (None, Tiling(128, 64, 128, 4), None),
 }
 LARGE_TILINGS = {
-    16: (Tiling(16, 64, 128, 4), Tiling(16, 64, 128, 4, 3072), Tiling(16, 64, 128, 3)),
-    32: (Tiling(32, 64, 128, 4), Tiling(32, 64, 128, 4, 3072), Tiling(32, 64, 128, 3)),
+    16: (Tiling(16, 64, 128, 4), Tiling(16, 64, 128, 4, 3584), Tiling(16, 64, 128, 3)),
+    32: (Tiling(32, 64, 128, 4), Tiling(32, 64, 128, 4, 3584), Tiling(32, 64, 128, 3)),
     64: (Tiling(64, 64, 128, 4), Tiling(64, 64, 128, 4), None),
     96: (None, None, None),  # a library was faster in all three
     128: (None, Tiling(128, 64, 128, 4), None),
@@ -72,24 +73,24 @@ def skinny_linear(
     x: torch.Tensor,
     weight: torch.Tensor,
     bias: torch.Tensor | None = None,
-    gated: bool = False,
+    gate: Gate | None = None,
     in_slices: bool = False,
 ) -> torch.Tensor:
     """`x [tokens, K]` times `weight [N, K]` transposed, plus `bias [N]`: `[tokens, N]`, in the dtype of both.
 
-    With `gated`, silu(first half) · second half of that: `[tokens, N / 2]`. With `in_slices` the result may be partial
-    sums instead, `[slices, tokens, N]` in float32. All sums are in float32. `F.linear` takes what the kernels are not
-    made for: many rows, float32, a CPU, an odd K.
+    With `gate`, silu or gelu of the first half · second half of that: `[tokens, N / 2]`. With `in_slices` the result
+    may be partial sums instead, `[slices, tokens, N]` in float32. All sums are in float32. `F.linear` takes what the
+    kernels are not made for: many rows, float32, a CPU, an odd K.
     """
-    if x.is_cuda and _can_take(x, weight, bias, gated, in_slices):
-        return _launch(x, weight, bias, gated, in_slices)
+    if x.is_cuda and _can_take(x, weight, bias, gate, in_slices):
+        return _launch(x, weight, bias, gate, in_slices)
     out = F.linear(x, weight, bias)
-    return silu_mul(out) if gated else out
+    return gate_mul(out, gate) if gate else out
 
 
 def _tiling(num_tokens: int, n: int, k: int, gated: bool, in_slices: bool) -> Tiling | None:
     """The tiling for `num_tokens` rows of x and a weight `[n, k]`; None where a library's kernel is as fast."""
-    is_large = n * k >= LARGE
+    is_large = n * k >= LARGE or in_slices and n > WIDE
     if n * k >= HUGE or is_large and n <= NARROW and not in_slices:
         return None
     table = LARGE_TILINGS if is_large else TILINGS
@@ -97,51 +98,53 @@ def _tiling(num_tokens: int, n: int, k: int, gated: bool, in_slices: bool) -> Ti
     return of_gated if gated else of_slices if in_slices else plain
 
 
-def _can_take(x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None, gated: bool, in_slices: bool) -> bool:
+def _can_take(
+    x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None, gate: Gate | None, in_slices: bool
+) -> bool:
     """Whether the kernels take this product: few rows, a multiple of K_MULTIPLE contiguous columns, aligned rows."""
     num_tokens, (n, k) = len(x), weight.shape
     is_small = 0 < num_tokens <= MAX_ROWS and x.element_size() == 2
     is_product = x.shape[1] == k and x.dtype == weight.dtype and (bias is None or bias.shape == (n,))
-    is_whole = not (gated and (in_slices or n % 2))  # the gate needs complete sums, and an up of its size
+    is_whole = not (gate and (in_slices or n % 2))  # the gate needs complete sums, and an up of its size
     is_regular = k % K_MULTIPLE == 0 and x.stride(1) == 1 and x.stride(0) % 8 == 0 and weight.is_contiguous()
     is_aligned = (x.data_ptr() | weight.data_ptr()) % 16 == 0
     if not (is_small and is_product and is_whole and is_regular and is_aligned):
         return False
-    return num_tokens == 1 or _tiling(num_tokens, n, k, gated, in_slices) is not None
+    return num_tokens == 1 or _tiling(num_tokens, n, k, gate is not None, in_slices) is not None
 
 
 def skinny_linear_triton(
     x: torch.Tensor,
     weight: torch.Tensor,
     bias: torch.Tensor | None = None,
-    gated: bool = False,
+    gate: Gate | None = None,
     in_slices: bool = False,
 ) -> torch.Tensor:
     """`skinny_linear` in one launch. Raises ValueError for a product that `skinny_linear` leaves to the library."""
-    if not _can_take(x, weight, bias, gated, in_slices):
+    if not _can_take(x, weight, bias, gate, in_slices):
         raise ValueError(
             f"x {list(x.shape)} {x.dtype}, weight {list(weight.shape)} {weight.dtype}, bias "
-            f"{None if bias is None else list(bias.shape)}, {gated=}, {in_slices=}: must be a product of 1 to "
+            f"{None if bias is None else list(bias.shape)}, {gate=}, {in_slices=}: must be a product of 1 to "
             f"{MAX_ROWS} rows that has tiles, of 16-bit elements, with a multiple of {K_MULTIPLE} columns side by "
             "side, in rows that begin at multiples of 16 bytes"
         )
-    return _launch(x, weight, bias, gated, in_slices)
+    return _launch(x, weight, bias, gate, in_slices)
 
 
 def _launch(
-    x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None, gated: bool, in_slices: bool
+    x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None, gate: Gate | None, in_slices: bool
 ) -> torch.Tensor:
     """Launch the kernel for a product that `_can_take` accepts."""
     num_tokens, (n, k) = len(x), weight.shape
-    tiling = _tiling(num_tokens, n, k, gated, in_slices)
-    halves = 2 if gated else 1
+    tiling = _tiling(num_tokens, n, k, gate is not None, in_slices)
+    halves = 2 if gate else 1
     n_out = n // halves
     if num_tokens == 1:
         out = torch.empty((1, n_out), dtype=x.dtype, device=x.device)
         tile_n, tile_k = (8, 512) if k <= 1024 else (4, 1024)
         _vector_kernel[(triton.cdiv(n, tile_n),)](
-            x, weight, bias, out, n_out, K=k, HALVES=halves, TILE_N=tile_n, TILE_K=_dividing(k, tile_k), num_warps=8,
-            **early_launch(x),
+            x, weight, bias, out, n_out, K=k, HALVES=halves, GELU=gate == "gelu", TILE_N=tile_n,
+            TILE_K=_dividing(k, tile_k), num_warps=8, **early_launch(x),
         )  # fmt: skip
         return out
     num_tiles = triton.cdiv(n, tiling.weight_rows), triton.cdiv(num_tokens, tiling.rows)
@@ -153,9 +156,10 @@ def _launch(
     weight_tiles = TensorDescriptor(weight, [halves, n_out, k], [n_out * k, k, 1], [halves, tile_n // halves, tile_k])
     shape, dtype = ((slices, num_tokens, n), torch.float32) if slices > 1 else ((num_tokens, n_out), x.dtype)
     out = torch.empty(shape, dtype=dtype, device=x.device)
+    ahead = min(LARGE_AHEAD, columns) if n * k >= LARGE else columns
     _tile_kernel[(*num_tiles, slices)](
-        x, weight, x_tiles, weight_tiles, bias, out, num_tokens, x.stride(0), n_out, K=k, HALVES=halves, SLICES=slices,
-        TILE_M=tile_m, TILE_N=tile_n, TILE_K=tile_k, AHEAD=min(LARGE_AHEAD, columns) if n * k >= LARGE else columns,
+        x, weight, x_tiles, weight_tiles, bias, out, num_tokens, x.stride(0), n_out, K=k, HALVES=halves,
+        GELU=gate == "gelu", SLICES=slices, TILE_M=tile_m, TILE_N=tile_n, TILE_K=tile_k, AHEAD=ahead,
         LINE=LINE_BYTES // 2, num_warps=4, num_stages=depth, **early_launch(x),
     )  # fmt: skip
     return out
@@ -163,10 +167,17 @@ def _launch(
 
 @lru_cache
 def _num_slices(programs: int, k: int, longest: int, device: torch.device) -> int:
-    """How many equal slices to cut K into: the fewest that nearly fill the device, or as many as there can be."""
+    """How many equal slices to cut K into: the fewest that nearly fill the device, or as many as there can be.
+
+    If no more of them than multiprocessors run at a time, a few left over would take as long as all others: then it is
+    the most slices that do not leave any.
+    """
     possible = [p for p in range(1, max(k // MIN_SLICE, 1) + 1) if k % (p * SLICE_MULTIPLE) == 0]
-    enough = (p for p in possible if programs * p >= FULL * multiprocessors(device) and k // p <= longest)
-    return next(enough, possible[-1])
+    at_once = multiprocessors(device)
+    enough = next((p for p in possible if programs * p >= FULL * at_once and k // p <= longest), possible[-1])
+    if at_once < programs * enough < 2 * at_once and longest >= k:
+        return max((p for p in possible if programs * p <= at_once), default=enough)
+    return enough
 
 
 def _fit(tiling: Tiling, columns: int, itemsize: int, shared_memory: int) -> tuple[int, int]:
@@ -192,10 +203,10 @@ def _weight_rows(TILE_N: tl.constexpr, HALVES: tl.constexpr, n_out):
 
 
 @triton.jit
-def _gated(out, TILE_M: tl.constexpr, TILE_OUT: tl.constexpr):
-    """silu(gate) · up, from `[TILE_M, 2 * TILE_OUT]`, which is gate, then up."""
+def _gated(out, GELU: tl.constexpr, TILE_M: tl.constexpr, TILE_OUT: tl.constexpr):
+    """silu(gate) · up or gelu(gate) · up, from `[TILE_M, 2 * TILE_OUT]`, which is gate, then up."""
     gate, up = tl.split(tl.permute(tl.reshape(out, [TILE_M, 2, TILE_OUT]), [0, 2, 1]))
-    return silu(gate) * up
+    return gate_value(gate, GELU) * up
 
 
 @triton.jit(do_not_specialize=["num_tokens"])
@@ -211,6 +222,7 @@ def _tile_kernel(
     n_out,
     K: tl.constexpr,
     HALVES: tl.constexpr,
+    GELU: tl.constexpr,
     SLICES: tl.constexpr,
     TILE_M: tl.constexpr,
     TILE_N: tl.constexpr,
@@ -262,7 +274,7 @@ def _tile_kernel(
         bias = tl.load(bias_ptr + row).to(tl.float32)
         out += tl.where(slice_index == 0, bias, 0.0)[None, :]
     if HALVES == 2:
-        out = _gated(out, TILE_M, TILE_OUT)
+        out = _gated(out, GELU, TILE_M, TILE_OUT)
     n = first_n + tl.arange(0, TILE_OUT)
     place = out_ptr + (slice_index * num_tokens + m).to(tl.int64)[:, None] * n_out + n[None, :]
     tl.store(place, out.to(out_ptr.dtype.element_ty), mask=m_inside & (n < n_out)[None, :])
@@ -277,6 +289,7 @@ def _vector_kernel(
     n_out,
     K: tl.constexpr,
     HALVES: tl.constexpr,
+    GELU: tl.constexpr,
     TILE_N: tl.constexpr,
     TILE_K: tl.constexpr,
     EARLY: tl.constexpr,
@@ -298,6 +311,6 @@ def _vector_kernel(
         out += tl.load(bias_ptr + row).to(tl.float32)
     TILE_OUT: tl.constexpr = TILE_N // HALVES
     if HALVES == 2:
-        out = tl.reshape(_gated(tl.reshape(out, [1, TILE_N]), 1, TILE_OUT), [TILE_OUT])
+        out = tl.reshape(_gated(tl.reshape(out, [1, TILE_N]), GELU, 1, TILE_OUT), [TILE_OUT])
     n = tl.program_id(0) * TILE_OUT + tl.arange(0, TILE_OUT)
     tl.store(out_ptr + n, out.to(out_ptr.dtype.element_ty), mask=n < n_out)

@@ -8,7 +8,7 @@ from typing import Literal
 
 import torch
 
-from nanovllm.kernels.linear.silu_mul import silu, silu_mul
+from nanovllm.kernels.linear.gate_mul import gate_mul, silu
 from nanovllm.kernels.triton_shim import tl, triton
 
 Activation = Literal["silu", "clamped"]
@@ -17,7 +17,7 @@ Activation = Literal["silu", "clamped"]
 def gate_reference(gate_up: torch.Tensor, activation: Activation) -> torch.Tensor:
     """`gate_up [rows, 2 * size]`, the gates and then the ups -> `[rows, size]`; computed in float32, rounded once."""
     if activation == "silu":
-        return silu_mul(gate_up)
+        return gate_mul(gate_up)
     gate, up = gate_up.float().chunk(2, dim=-1)
     gate, up = gate.clamp(max=7.0), up.clamp(min=-7.0, max=7.0)
     return ((up + 1) * gate * torch.sigmoid(1.702 * gate)).to(gate_up.dtype)

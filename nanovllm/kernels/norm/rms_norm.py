@@ -28,6 +28,19 @@ def add_rms_norm(
     return run(x, residual, weight, eps)
 
 
+def norm_add_rms_norm(
+    x: torch.Tensor,
+    first_weight: torch.Tensor,
+    first_eps: float,
+    residual: torch.Tensor,
+    weight: torch.Tensor,
+    eps: float,
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """`add_rms_norm` of the RMSNorm of x by `first_weight`, rounded as if stored: Gemma's norms on both sides."""
+    run = norm_add_rms_norm_triton if x.is_cuda else norm_add_rms_norm_reference
+    return run(x, first_weight, first_eps, residual, weight, eps)
+
+
 def count_slices(x: torch.Tensor) -> int:
     """The number of partial sums in x: `[slices, tokens, size]`, or `[tokens, size]`, which is one."""
     return len(x) if x.dim() == 3 else 1
@@ -50,6 +63,19 @@ def add_rms_norm_reference(
     return rms_norm_reference(residual, weight, eps), residual
 
 
+def norm_add_rms_norm_reference(
+    x: torch.Tensor,
+    first_weight: torch.Tensor,
+    first_eps: float,
+    residual: torch.Tensor,
+    weight: torch.Tensor,
+    eps: float,
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """`norm_add_rms_norm` in PyTorch; fast enough to serve a CPU too."""
+    x = x.sum(dim=0).to(residual.dtype) if x.dim() == 3 else x
+    return add_rms_norm_reference(rms_norm_reference(x, first_weight, first_eps), residual, weight, eps)
+
+
 def rms_norm_triton(x: torch.Tensor, weight: torch.Tensor, eps: float) -> torch.Tensor:
     """`rms_norm` in one launch, a program for each row."""
     return _launch(x, x, weight, eps, has_residual=False)
@@ -62,8 +88,25 @@ def add_rms_norm_triton(
     return _launch(x, residual, weight, eps, has_residual=True), residual
 
 
+def norm_add_rms_norm_triton(
+    x: torch.Tensor,
+    first_weight: torch.Tensor,
+    first_eps: float,
+    residual: torch.Tensor,
+    weight: torch.Tensor,
+    eps: float,
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """`norm_add_rms_norm` in one launch, a program for each row."""
+    return _launch(x, residual, weight, eps, has_residual=True, first=(first_weight, first_eps)), residual
+
+
 def _launch(
-    x: torch.Tensor, residual: torch.Tensor, weight: torch.Tensor, eps: float, has_residual: bool
+    x: torch.Tensor,
+    residual: torch.Tensor,
+    weight: torch.Tensor,
+    eps: float,
+    has_residual: bool,
+    first: tuple[torch.Tensor | None, float] = (None, 0.0),
 ) -> torch.Tensor:
     num_tokens, size = residual.shape
     num_slices = count_slices(x)
@@ -73,11 +116,13 @@ def _launch(
     _rms_norm_kernel[(num_tokens,)](
         x,
         residual,
+        first[0],
         weight,
         out,
         x.stride(-2),
         x.stride(0),
         residual.stride(0),
+        first[1],
         eps,
         SIZE=size,
         TILE=tile,
@@ -117,11 +162,13 @@ def normed(x, weight, eps, SIZE: tl.constexpr):
 def _rms_norm_kernel(
     x_ptr,
     residual_ptr,
+    first_weight_ptr,
     weight_ptr,
     out_ptr,
     x_stride,
     slice_stride,
     residual_stride,
+    first_eps,
     eps,
     SIZE: tl.constexpr,
     TILE: tl.constexpr,
@@ -133,8 +180,12 @@ def _rms_norm_kernel(
     column = tl.arange(0, TILE)
     inside = column < SIZE
     weight = tl.load(weight_ptr + column, mask=inside, other=0.0).to(tl.float32)
+    if first_weight_ptr is not None:
+        first_weight = tl.load(first_weight_ptr + column, mask=inside, other=0.0).to(tl.float32)
     wait_for_previous(EARLY)
     x = load_sum(x_ptr + token * x_stride + column, slice_stride, inside, NUM_SLICES, residual_ptr.dtype.element_ty)
+    if first_weight_ptr is not None:
+        x = normed(x, first_weight, first_eps, SIZE).to(x.dtype)
     if HAS_RESIDUAL:
         x = add_to_residual(x, residual_ptr + token * residual_stride + column, inside)
     tl.store(out_ptr + token * SIZE + column, normed(x, weight, eps, SIZE).to(out_ptr.dtype.element_ty), mask=inside)

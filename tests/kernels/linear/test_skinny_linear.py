@@ -2,10 +2,10 @@
 
 import pytest
 import torch
-from inside import kernel_takes, replace_skinny_launch, tiles_cut_to_fit, tiling_of_product
+from inside import kernel_takes, replace_skinny_launch, slices_of_product, tiles_cut_to_fit, tiling_of_product
 
 from nanovllm.kernels.linear import skinny_linear as kernels
-from nanovllm.kernels.linear.silu_mul import silu_mul
+from nanovllm.kernels.linear.gate_mul import gate_mul
 
 DTYPES = [torch.bfloat16, torch.float16]
 # rows of x, N, K: narrow and wide weights, N no multiple of a tile, every number of tiles along K
@@ -48,12 +48,15 @@ def assert_is_rounded_product(out: torch.Tensor, x: torch.Tensor, weight: torch.
     assert bool(((out.double() - exact).abs() <= allowed).all())
 
 
-def assert_is_rounded_swiglu(out: torch.Tensor, x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor) -> None:
-    """The bound: silu' is at most 1.1 and |silu(g)| at most |g|, so errors of gate and up carry over to the result."""
+def assert_is_rounded_gate(
+    out: torch.Tensor, x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor, kind: str = "silu"
+) -> None:
+    """The bound: silu' and gelu' are at most 1.2, silu(g) and gelu(g) at most |g|: so errors carry over."""
     gate, up = (x.double() @ weight.double().T + bias.double()).chunk(2, dim=1)
     magnitude = (x.double().abs() @ weight.double().abs().T + bias.double().abs()).chunk(2, dim=1)
-    exact = gate * torch.sigmoid(gate) * up
-    error = (1.1 * magnitude[0] * up.abs() + gate.abs() * magnitude[1]) * torch.finfo(torch.float32).eps * 8
+    z = gate if kind == "silu" else 2 * (2 / torch.pi) ** 0.5 * (gate + 0.044715 * gate**3)
+    exact = gate * torch.sigmoid(z) * up
+    error = (1.2 * magnitude[0] * up.abs() + gate.abs() * magnitude[1]) * torch.finfo(torch.float32).eps * 8
     allowed = error + exact.abs() * torch.finfo(out.dtype).eps / 2
     if out.dtype == torch.float16:
         allowed += 2.0**-25
@@ -70,7 +73,7 @@ def least_elements_of_large_weights(request: pytest.FixtureRequest, monkeypatch:
 
 def multiply(x: torch.Tensor, weight: torch.Tensor, *args: object, **options: bool) -> torch.Tensor:
     """The kernel's product. If there is no tiling for it, checks that the kernel refuses it, and skips the test."""
-    asked = [options.get(name, False) for name in ("gated", "in_slices")]
+    asked = [options.get("gate") is not None, options.get("in_slices", False)]
     if len(x) == 1 or tiling_of_product(len(x), *weight.shape, *asked):
         return kernels.skinny_linear_triton(x, weight, *args, **options)
     with pytest.raises(ValueError, match="that has tiles"):
@@ -78,12 +81,15 @@ def multiply(x: torch.Tensor, weight: torch.Tensor, *args: object, **options: bo
     pytest.skip("a product for the library, and refused")
 
 
+@pytest.mark.parametrize("kind", ["silu", "gelu"])
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("shape", [(m, 2 * n, k) for m, n, k in SHAPES])
-def test_a_gated_product_is_swiglu_rounded_once(shape: tuple[int, int, int], dtype: torch.dtype, device: str):
+def test_a_gated_product_is_swiglu_or_geglu_rounded_once(
+    shape: tuple[int, int, int], dtype: torch.dtype, kind: str, device: str
+):
     x, weight, bias = draw(shape, dtype, device)
     weight *= 0.05  # products of float16 would overflow
-    assert_is_rounded_swiglu(multiply(x, weight, bias, gated=True), x, weight, bias)
+    assert_is_rounded_gate(multiply(x, weight, bias, gate=kind), x, weight, bias, kind)
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
@@ -113,32 +119,52 @@ def test_slices_sum_to_the_product_and_only_one_has_the_bias(shape, dtype: torch
 
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="too large for the interpreter")
 @pytest.mark.parametrize("num_tokens", [1, 3, 16, 31, 48, 64, 65, 128, 129, 256])
-@pytest.mark.parametrize("kind", ["plain", "in_slices", "gated"])
+@pytest.mark.parametrize("kind", ["plain", "in_slices", "gate"])
 def test_the_product_is_rounded_once_at_a_models_sizes(num_tokens: int, kind: str, device: str):
-    options = {} if kind == "plain" else {kind: True}
+    options = {"plain": {}, "in_slices": {"in_slices": True}, "gate": {"gate": "silu"}}[kind]
     exact = {"plain": assert_is_rounded_product, "in_slices": assert_slices_sum_to_the_product}
     for n, k in [(4096, 1024), (1024, 2048), (6144, 1024), (1024, 3072)]:
         x, weight, bias = draw((num_tokens, n, k), torch.bfloat16, device)
-        exact.get(kind, assert_is_rounded_swiglu)(multiply(x, weight, bias, **options), x, weight, bias)
+        exact.get(kind, assert_is_rounded_gate)(multiply(x, weight, bias, **options), x, weight, bias)
 
 
 def test_products_have_the_tiles_that_were_chosen_for_them(monkeypatch: pytest.MonkeyPatch):
     monkeypatch.undo()  # the real bounds of large and narrow weights
-    for (n, k), table in [
-        ((4096, 1024), kernels.TILINGS),
-        ((8192, 4096), kernels.LARGE_TILINGS),
-        ((4096, 4096), {most: (None, in_slices, None) for most, (_, in_slices, _) in kernels.LARGE_TILINGS.items()}),
-        ((32768, 4096), {}),
+    small, large, none = kernels.TILINGS, kernels.LARGE_TILINGS, {}
+    for (n, k), tables in [  # of a plain product, one in slices, a gated one
+        ((1024, 2048), (small, small, small)),
+        ((4096, 1024), (small, large, small)),
+        ((8192, 4096), (large, large, large)),
+        ((4096, 4096), (none, large, none)),
+        ((32768, 4096), (none, none, none)),
     ]:
         for num_tokens in (2, 16, 17, 32, 33, 48, 49, 64, 65, 96, 97, 128, 129, 192, 193, 256, 257):
-            row = next((tilings for most, tilings in table.items() if num_tokens <= most), (None, None, None))
-            assert tuple(tiling_of_product(num_tokens, n, k, g, p) for g, p in ((0, 0), (0, 1), (1, 0))) == row
+            for kind, (table, asked) in enumerate(zip(tables, ((0, 0), (0, 1), (1, 0)), strict=True)):
+                row = next((tilings for most, tilings in table.items() if num_tokens <= most), (None, None, None))
+                assert tiling_of_product(num_tokens, n, k, *asked) == row[kind]
+
+
+@pytest.mark.parametrize(
+    ("programs", "k", "longest", "slices"),
+    [
+        (16, 2048, 1 << 30, 8),  # Qwen3-0.6B's output projection: 128 programs
+        (16, 3072, 1 << 30, 6),  # 96 programs are enough
+        (64, 12288, 3584, 4),  # Qwen3-8B's down projection: shorter slices are wanted
+        (40, 10240, 1 << 30, 2),  # Gemma 3 4B's: 4 slices would be 160 programs, of which 28 begin when 132 have ended
+        (45, 4096, 1 << 30, 2),
+        (300, 4096, 1 << 30, 1),
+    ],
+)
+def test_slices_fill_the_device_and_leave_no_few_programs_over(
+    programs: int, k: int, longest: int, slices: int, monkeypatch: pytest.MonkeyPatch
+):
+    assert slices_of_product(monkeypatch, programs, k, longest, multiprocessors=132) == slices
 
 
 def test_what_the_kernel_is_not_for_is_left_to_the_library(device: str, monkeypatch: pytest.MonkeyPatch):
     replace_skinny_launch(monkeypatch, lambda *args: pytest.fail("the kernel was called"))
     x, weight, bias = (t.to(device) for t in draw((3, 8, 256), torch.float32, "cpu"))
-    assert kernel_takes(x.bfloat16(), weight.bfloat16(), bias.bfloat16(), False, False)
+    assert kernel_takes(x.bfloat16(), weight.bfloat16(), bias.bfloat16(), None, False)
     for a, w in [
         (x, weight),  # float32
         (x[:, :100].bfloat16(), weight[:, :100].bfloat16()),  # an odd K
@@ -146,11 +172,11 @@ def test_what_the_kernel_is_not_for_is_left_to_the_library(device: str, monkeypa
         (x.bfloat16().repeat(90, 1), weight.bfloat16()),  # many rows
         (x.bfloat16().repeat(1, 2)[:, 3 : 3 + 256], weight.bfloat16()),  # rows that begin at odd places
     ]:
-        assert not any(kernel_takes(a, w, None, gated, slices) for gated, slices in ((0, 0), (0, 1), (1, 0)))
+        assert not any(kernel_takes(a, w, None, gate, slices) for gate, slices in ((None, 0), (None, 1), ("silu", 0)))
         assert torch.equal(kernels.skinny_linear(a, w), torch.nn.functional.linear(a, w))
         assert torch.equal(kernels.skinny_linear(a, w, in_slices=True), torch.nn.functional.linear(a, w))
-        expected = silu_mul(torch.nn.functional.linear(a, w))
-        assert torch.equal(kernels.skinny_linear(a, w, gated=True), expected)
+        expected = gate_mul(torch.nn.functional.linear(a, w))
+        assert torch.equal(kernels.skinny_linear(a, w, gate="silu"), expected)
 
 
 def test_few_rows_on_a_gpu_take_the_kernel(device: str, monkeypatch: pytest.MonkeyPatch):

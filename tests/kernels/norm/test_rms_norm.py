@@ -45,6 +45,24 @@ def test_rms_norm_rounds_the_exact_norm_once(norm, shape: tuple[int, int], dtype
     assert torch.equal(x, before)
 
 
+@pytest.mark.parametrize("norm", [kernels.norm_add_rms_norm_triton, kernels.norm_add_rms_norm])
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("shape", SHAPES)
+@pytest.mark.parametrize("num_slices", [0, 3])
+def test_a_norm_before_the_addition_is_rounded_by_itself(norm, num_slices: int, shape, dtype, device: str):
+    """The weights may be float32, as Gemma's."""
+    x, weight = draw(shape, dtype, device)
+    first_weight = draw((1, shape[1]), torch.float32, device)[1].float() + 1
+    residual = draw(shape, dtype, device)[0].flip(1).contiguous()
+    source = torch.stack([x.float() * 0.5, x.float() * 0.25, x.float() * 0.25]) if num_slices else x
+    expected = residual + kernels.rms_norm_triton(x, first_weight, 1e-5)
+    out, returned = norm(source, first_weight, 1e-5, residual, weight, EPS)
+    assert returned is residual
+    unit = torch.finfo(dtype).eps  # float32's norms differ in their last digits, before and after the addition
+    torch.testing.assert_close(residual, expected, rtol=unit, atol=16 * unit if dtype == torch.float32 else 0)
+    assert_rounded_once(out, exact_norm(residual, weight))
+
+
 @pytest.mark.parametrize("norm", NORMS)
 def test_rms_norm_is_that_of_transformers(norm, device: str):
     x, weight = draw((5, 96), torch.float32, device)

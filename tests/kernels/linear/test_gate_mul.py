@@ -1,14 +1,14 @@
-"""Promises of silu · mul, kept by the kernel (interpreted on a CPU) and the reference."""
+"""Promises of silu(gate) · up and gelu(gate) · up, kept by the kernel (interpreted on a CPU) and the reference."""
 
 import pytest
 import torch
 from transformers.activations import ACT2FN
 
-from nanovllm.kernels.linear import silu_mul as kernels
+from nanovllm.kernels.linear import gate_mul as kernels
 
 DTYPES = [torch.bfloat16, torch.float16, torch.float32]
 SHAPES = [(1, 3072), (5, 48), (3, 1000), (0, 16), (2, 1), (70, 80)]
-FUNCTIONS = [kernels.silu_mul_triton, kernels.silu_mul_reference, kernels.silu_mul]
+FUNCTIONS = [kernels.gate_mul_triton, kernels.gate_mul_reference, kernels.gate_mul]
 
 
 def draw(shape: tuple[int, int], dtype: torch.dtype, device: str) -> torch.Tensor:
@@ -19,9 +19,10 @@ def draw(shape: tuple[int, int], dtype: torch.dtype, device: str) -> torch.Tenso
     return wide.to(device, dtype)[:, 1:-8]
 
 
-def exact(gate_up: torch.Tensor) -> torch.Tensor:
+def exact(gate_up: torch.Tensor, kind: str = "silu") -> torch.Tensor:
     gate, up = gate_up.double().chunk(2, dim=-1)
-    return gate * torch.sigmoid(gate) * up
+    z = gate if kind == "silu" else 2 * (2 / torch.pi) ** 0.5 * (gate + 0.044715 * gate**3)
+    return gate * torch.sigmoid(z) * up
 
 
 def assert_rounded_once(out: torch.Tensor, expected: torch.Tensor) -> None:
@@ -34,7 +35,7 @@ def assert_rounded_once(out: torch.Tensor, expected: torch.Tensor) -> None:
 @pytest.mark.parametrize("function", FUNCTIONS)
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("shape", SHAPES)
-def test_silu_mul_rounds_the_exact_product_once(function, shape: tuple[int, int], dtype: torch.dtype, device: str):
+def test_gate_mul_rounds_the_exact_product_once(function, shape: tuple[int, int], dtype: torch.dtype, device: str):
     gate_up = draw(shape, dtype, device)
     if dtype == torch.float16:  # products of its largest gates would overflow
         gate_up = gate_up.clamp(-100, 100)
@@ -54,15 +55,32 @@ def test_gates_far_below_zero_keep_float32s_precision(function, device: str):
     torch.testing.assert_close(out.double(), expected, rtol=1e-6, atol=0)
 
 
+@pytest.mark.parametrize(("kind", "name"), [("silu", "silu"), ("gelu", "gelu_pytorch_tanh")])
 @pytest.mark.parametrize("function", FUNCTIONS)
-def test_silu_mul_is_that_of_transformers(function, device: str):
+def test_gate_mul_is_that_of_transformers(function, kind: str, name: str, device: str):
     gate_up = draw((3, 96), torch.float32, device)
     gate, up = gate_up.chunk(2, dim=-1)
-    torch.testing.assert_close(function(gate_up), ACT2FN["silu"](gate) * up, rtol=2e-6, atol=1e-7)
+    # 1 + tanh, which PyTorch computes for gelu, loses digits where the gate is far below zero.
+    atol = 1e-7 if kind == "silu" else 2e-6 * float(gate.abs().max())
+    torch.testing.assert_close(function(gate_up, kind), ACT2FN[name](gate) * up, rtol=2e-6, atol=atol)
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("shape", SHAPES)
+def test_the_kernels_gelu_is_rounded_once(shape: tuple[int, int], dtype: torch.dtype, device: str):
+    gate_up = draw(shape, dtype, device)
+    if dtype == torch.float16:
+        gate_up = gate_up.clamp(-100, 100)
+    # z is a cubic of the gate: its rounding costs exp(z) some more units where the gate is far below zero.
+    out, expected = kernels.gate_mul_triton(gate_up, "gelu"), exact(gate_up, "gelu")
+    gate, up = gate_up.double().chunk(2, dim=-1)
+    unit = torch.finfo(dtype).eps / 2 + 64 * torch.finfo(torch.float32).eps
+    tiny = torch.finfo(dtype).smallest_normal * torch.finfo(dtype).eps + 1e-9 * (gate * up).abs()
+    assert ((out.double() - expected).abs() <= expected.abs() * unit + tiny).all()
 
 
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="too large for the interpreter")
 @pytest.mark.parametrize("shape", [(16384, 3072), (4096, 12288), (512, 12288)])
-def test_silu_mul_at_a_prefills_size(shape: tuple[int, int], device: str):
+def test_gate_mul_at_a_prefills_size(shape: tuple[int, int], device: str):
     gate_up = draw(shape, torch.bfloat16, device)
-    assert_rounded_once(kernels.silu_mul_triton(gate_up), exact(gate_up))
+    assert_rounded_once(kernels.gate_mul_triton(gate_up), exact(gate_up))
