@@ -6,7 +6,7 @@ from xml.etree import ElementTree
 
 import pytest
 
-from tools import draw_step, reading_routes
+from tools import draw_step, family_table, reading_routes
 
 ROOT = Path(__file__).parents[1]
 README, NOTEBOOK = ROOT / "README.md", ROOT / "docs" / "lab-notebook.md"
@@ -81,6 +81,11 @@ def test_commit_ids_are_in_the_notebook_alone(page: Path) -> None:
 def test_the_afternoon_table_is_what_the_tool_writes() -> None:
     text = README.read_text()
     assert text == reading_routes.with_table(text, reading_routes.afternoon_table())
+
+
+def test_the_table_of_families_is_what_the_tool_writes() -> None:
+    text = README.read_text()
+    assert text == family_table.with_table(text)
 
 
 def test_the_afternoon_is_at_most_2000_lines() -> None:

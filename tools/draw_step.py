@@ -114,7 +114,7 @@ def draw() -> str:
         f'<line x1="542" y1="24" x2="542" y2="{LAUNCH.bottom + 32}" stroke="{LINE}" stroke-dasharray="3 5"/>',
         f'<rect x="{LAYERS.x}" y="{LAYERS.y}" width="{LAYERS.width}" height="{LAYERS.height}" rx="8" fill="none" '
         f'stroke="{LINE}" stroke-dasharray="6 4"/>',
-        _text(LAYERS.right - 20, LAYERS.y + 20, "each layer (layers/, models/qwen3.py)", 12, MUTED, anchor="end"),
+        _text(LAYERS.right - 20, LAYERS.y + 20, "each layer (layers/, models/blocks.py)", 12, MUTED, anchor="end"),
     ]
     parts += [_box(box) for box in BOXES]
     parts += [

@@ -24,10 +24,10 @@ AFTERNOON = [
     ("worker/model_runner.py", "a plan becomes a forward pass"),
     ("worker/input_batch.py", "rows that stay on the device"),
     ("layers/attention.py", "keys and values to their slots, and back through the block table"),
-    ("kernels/attention/contract.py", "what attention is told: the layer as data, and where tokens are"),
     ("layers/linear.py", "column and row split, and the one all-reduce"),
     ("layers/layernorm.py", "the norm that reduces a partial sum"),
-    ("models/qwen3.py", "a model as the textbook writes it"),
+    ("models/blocks.py", "a model as the textbook writes it, and what families may change in it"),
+    ("models/llama.py", "a family: what its config.json says, and what its layers are"),
 ]
 
 

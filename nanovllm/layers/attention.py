@@ -16,7 +16,7 @@ from nanovllm.kernels.attention.contract import AttentionSpec, ChunkBatch, Decod
 from nanovllm.kernels.attention.paged_decode import paged_decode
 from nanovllm.kernels.attention.paged_prefill import paged_prefill
 from nanovllm.kernels.attention.qk_norm_rope_store import qk_norm_rope_store
-from nanovllm.layers.linear import copy_share
+from nanovllm.layers.shards import copy_share
 
 
 @dataclass(slots=True)

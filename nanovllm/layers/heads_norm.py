@@ -6,8 +6,9 @@ The ranks have some heads each, so they add up their mean squares: two numbers a
 import torch
 from torch import nn
 
-from nanovllm.layers.linear import PartialSum, QKVParallelLinear
+from nanovllm.layers.linear import PartialSum
 from nanovllm.layers.pointwise import mean_squares, scale_heads
+from nanovllm.layers.qkv_linear import QKVParallelLinear
 
 
 class HeadsNorm(nn.Module):

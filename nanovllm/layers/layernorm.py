@@ -6,8 +6,9 @@ import torch
 from torch import nn
 
 from nanovllm.kernels.norm.rms_norm import add_rms_norm, norm_add_rms_norm, rms_norm
-from nanovllm.layers.linear import PartialSum, copy_exactly
+from nanovllm.layers.linear import PartialSum
 from nanovllm.layers.pointwise import norm_add
+from nanovllm.layers.shards import copy_exactly
 
 
 class RMSNorm(nn.Module):

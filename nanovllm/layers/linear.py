@@ -9,7 +9,6 @@ Heads must come out even. Other features are padded with zeros on the last ranks
 """
 
 from dataclasses import dataclass
-from math import gcd
 
 import torch
 from torch import nn
@@ -19,6 +18,7 @@ from nanovllm.kernels.linear.gate_mul import Gate
 from nanovllm.kernels.norm.all_reduce import one_shot_add_rms_norm
 from nanovllm.kernels.norm.rms_norm import add_rms_norm
 from nanovllm.layers.packed_format import PackedFormat
+from nanovllm.layers.shards import copy_exactly, copy_share, split_exactly
 from nanovllm.layers.weight_format import PlainFormat, WeightFormat
 
 
@@ -123,62 +123,6 @@ class MergedColumnParallelLinear(ColumnParallelLinear):
         copy_share(own, loaded, 0, self.totals[shard], self.tp.rank)
 
 
-class QKVParallelLinear(Linear):
-    """The query, key and value projections as one matrix, cut by heads. Shards are "q", "k" and "v".
-
-    A rank keeps the key/value heads that its query heads read; neighbouring ranks may keep the same one. Every kept
-    head serves equally many query heads: where the cut would make groups uneven, a rank keeps a head more than once.
-    """
-
-    def __init__(
-        self,
-        hidden_size: int,
-        head_dim: int,
-        num_heads: int,
-        num_kv_heads: int,
-        tp: TensorParallel,
-        bias: bool = False,
-    ) -> None:
-        if num_heads % num_kv_heads:
-            raise ValueError(
-                f"num_attention_heads={num_heads} must be a multiple of num_key_value_heads={num_kv_heads}"
-            )
-        self.tp = tp
-        self.num_heads = tp.split(num_heads, "num_attention_heads")
-        group = num_heads // num_kv_heads
-        served = gcd(group, self.num_heads)  # query heads for each key/value head that a rank keeps
-        kept = [head // group for head in range(0, num_heads, served)]  # by all ranks, one after the other
-        share = self.num_heads // served
-        self.kv_heads = kept[tp.rank * share : (tp.rank + 1) * share]
-        self.kv_copies = [kept.count(head) for head in self.kv_heads]
-        self.num_kv_heads, self.total_kv_heads = len(self.kv_heads), num_kv_heads
-        self.shard_sizes = {
-            "q": self.num_heads * head_dim,
-            "k": self.num_kv_heads * head_dim,
-            "v": self.num_kv_heads * head_dim,
-        }
-        super().__init__(hidden_size, sum(self.shard_sizes.values()), bias)
-
-    def load_shard(self, param: nn.Parameter, loaded: torch.Tensor, shard: str | int | None) -> None:
-        order = list(self.shard_sizes)
-        if shard is None:  # the checkpoint has the three as one tensor too
-            kv_size = self.shard_sizes["k"] // self.num_kv_heads * self.total_kv_heads
-            sizes = [self.shard_sizes["q"] * self.tp.size, kv_size, kv_size]
-            for each, part in zip(order, split_exactly(loaded, sizes), strict=True):
-                self.load_shard(param, part, each)
-            return
-        start = sum(self.shard_sizes[s] for s in order[: order.index(shard)])
-        self.copy_heads(param.narrow(0, start, self.shard_sizes[shard]), loaded, shard)
-
-    def copy_heads(self, own: torch.Tensor, loaded: torch.Tensor, shard: str) -> None:
-        """Copy this rank's heads of `loaded`, which has all of them along dimension 0. Raises as `copy_share`."""
-        if shard == "q":
-            copy_share(own, loaded, 0, len(own) * self.tp.size, self.tp.rank)
-            return
-        for part, head in zip(own.chunk(self.num_kv_heads), self.kv_heads, strict=True):
-            copy_share(part, loaded, 0, self.total_kv_heads * len(part), head)
-
-
 class RowParallelLinear(Linear):
     """Each rank keeps a share of the input features, and has a partial sum of the output."""
 
@@ -200,32 +144,3 @@ class RowParallelLinear(Linear):
             copy_exactly(param, loaded)
         else:
             copy_share(param, loaded, 1, self.total, self.tp.rank)
-
-
-def copy_share(param: torch.Tensor, loaded: torch.Tensor, dim: int, total: int, rank: int) -> None:
-    """Copy `rank`'s share of `loaded`, which has `total` features along `dim`; fill the rest of `param` with zeros.
-
-    Of a tensor mapped from a file only the share is read. Raises ValueError on a wrong shape.
-    """
-    whole = [*param.shape[:dim], total, *param.shape[dim + 1 :]]
-    if list(loaded.shape) != whole:
-        raise ValueError(f"shape {list(loaded.shape)} where the model has {whole}")
-    share = param.shape[dim]
-    start = min(rank * share, total)
-    length = min(share, total - start)
-    param.data.narrow(dim, 0, length).copy_(loaded.narrow(dim, start, length))
-    param.data.narrow(dim, length, share - length).zero_()
-
-
-def split_exactly(loaded: torch.Tensor, sizes: list[int]) -> tuple[torch.Tensor, ...]:
-    """`loaded` in parts of `sizes` along dimension 0. Raises ValueError if it is not of their sum."""
-    if len(loaded) != sum(sizes):
-        raise ValueError(f"shape {list(loaded.shape)} where the model has {sum(sizes)} rows, of {sizes}")
-    return loaded.split(sizes)
-
-
-def copy_exactly(param: torch.Tensor, loaded: torch.Tensor) -> None:
-    """Copy `loaded` into `param`, converting the dtype. Raises ValueError unless the shapes are equal."""
-    if param.shape != loaded.shape:
-        raise ValueError(f"shape {list(loaded.shape)} where the model has {list(param.shape)}")
-    param.data.copy_(loaded)

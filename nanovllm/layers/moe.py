@@ -17,7 +17,8 @@ from nanovllm.kernels.moe.activation import Activation
 from nanovllm.kernels.moe.experts import ExpertWeights
 from nanovllm.kernels.moe.route import route
 from nanovllm.layers.expert_formats import PackedExperts, PlainExperts
-from nanovllm.layers.linear import Linear, PartialSum, copy_share
+from nanovllm.layers.linear import Linear, PartialSum
+from nanovllm.layers.shards import copy_share
 
 QWEN_NAMES = ("gate_proj", "up_proj", "down_proj")  # OLMoE's too
 MIXTRAL_NAMES = ("w1", "w3", "w2")

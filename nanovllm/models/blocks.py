@@ -16,8 +16,9 @@ from nanovllm.layers.attention import Attention, AttentionMetadata, AttentionSin
 from nanovllm.layers.embed_head import ParallelLMHead, VocabParallelEmbedding
 from nanovllm.layers.heads_norm import HeadsNorm
 from nanovllm.layers.layernorm import NormedSum, RMSNorm
-from nanovllm.layers.linear import MergedColumnParallelLinear, PartialSum, QKVParallelLinear, RowParallelLinear
+from nanovllm.layers.linear import MergedColumnParallelLinear, PartialSum, RowParallelLinear
 from nanovllm.layers.pointwise import cap
+from nanovllm.layers.qkv_linear import QKVParallelLinear
 from nanovllm.layers.rotary_embedding import Rope, rope_parameters
 
 Hidden = torch.Tensor | PartialSum | NormedSum  # [tokens, hidden_size]
@@ -28,7 +29,7 @@ Residual = torch.Tensor | None  # [tokens, hidden_size]; None before the first l
 class LayerSpec:
     """A decoder layer, as far as families differ in it. The defaults are those of most."""
 
-    norms: str = "pre"  # before attention and MLP; "post": after them; "sandwich": both
+    layer: type[nn.Module] | None = None  # None: `DecoderLayer`; or one of `norm_placements.py`
     one_plus: bool = False  # norms multiply by 1 + weight
     qkv_bias: bool = False
     o_bias: bool = False
@@ -106,43 +107,12 @@ class DecoderLayer(nn.Module):
         return self.mlp(hidden), residual
 
 
-class PostNormLayer(DecoderLayer):
-    """Norms after attention and MLP, before the residual is added: OLMo 2's layer."""
-
-    norm_names = ("post_attention_layernorm", "post_feedforward_layernorm")
-
-    def forward(self, hidden: Hidden, residual: Residual, meta: AttentionMetadata) -> tuple[Hidden, Residual]:
-        hidden = self.post_attention_layernorm.add_normed(self.self_attn(hidden, meta), hidden)
-        hidden = self.post_feedforward_layernorm.add_normed(self.mlp(hidden), hidden)
-        return hidden, None
-
-
-class SandwichLayer(DecoderLayer):
-    """Norms before and after both: Gemma 2's layer."""
-
-    norm_names = (
-        "input_layernorm",
-        "post_attention_layernorm",
-        "pre_feedforward_layernorm",
-        "post_feedforward_layernorm",
-    )
-
-    def forward(self, hidden: Hidden, residual: Residual, meta: AttentionMetadata) -> tuple[Hidden, Residual]:
-        hidden, residual = self.input_layernorm(hidden, residual)
-        hidden = NormedSum(self.self_attn(hidden, meta), self.post_attention_layernorm)
-        hidden, residual = self.pre_feedforward_layernorm(hidden, residual)
-        return NormedSum(self.mlp(hidden), self.post_feedforward_layernorm), residual
-
-
-LAYERS = {"pre": DecoderLayer, "post": PostNormLayer, "sandwich": SandwichLayer}
-
-
 class Decoder(nn.Module):
     def __init__(self, config: Any, tp: TensorParallel, specs: list[LayerSpec], embedding_scale: float) -> None:
         super().__init__()
         self.embed_tokens = VocabParallelEmbedding(config.vocab_size, config.hidden_size, tp)
         self.layers = nn.ModuleList(
-            LAYERS[spec.norms](config, tp, spec, layer_type)
+            (spec.layer or DecoderLayer)(config, tp, spec, layer_type)
             for spec, layer_type in zip(specs, config.layer_types, strict=True)
         )
         self.norm = RMSNorm(config.hidden_size, config.rms_norm_eps, specs[-1].one_plus)

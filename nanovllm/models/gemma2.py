@@ -5,6 +5,7 @@ from typing import Any
 
 from nanovllm.models.blocks import CausalLM, LayerSpec
 from nanovllm.models.layer_types import every
+from nanovllm.models.norm_placements import SandwichLayer
 
 
 class Gemma2ForCausalLM(CausalLM):
@@ -36,7 +37,7 @@ class Gemma2ForCausalLM(CausalLM):
     @classmethod
     def layer_spec(cls, config: Any, index: int) -> LayerSpec:
         return LayerSpec(
-            norms="sandwich",
+            layer=SandwichLayer,
             one_plus=True,
             qkv_bias=config.attention_bias,
             o_bias=config.attention_bias,

@@ -4,6 +4,7 @@ from typing import Any
 
 from nanovllm.models.blocks import CausalLM, LayerSpec
 from nanovllm.models.layer_types import every, rope_by_layer_type
+from nanovllm.models.norm_placements import PostNormLayer
 
 
 class Olmo2ForCausalLM(CausalLM):
@@ -23,7 +24,7 @@ class Olmo2ForCausalLM(CausalLM):
     @classmethod
     def layer_spec(cls, config: Any, index: int) -> LayerSpec:
         bias = config.attention_bias
-        return LayerSpec(norms="post", head_norm="all", qkv_bias=bias, o_bias=bias, activation=config.hidden_act)
+        return LayerSpec(layer=PostNormLayer, head_norm="all", qkv_bias=bias, o_bias=bias, activation=config.hidden_act)
 
 
 class Olmo3ForCausalLM(Olmo2ForCausalLM):

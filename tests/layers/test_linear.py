@@ -13,10 +13,10 @@ from nanovllm.layers.linear import (
     ColumnParallelLinear,
     MergedColumnParallelLinear,
     PartialSum,
-    QKVParallelLinear,
     RowParallelLinear,
 )
 from nanovllm.layers.packed_format import PackedFormat
+from nanovllm.layers.qkv_linear import QKVParallelLinear
 
 HIDDEN = 24
 SIZES = [1, 2, 4]
