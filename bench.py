@@ -2,6 +2,7 @@
 
     python bench.py                                       the headline workload: 256 requests, 133,966 output tokens
     python bench.py --streams 1,8,32                      latency of few streams, 128 tokens in and 512 out
+    python bench.py --shape gemma-3-4b --workload headline --streams 1,8,32    both, of another model's shape
     python bench.py --workload cpu-a --compare transformers    two engines, whose runs alternate
     python bench.py --model DIR --engine vllm             a real checkpoint, another engine
     python bench.py --shape qwen3-8b --tensor-parallel-size 2    two devices, against the roofline of both
@@ -191,12 +192,13 @@ def numbers(text: str) -> list[int]:
 
 
 def workload_mixes(args: argparse.Namespace) -> dict[str, LengthMix]:
-    """The chosen preset, or one mix for each number of streams; length options replace its own."""
-    if args.streams:
-        mixes = {f"{n} stream{'s' * (n > 1)}": few_streams(n) for n in args.streams}
-    else:
+    """The chosen preset, and one mix for each number of streams; length options replace their own."""
+    mixes = {}
+    if args.workload or not args.streams:
         name = args.workload or "headline"
-        mixes = {name: PRESETS[name]}
+        mixes[name] = PRESETS[name]
+    for n in args.streams or []:
+        mixes[f"{n} stream{'s' * (n > 1)}"] = few_streams(n)
     given = {f.name: getattr(args, f.name, None) for f in fields(LengthMix)}
     given = {name: value for name, value in given.items() if value is not None}
     return {name: replace(mix, **given) for name, mix in mixes.items()}
