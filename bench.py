@@ -30,6 +30,7 @@ from typing import Any
 
 from benchmarks import ablation, all_rows, ranks, scaling
 from benchmarks.engines import ENGINES, EngineOptions, make_engine
+from benchmarks.experts_hit import count_experts_hit
 from benchmarks.machine import describe_machine, describe_versions, seconds_since_process_start
 from benchmarks.model_shape import read_config
 from benchmarks.report import comparison_line, result_lines, split_lines, startup_line
@@ -90,6 +91,11 @@ def measure(setting: Setting, args: argparse.Namespace) -> dict[str, Any]:
     ceilings = setting.measure_ceilings()
     for engine in engines:
         warm_up(engine, workloads[0], num_tokens=16)
+    if engines[0].name == "nanovllm" and setting.options.tensor_parallel_size == 1:
+        experts_hit = count_experts_hit(engines[0], setting.config["vocab_size"], setting.temperature)
+        setting = replace(setting, experts_hit=experts_hit)
+        if experts_hit:
+            print("experts hit in a layer: " + ", ".join(f"{hit:.1f} by {n}" for n, hit in experts_hit), flush=True)
     results, comparisons, splits = [], [], []
     for workload in workloads:
         for result in run_alternating(engines, workload, setting.repeat, setting.bound(workload, ceilings)):
@@ -106,6 +112,7 @@ def measure(setting: Setting, args: argparse.Namespace) -> dict[str, Any]:
     return {
         "startup": startup,
         "ceilings": asdict(ceilings),
+        "experts_hit": setting.experts_hit,
         "results": [asdict(result) for result in results],
         "comparisons": comparisons,
         "splits": splits,

@@ -3,7 +3,10 @@
 import json
 from collections import Counter
 from dataclasses import dataclass
+from math import log
 from pathlib import Path
+
+import numpy as np
 
 from nanovllm.layers.embed_head import VocabParallelEmbedding
 from nanovllm.layers.moe import Experts
@@ -21,6 +24,7 @@ class ModelShape:
         windows: (tokens that a query sees at most or None for all, number of such layers), for each kind of layer.
         kv_elements_per_token: in one layer. attention_flops_per_pair: in one layer, for one query and one key.
         expert_params: of one expert in all layers that have experts. num_experts, experts_per_token: in a layer.
+        experts_hit: (tokens of a step, experts that they hit in a layer on average), as counted, fewest tokens first.
     """
 
     layer_params: int
@@ -32,6 +36,7 @@ class ModelShape:
     expert_params: int = 0
     num_experts: int = 0
     experts_per_token: int = 0
+    experts_hit: tuple[tuple[int, float], ...] = ()
 
     @property
     def active_params(self) -> int:
@@ -42,11 +47,15 @@ class ModelShape:
         """Bytes of weights that a step of so many tokens reads.
 
         The embedding counts only if it is the LM head too: otherwise a step reads just rows of it. Of the experts those
-        count that are hit, which are the fewest for tokens that choose alike. How many are hit depends on the router;
-        this is their expected number where all experts are equally likely, whatever the others of a token are.
+        count that are hit. Without a count this is their expected number where all are equally likely; tokens that
+        choose alike hit fewer. Between two counts the ratio of the two is interpolated, by the logarithm of tokens.
         """
         missed = 1 - self.experts_per_token / self.num_experts if self.num_experts else 1
         hit = self.num_experts * (1 - missed**num_tokens)
+        if self.experts_hit:
+            logs = [log(n) for n, _ in self.experts_hit]
+            ratios = [counted / (self.num_experts * (1 - missed**n)) for n, counted in self.experts_hit]
+            hit *= float(np.interp(log(max(num_tokens, 1)), logs, ratios))
         return (self.layer_params + self.head_params + hit * self.expert_params) * self.bytes_per_element
 
     @property

@@ -26,6 +26,7 @@ class Setting:
     seed: int
     repeat: int
     shrink: int = 1
+    experts_hit: tuple[tuple[int, float], ...] = ()  # as `count_experts_hit` gives them
 
     @property
     def dtype(self) -> torch.dtype:
@@ -35,7 +36,8 @@ class Setting:
 
     @property
     def shape(self) -> ModelShape:
-        return model_shape(self.options.model_dir, self.dtype.itemsize)
+        shape = model_shape(self.options.model_dir, self.dtype.itemsize)
+        return replace(shape, experts_hit=self.experts_hit) if self.experts_hit else shape
 
     def draw(self, name: str, mix: LengthMix, all_seqs: bool = False) -> Workload:
         """Draw the mix's requests. With `all_seqs`, `shrink` does not divide their number.

@@ -12,6 +12,7 @@ from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
+from families import save_family
 
 from benchmarks.ceilings import Ceilings
 from benchmarks.engines import EngineOptions, make_engine
@@ -264,7 +265,7 @@ def test_bench_reports_every_figure_in_its_last_line(tmp_path):
     report = json.loads(done.stdout.splitlines()[-1])
     assert set(report) == {
         "benchmark", "model", "options", "temperature", "seed", "shrink", "startup", "machine", "versions",
-        "ceilings", "results", "comparisons", "splits",
+        "ceilings", "experts_hit", "results", "comparisons", "splits",
     }  # fmt: skip
     assert 0 < report["startup"]["engine_ready_s"] < report["startup"]["first_token_s"]
     assert min(report["ceilings"].values()) > 0
@@ -296,6 +297,19 @@ def test_bench_of_two_ranks_says_what_they_send_each_other(tmp_path):
     assert f"rank 0 sends {result['plan_bytes_per_step']:,.0f} bytes a step" in done.stdout
     refused = run_script("bench.py", "--ablate", "--tensor-parallel-size", "2", cwd=tmp_path)
     assert refused.returncode != 0 and "--ablate" in refused.stderr
+
+
+def test_the_roofline_of_a_mixture_counts_the_experts_that_its_tokens_hit(tmp_path):
+    model = save_family(tmp_path / "model", "qwen3moe")
+    done = run_script("bench.py", "--model", str(model), "--device", "cpu", "--streams", "1", *SMALL_RUN, cwd=tmp_path)
+    assert done.returncode == 0, done.stderr
+    report = json.loads(done.stdout.splitlines()[-1])
+    hits = dict(map(tuple, report["experts_hit"]))
+    assert hits[1] == 3 and 3 < hits[8] <= 7  # 3 of 7 experts a token
+    assert "experts hit in a layer: 3.0 by 1" in done.stdout
+    shape = replace(model_shape(model, bytes_per_element=4), experts_hit=((1, 3.0), (8, 5.0)))
+    alike = [(shape.weight_bytes(n) / 4 - shape.layer_params - shape.head_params) / shape.expert_params for n in (1, 8)]
+    assert alike == pytest.approx([3.0, 5.0])
 
 
 def test_roofline_of_several_devices_is_that_of_one_with_their_rates():
