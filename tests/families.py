@@ -35,6 +35,14 @@ def longrope(features: int) -> dict[str, Any]:
 # So that no greedy choice in the tests is a close one, which float32 rounding could decide
 SEEDS = {"mistral-window": 2}
 FULL, SLIDING = "full_attention", "sliding_attention"
+# Queries grow at every 16th position
+GROWING = {
+    "rope_type": "yarn",
+    "rope_theta": 10000.0,
+    "factor": 20.0,
+    "original_max_position_embeddings": 16,
+    "llama_4_scaling_beta": 0.8,
+}
 # name -> (architecture, what differs from SMALL)
 CONFIGS: dict[str, tuple[str, dict[str, Any]]] = {
     "llama-bias": ("Llama", {"attention_bias": True, "mlp_bias": True, "rope_parameters": ROPE["llama3"]}),
@@ -49,6 +57,11 @@ CONFIGS: dict[str, tuple[str, dict[str, Any]]] = {
     "mistral": ("Mistral", {"sliding_window": None, "num_attention_heads": 6, "num_key_value_heads": 2}),
     "mistral-window": ("Mistral", {"sliding_window": 23}),
     "ministral": ("Ministral", {"sliding_window": 10, "layer_types": [SLIDING, FULL, SLIDING]}),
+    "ministral3": ("Ministral3", {"rope_parameters": GROWING}),
+    "ministral3-window": (
+        "Ministral3",
+        {"rope_parameters": {**GROWING, "mscale": 0.7, "mscale_all_dim": 1.0}, "sliding_window": 29},
+    ),
     "phi3": (
         "Phi3",
         {"head_dim": None, "hidden_size": 64, "sliding_window": 27, "original_max_position_embeddings": 40},

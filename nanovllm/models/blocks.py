@@ -16,7 +16,7 @@ from nanovllm.layers.embed_head import ParallelLMHead, VocabParallelEmbedding
 from nanovllm.layers.heads_norm import HeadsNorm
 from nanovllm.layers.layernorm import NormedSum, RMSNorm
 from nanovllm.layers.linear import MergedColumnParallelLinear, PartialSum, QKVParallelLinear, RowParallelLinear
-from nanovllm.layers.pointwise import cap, gelu_mul
+from nanovllm.layers.pointwise import cap, gelu_mul, grow_queries
 from nanovllm.layers.rotary_embedding import Rope, rope_parameters
 
 Hidden = torch.Tensor | PartialSum | NormedSum  # [tokens, hidden_size]
@@ -36,12 +36,15 @@ class LayerSpec:
     has_rope: bool = True
     scale: float | None = None  # of the scores; None: 1 / sqrt(head_dim)
     soft_cap: float | None = None  # of the scores
+    query_growth: tuple[float, int] | None = None  # with the position: the last two arguments of `grow_queries`
     has_sinks: bool = False
     activation: str = "silu"  # of the gate; or "gelu": its tanh approximation
     mlp: Callable[[Any, TensorParallel], nn.Module] | None = None  # None: the gated MLP
 
 
 class SelfAttention(nn.Module):
+    chains = ("grow_queries",)
+
     def __init__(self, config: Any, tp: TensorParallel, spec: LayerSpec, layer_type: str) -> None:
         super().__init__()
         hidden_size, num_heads, head_dim = config.hidden_size, config.num_attention_heads, config.head_dim
@@ -65,12 +68,15 @@ class SelfAttention(nn.Module):
         if spec.has_sinks:
             self.sinks = attention.sinks = AttentionSinks(self.qkv_proj.num_heads, tp)
         self.norms_all_heads = spec.head_norm == "all"
+        self.query_growth, self.grow_queries = spec.query_growth, grow_queries
         self.attn = Attention(attention)
 
     def forward(self, hidden: torch.Tensor, meta: AttentionMetadata) -> PartialSum:
         qkv = self.qkv_proj(hidden)
         if self.norms_all_heads:
             qkv = self.qk_norm(qkv)
+        if self.query_growth is not None:  # before the rotation, with which it commutes
+            qkv = self.grow_queries(qkv, meta.positions, self.qkv_proj.shard_sizes["q"], *self.query_growth)
         return self.o_proj(self.attn(qkv, meta))
 
 

@@ -38,7 +38,7 @@ def load_hf_config(path: Path, overrides: dict[str, Any] | None = None) -> tuple
     file = path if is_gguf(path) else path / "config.json"
     if not file.is_file():
         raise FileNotFoundError(f"no config.json in {path}")
-    content = text_part((read_config(path) if is_gguf(path) else read_json(file)) | (overrides or {}))
+    content = text_part(read_config(path) if is_gguf(path) else read_json(file), overrides or {})
     cls = model_class(content.get("architectures"))
     missing = [key for key in cls.required_config if key not in content]
     if missing:
