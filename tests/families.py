@@ -85,6 +85,16 @@ CONFIGS: dict[str, tuple[str, dict[str, Any]]] = {
             "original_max_position_embeddings": 16,
         },
     ),
+    "phi4-mini": (
+        "Phi3",
+        {
+            "head_dim": None,
+            "hidden_size": 64,
+            "tie_word_embeddings": True,
+            "rope_parameters": {**longrope(6), "partial_rotary_factor": 0.75},
+            "original_max_position_embeddings": 16,
+        },
+    ),
     "smollm3": ("SmolLM3", {"no_rope_layer_interval": 2}),
     "smollm3-window": (
         "SmolLM3",

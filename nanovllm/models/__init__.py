@@ -57,12 +57,12 @@ def text_part(content: dict[str, Any], overrides: dict[str, Any]) -> dict[str, A
     if not isinstance(name, str) or name not in TEXT_PARTS:
         return content
     text = content.get("text_config")
-    model_type = text.get("model_type") if isinstance(text, dict) else None
-    if model_type not in TEXT_PARTS[name]:
+    model_type = text.get("model_type", next(iter(TEXT_PARTS[name]))) if isinstance(text, dict) else None
+    if not isinstance(model_type, str) or model_type not in TEXT_PARTS[name]:
         allowed = ", ".join(TEXT_PARTS[name])
         raise ValueError(f"text_config of {name} has model_type={model_type!r:.80}: must be one of {allowed}")
     shared = {key: content[key] for key in OF_ALL_PARTS if key in content}
     # transformers ties the whole model's head, whatever the part says
     tie = content.get("tie_word_embeddings", True)
     own = {"architectures": [TEXT_PARTS[name][model_type]], "tie_word_embeddings": tie, "model_type": model_type}
-    return shared | text | overrides | own
+    return shared | text | {key: value for key, value in overrides.items() if key != "text_config"} | own

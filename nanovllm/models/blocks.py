@@ -177,6 +177,8 @@ class CausalLM(nn.Module):
         required_config: keys that config.json must have. default_config: values for keys that it leaves out, those of
             transformers' config class.
         has_rope_by_layer_type: whether types of layers have RoPE settings of their own.
+        activations: that the layers have, of "silu" and "gelu".
+        also_called: keys that config.json may have under another name: key -> the name.
         renamed: modules with another name in the checkpoint: name -> the checkpoint's.
         packed_modules: parameters that hold several of the checkpoint's tensors: name -> (tensor's name, shard).
     """
@@ -186,6 +188,8 @@ class CausalLM(nn.Module):
     known_as: str
     features: str
     has_rope_by_layer_type = False
+    activations: tuple[str, ...] = ("silu", "gelu")
+    also_called: dict[str, str] = {}
     renamed: dict[str, str] = {}
     required_config = (
         "vocab_size",

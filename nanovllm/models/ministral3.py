@@ -34,7 +34,7 @@ class Ministral3ForCausalLM(MistralForCausalLM):
     @classmethod
     def complete(cls, config: Any) -> None:
         super().complete(config)
-        if config.rope_parameters is None and config.rope_scaling is None:
+        if config.rope_parameters is None and not config.rope_scaling:
             config.rope_parameters = dict(ROPE)
         params = rope_parameters(config)
         beta = params.get("llama_4_scaling_beta")
