@@ -259,6 +259,7 @@ class OnlyExperts(nn.Module):
     """A model of the block alone, as far as the loader looks."""
 
     packed_modules: dict[str, Any] = {}
+    renamed: dict[str, str] = {}
 
     def __init__(self, config: dict[str, Any], tp: TensorParallel) -> None:
         super().__init__()

@@ -12,10 +12,12 @@ import torch
 from families import CONFIGS, longrope, model_config
 from transformers import AutoConfig
 
+from nanovllm.config import Config
 from nanovllm.layers.rotary_embedding import build_cos_sin, rope_parameters
 from nanovllm.models import ARCHITECTURES, model_class
 from nanovllm.models.checkpoint_config import ACTIVATIONS, load_hf_config
 from nanovllm.models.layer_types import FULL, SLIDING
+from nanovllm.text.tokenizer import load_tokenizer
 
 ALWAYS = {"architectures", "model_type", "vocab_size", "hidden_size", "intermediate_size", "num_hidden_layers"}
 ALWAYS |= {"num_attention_heads", "num_key_value_heads", "head_dim"}  # else heads and hidden size may not fit
@@ -123,6 +125,14 @@ def test_what_a_family_does_not_allow_is_refused_by_key(
 def test_rotations_of_older_spellings_are_transformers(name: str, change: dict[str, Any], tmp_path: Path) -> None:
     content = {**model_config(name).to_dict(), "architectures": [f"{CONFIGS[name][0]}ForCausalLM"], **change}
     check_rotations(*both_configs(tmp_path, {key: value for key, value in content.items() if value is not None}))
+
+
+@pytest.mark.parametrize("name", ["llama-bias", "mistral", "gemma2", "qwen2"])
+def test_a_folder_without_tokenizer_is_refused_by_name(name: str, tmp_path: Path) -> None:
+    content = {**model_config(name).to_dict(), "architectures": [f"{CONFIGS[name][0]}ForCausalLM"]}
+    (tmp_path / "config.json").write_text(json.dumps(content))
+    with pytest.raises(FileNotFoundError, match=f"no tokenizer in {tmp_path}: give LLM a tokenizer="):
+        load_tokenizer(Config(model=str(tmp_path)), str(tmp_path))
 
 
 @pytest.mark.parametrize("architecture", ARCHITECTURES)
