@@ -8,6 +8,9 @@ import torch
 import transformers
 from checkpoints import MAX_POSITIONS, ROPE, VOCAB_SIZE
 
+from nanovllm.cache_groups import group_layers
+from nanovllm.models.checkpoint_config import load_hf_config
+
 SMALL: dict[str, Any] = {
     "vocab_size": VOCAB_SIZE,
     "hidden_size": 48,
@@ -150,18 +153,20 @@ CONFIGS: dict[str, tuple[str, dict[str, Any]]] = {
 }
 
 
-def model_config(name: str) -> transformers.PretrainedConfig:
+def model_config(name: str, **more: Any) -> transformers.PretrainedConfig:
+    """Of CONFIGS, with `more` values."""
     architecture, change = CONFIGS[name]
     config_name = {"Gemma3": "Gemma3Text"}.get(architecture, architecture)
-    values = {key: value for key, value in {**SMALL, **change}.items() if key != "head_dim" or value is not None}
+    values = {**SMALL, **change, **more}
+    values = {key: value for key, value in values.items() if key != "head_dim" or value is not None}
     return getattr(transformers, f"{config_name}Config")(**values)
 
 
-def make_family_model(name: str, seed: int = 0) -> transformers.PreTrainedModel:
+def make_family_model(name: str, seed: int = 0, **more: Any) -> transformers.PreTrainedModel:
     """A float32 model whose every parameter is random, norms, biases and sinks included."""
     architecture, _ = CONFIGS[name]
     generator = torch.Generator().manual_seed(seed)
-    model = getattr(transformers, f"{architecture}ForCausalLM")(model_config(name)).eval()
+    model = getattr(transformers, f"{architecture}ForCausalLM")(model_config(name, **more)).eval()
     offset = 0.0 if architecture.startswith("Gemma") else 1.0
     with torch.no_grad():
         for key, param in model.named_parameters():
@@ -175,10 +180,17 @@ def make_family_model(name: str, seed: int = 0) -> transformers.PreTrainedModel:
     return model
 
 
-def save_family(path: Path, name: str) -> Path:
-    make_family_model(name, SEEDS.get(name, 0)).save_pretrained(path)
+def save_family(path: Path, name: str, seed: int | None = None, **more: Any) -> Path:
+    make_family_model(name, SEEDS.get(name, 0) if seed is None else seed, **more).save_pretrained(path)
     (path / "generation_config.json").unlink(missing_ok=True)
     return path
+
+
+def cache_windows(path: Path) -> tuple[int | None, ...]:
+    """The window of each group of layers in the cache."""
+    config, _ = load_hf_config(path)
+    window_of = {"full_attention": None, "sliding_attention": config.sliding_window}
+    return group_layers([window_of[layer_type] for layer_type in config.layer_types]).windows
 
 
 @lru_cache(maxsize=2)
