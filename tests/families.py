@@ -8,6 +8,9 @@ import torch
 import transformers
 from checkpoints import MAX_POSITIONS, ROPE, VOCAB_SIZE
 
+from nanovllm.cache_groups import group_layers
+from nanovllm.models.checkpoint_config import load_hf_config
+
 SMALL: dict[str, Any] = {
     "vocab_size": VOCAB_SIZE,
     "hidden_size": 48,
@@ -35,6 +38,14 @@ def longrope(features: int) -> dict[str, Any]:
 # So that no greedy choice in the tests is a close one, which float32 rounding could decide
 SEEDS = {"mistral-window": 2}
 FULL, SLIDING = "full_attention", "sliding_attention"
+# Queries grow at every 16th position
+GROWING = {
+    "rope_type": "yarn",
+    "rope_theta": 10000.0,
+    "factor": 20.0,
+    "original_max_position_embeddings": 16,
+    "llama_4_scaling_beta": 0.8,
+}
 # name -> (architecture, what differs from SMALL)
 CONFIGS: dict[str, tuple[str, dict[str, Any]]] = {
     "llama-bias": ("Llama", {"attention_bias": True, "mlp_bias": True, "rope_parameters": ROPE["llama3"]}),
@@ -49,6 +60,11 @@ CONFIGS: dict[str, tuple[str, dict[str, Any]]] = {
     "mistral": ("Mistral", {"sliding_window": None, "num_attention_heads": 6, "num_key_value_heads": 2}),
     "mistral-window": ("Mistral", {"sliding_window": 23}),
     "ministral": ("Ministral", {"sliding_window": 10, "layer_types": [SLIDING, FULL, SLIDING]}),
+    "ministral3": ("Ministral3", {"rope_parameters": GROWING}),
+    "ministral3-window": (
+        "Ministral3",
+        {"rope_parameters": {**GROWING, "mscale": 0.7, "mscale_all_dim": 1.0}, "sliding_window": 29},
+    ),
     "phi3": (
         "Phi3",
         {"head_dim": None, "hidden_size": 64, "sliding_window": 27, "original_max_position_embeddings": 40},
@@ -69,6 +85,16 @@ CONFIGS: dict[str, tuple[str, dict[str, Any]]] = {
             "head_dim": None,
             "hidden_size": 64,
             "rope_parameters": longrope(8),
+            "original_max_position_embeddings": 16,
+        },
+    ),
+    "phi4-mini": (
+        "Phi3",
+        {
+            "head_dim": None,
+            "hidden_size": 64,
+            "tie_word_embeddings": True,
+            "rope_parameters": {**longrope(6), "partial_rotary_factor": 0.75},
             "original_max_position_embeddings": 16,
         },
     ),
@@ -127,18 +153,20 @@ CONFIGS: dict[str, tuple[str, dict[str, Any]]] = {
 }
 
 
-def model_config(name: str) -> transformers.PretrainedConfig:
+def model_config(name: str, **more: Any) -> transformers.PretrainedConfig:
+    """Of CONFIGS, with `more` values."""
     architecture, change = CONFIGS[name]
     config_name = {"Gemma3": "Gemma3Text"}.get(architecture, architecture)
-    values = {key: value for key, value in {**SMALL, **change}.items() if key != "head_dim" or value is not None}
+    values = {**SMALL, **change, **more}
+    values = {key: value for key, value in values.items() if key != "head_dim" or value is not None}
     return getattr(transformers, f"{config_name}Config")(**values)
 
 
-def make_family_model(name: str, seed: int = 0) -> transformers.PreTrainedModel:
+def make_family_model(name: str, seed: int = 0, **more: Any) -> transformers.PreTrainedModel:
     """A float32 model whose every parameter is random, norms, biases and sinks included."""
     architecture, _ = CONFIGS[name]
     generator = torch.Generator().manual_seed(seed)
-    model = getattr(transformers, f"{architecture}ForCausalLM")(model_config(name)).eval()
+    model = getattr(transformers, f"{architecture}ForCausalLM")(model_config(name, **more)).eval()
     offset = 0.0 if architecture.startswith("Gemma") else 1.0
     with torch.no_grad():
         for key, param in model.named_parameters():
@@ -152,10 +180,17 @@ def make_family_model(name: str, seed: int = 0) -> transformers.PreTrainedModel:
     return model
 
 
-def save_family(path: Path, name: str) -> Path:
-    make_family_model(name, SEEDS.get(name, 0)).save_pretrained(path)
+def save_family(path: Path, name: str, seed: int | None = None, **more: Any) -> Path:
+    make_family_model(name, SEEDS.get(name, 0) if seed is None else seed, **more).save_pretrained(path)
     (path / "generation_config.json").unlink(missing_ok=True)
     return path
+
+
+def cache_windows(path: Path) -> tuple[int | None, ...]:
+    """The window of each group of layers in the cache."""
+    config, _ = load_hf_config(path)
+    window_of = {"full_attention": None, "sliding_attention": config.sliding_window}
+    return group_layers([window_of[layer_type] for layer_type in config.layer_types]).windows
 
 
 @lru_cache(maxsize=2)

@@ -26,6 +26,7 @@ class AttentionMetadata:
     num_decodes: int
     decodes: list[DecodeBatch]  # of each group; empty: there are none
     chunks: list[ChunkBatch]
+    positions: torch.Tensor  # [tokens] int32; of a padding entry 0
 
 
 class Attention(nn.Module):

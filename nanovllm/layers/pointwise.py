@@ -51,6 +51,16 @@ def norm_add(x: torch.Tensor, residual: torch.Tensor, weight: torch.Tensor, eps:
     return residual + h.to(residual.dtype)
 
 
+def grow_queries(qkv: torch.Tensor, positions: torch.Tensor, q_size: int, beta: float, original: int) -> torch.Tensor:
+    """qkv with its queries times 1 + beta · log(1 + ⌊position / original⌋) (Llama 4: Meta, 2025).
+
+    Attention over many more tokens than the model was trained with would be too flat otherwise.
+    """
+    factors = 1 + beta * (1 + positions // original).float().log()  # [tokens]
+    q = qkv[:, :q_size] * factors[:, None].to(qkv.dtype)
+    return torch.cat([q, qkv[:, q_size:]], dim=-1)
+
+
 def mean_squares(qkv: torch.Tensor, shares: torch.Tensor, q_size: int) -> torch.Tensor:
     """The mean square of a token's queries, and of its keys: `[tokens, 2]` float32.
 

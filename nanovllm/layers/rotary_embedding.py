@@ -49,15 +49,13 @@ def rope_parameters(hf_config: Any, layer_type: str = "full_attention") -> RopeP
     Raises:
         ValueError: a setting is missing, of a wrong type, or not supported.
     """
-    scaling, params = (getattr(hf_config, key, None) for key in ("rope_scaling", "rope_parameters"))
-    for key, value in (("rope_scaling", scaling), ("rope_parameters", params)):
-        if not isinstance(value, dict | None):
-            raise ValueError(f"{key}={value!r:.80} must be null or an object")
-    params = dict(scaling or params or {})
+    require_objects(hf_config)
+    params = dict(getattr(hf_config, "rope_scaling", None) or getattr(hf_config, "rope_parameters", None) or {})
     if getattr(hf_config, "has_rope_by_layer_type", False):
         params = dict(params[layer_type])
-    if "full_attention" in params:
-        raise ValueError("rope settings for each type of layer, as 'full_attention', are not supported")
+    for key in {"full_attention", *(getattr(hf_config, "layer_types", None) or ())}:
+        if key in params:
+            raise ValueError(f"rope settings for each type of layer, as {key!r}, are not supported")
     params.setdefault("rope_theta", getattr(hf_config, "rope_theta", 10000.0))
     params.setdefault("rope_type", params.get("type", "default"))
     own = hf_config.max_position_embeddings
@@ -73,6 +71,14 @@ def rope_parameters(hf_config: Any, layer_type: str = "full_attention") -> RopeP
     if params["rope_type"] in ("yarn", "longrope") and params.get("factor") is None:
         params["factor"] = own / params["original_max_position_embeddings"]
     return params
+
+
+def require_objects(hf_config: Any) -> None:
+    """Raises ValueError if the rope settings of a Hugging Face config are no JSON objects."""
+    for key in ("rope_scaling", "rope_parameters"):
+        value = getattr(hf_config, key, None)
+        if not isinstance(value, dict | None):
+            raise ValueError(f"{key}={value!r:.80} must be null or an object")
 
 
 def _check(params: RopeParameters) -> None:
@@ -96,6 +102,8 @@ def _check(params: RopeParameters) -> None:
         for key in ("short_factor", "long_factor"):
             if not (isinstance(params[key], list) and all(_is_finite(x) and x > 0 for x in params[key])):
                 raise ValueError(f"{key}={params[key]!r:.80} of rope_type='longrope' must be a list of numbers > 0")
+        if params["original_max_position_embeddings"] <= 1:
+            raise ValueError("original_max_position_embeddings of rope_type='longrope' must exceed 1")
     if rope_type == "yarn" and params["rope_theta"] <= 1:
         raise ValueError(f"rope_theta={params['rope_theta']} of rope_type='yarn' must exceed 1")
     if rope_type == "llama3" and params["high_freq_factor"] <= params["low_freq_factor"]:
@@ -121,8 +129,9 @@ def build_cos_sin(rotary_dim: int, max_position: int, params: RopeParameters) ->
     return torch.cat([angles.cos() * scale, angles.sin() * scale], dim=-1)
 
 
-def _plain(dim: int, theta: float) -> torch.Tensor:
-    return 1.0 / theta ** (torch.arange(0, dim, 2, dtype=torch.int64).float() / dim)
+def _plain(dim: int, theta: float, stretch: torch.Tensor | float = 1.0) -> torch.Tensor:
+    # In transformers' order of operations: a digit of rounding counts at far positions.
+    return 1.0 / (stretch * theta ** (torch.arange(0, dim, 2, dtype=torch.int64).float() / dim))
 
 
 def _default(dim: int, max_position: int, params: RopeParameters) -> tuple[torch.Tensor, float]:
@@ -195,7 +204,7 @@ def _longrope(dim: int, max_position: int, params: RopeParameters) -> tuple[torc
     scale = params.get("attention_factor")
     if scale is None:
         scale = 1.0 if factor <= 1 else math.sqrt(1 + math.log(factor) / math.log(original))
-    return _plain(dim, params["rope_theta"]) / torch.tensor(stretch, dtype=torch.float32), scale
+    return _plain(dim, params["rope_theta"], torch.tensor(stretch, dtype=torch.float32)), scale
 
 
 _INV_FREQ: dict[str, Callable[[int, int, RopeParameters], tuple[torch.Tensor, float]]] = {

@@ -17,7 +17,7 @@ from nanovllm.layers.embed_head import ParallelLMHead, VocabParallelEmbedding
 from nanovllm.layers.heads_norm import HeadsNorm
 from nanovllm.layers.layernorm import NormedSum, RMSNorm
 from nanovllm.layers.linear import MergedColumnParallelLinear, PartialSum, RowParallelLinear
-from nanovllm.layers.pointwise import cap
+from nanovllm.layers.pointwise import cap, grow_queries
 from nanovllm.layers.qkv_linear import QKVParallelLinear
 from nanovllm.layers.rotary_embedding import Rope, rope_parameters
 
@@ -38,12 +38,15 @@ class LayerSpec:
     has_rope: bool = True
     scale: float | None = None  # of the scores; None: 1 / sqrt(head_dim)
     soft_cap: float | None = None  # of the scores
+    query_growth: tuple[float, int] | None = None  # with the position: the last two arguments of `grow_queries`
     has_sinks: bool = False
     activation: Gate = "silu"
     mlp: Callable[[Any, TensorParallel], nn.Module] | None = None  # None: the gated MLP
 
 
 class SelfAttention(nn.Module):
+    chains = ("grow_queries",)
+
     def __init__(self, config: Any, tp: TensorParallel, spec: LayerSpec, layer_type: str) -> None:
         super().__init__()
         hidden_size, num_heads, head_dim = config.hidden_size, config.num_attention_heads, config.head_dim
@@ -67,12 +70,15 @@ class SelfAttention(nn.Module):
         if spec.has_sinks:
             self.sinks = attention.sinks = AttentionSinks(self.qkv_proj.num_heads, tp)
         self.norms_all_heads = spec.head_norm == "all"
+        self.query_growth, self.grow_queries = spec.query_growth, grow_queries
         self.attn = Attention(attention)
 
     def forward(self, hidden: torch.Tensor, meta: AttentionMetadata) -> PartialSum:
         qkv = self.qkv_proj(hidden)
         if self.norms_all_heads:
             qkv = self.qk_norm(qkv)
+        if self.query_growth is not None:  # before the rotation, with which it commutes
+            qkv = self.grow_queries(qkv, meta.positions, self.qkv_proj.shard_sizes["q"], *self.query_growth)
         return self.o_proj(self.attn(qkv, meta))
 
 
@@ -138,6 +144,8 @@ class CausalLM(nn.Module):
         required_config: keys that config.json must have. default_config: values for keys that it leaves out, those of
             transformers' config class.
         has_rope_by_layer_type: whether types of layers have RoPE settings of their own.
+        activations: that the layers have, of "silu" and "gelu".
+        also_called: keys that config.json may have under another name: key -> the name.
         renamed: modules with another name in the checkpoint: name -> the checkpoint's.
         packed_modules: parameters that hold several of the checkpoint's tensors: name -> (tensor's name, shard).
     """
@@ -147,6 +155,8 @@ class CausalLM(nn.Module):
     known_as: str
     features: str
     has_rope_by_layer_type = False
+    activations: tuple[str, ...] = ("silu", "gelu")
+    also_called: dict[str, str] = {}
     renamed: dict[str, str] = {}
     required_config = (
         "vocab_size",

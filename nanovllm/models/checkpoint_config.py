@@ -10,7 +10,7 @@ from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
-from nanovllm.layers.rotary_embedding import rope_parameters
+from nanovllm.layers.rotary_embedding import require_objects, rope_parameters
 from nanovllm.models import model_class, text_part
 from nanovllm.models.generation_config import are_token_ids
 from nanovllm.models.gguf_config import read_config
@@ -38,8 +38,9 @@ def load_hf_config(path: Path, overrides: dict[str, Any] | None = None) -> tuple
     file = path if is_gguf(path) else path / "config.json"
     if not file.is_file():
         raise FileNotFoundError(f"no config.json in {path}")
-    content = text_part((read_config(path) if is_gguf(path) else read_json(file)) | (overrides or {}))
+    content = text_part(read_config(path) if is_gguf(path) else read_json(file), overrides or {})
     cls = model_class(content.get("architectures"))
+    content |= {key: content[name] for key, name in cls.also_called.items() if name in content}
     missing = [key for key in cls.required_config if key not in content]
     if missing:
         raise ValueError(f"{file} lacks {', '.join(missing)}")
@@ -70,6 +71,7 @@ def _check_types(hf_config: Any, cls: type) -> None:
 
 def _complete(hf_config: Any, cls: type) -> None:
     """Derive the sizes and the layers that the config leaves open."""
+    require_objects(hf_config)
     if hf_config.num_key_value_heads is None:
         hf_config.num_key_value_heads = hf_config.num_attention_heads
     if hf_config.head_dim is None:
@@ -82,8 +84,9 @@ def _complete(hf_config: Any, cls: type) -> None:
     hf_config.rotary_dim = hf_config.head_dim
     hf_config.has_rope_by_layer_type = cls.has_rope_by_layer_type
     cls.complete(hf_config)
-    if hf_config.hidden_act not in ACTIVATIONS:
-        raise ValueError(f"hidden_act={hf_config.hidden_act!r} must be one of {', '.join(ACTIVATIONS)}")
+    allowed = [name for name, activation in ACTIVATIONS.items() if activation in cls.activations]
+    if hf_config.hidden_act not in allowed:
+        raise ValueError(f"hidden_act={hf_config.hidden_act!r} must be one of {', '.join(allowed)}")
     hf_config.hidden_act = ACTIVATIONS[hf_config.hidden_act]
 
 
@@ -144,7 +147,7 @@ def _is_string(value: object) -> bool:
 
 
 def _are_strings(value: object) -> bool:
-    return isinstance(value, list) and all(isinstance(v, str) for v in value)
+    return isinstance(value, list) and bool(value) and all(isinstance(v, str) for v in value)
 
 
 _CAPS = ("final_logit_softcapping", "attn_logit_softcapping")

@@ -21,6 +21,7 @@ class GptOssForCausalLM(CausalLM):
     model_type = "gpt_oss"
     known_as = "gpt-oss 20B and 120B (bf16)"
     features = "routed experts with biases, attention sinks, sliding windows"
+    also_called = {"num_local_experts": "num_experts"}
     default_config = {
         "num_key_value_heads": 8,
         "head_dim": 64,
@@ -39,7 +40,7 @@ class GptOssForCausalLM(CausalLM):
     @classmethod
     def complete(cls, config: Any) -> None:
         config.layer_types = config.layer_types or every(2, config.num_hidden_layers)
-        if config.rope_parameters is None and config.rope_scaling is None:
+        if config.rope_parameters is None and not config.rope_scaling:
             config.rope_parameters = dict(ROPE)
 
     @classmethod
@@ -49,6 +50,5 @@ class GptOssForCausalLM(CausalLM):
 
 
 def _experts(config: Any, tp: TensorParallel) -> SparseMoE:
-    num_experts = getattr(config, "num_experts", config.num_local_experts)
-    sizes = (config.hidden_size, config.intermediate_size, num_experts, config.num_experts_per_tok)
+    sizes = (config.hidden_size, config.intermediate_size, config.num_local_experts, config.num_experts_per_tok)
     return SparseMoE(*sizes, tp, router_name="router", names=MERGED, activation="clamped", bias=True)

@@ -35,8 +35,14 @@ def rope_by_layer_type(config: Any, local_key: str | None, local_theta: float) -
     Args:
         local_key: the key with the base for sliding windows; None: there is no such key.
         local_theta: the base for sliding windows that no key names.
+
+    Raises ValueError if `rope_parameters` are not by type of layer.
     """
-    params = {layer_type: dict((config.rope_parameters or {}).get(layer_type) or {}) for layer_type in (FULL, SLIDING)}
+    given = config.rope_parameters or {}
+    for key, value in given.items():
+        if key not in (FULL, SLIDING) or not isinstance(value, dict | None):
+            raise ValueError(f"rope_parameters has {key!r}: {value!r:.80}; must have an object for each type of layer")
+    params = {layer_type: dict(given.get(layer_type) or {"rope_type": "default"}) for layer_type in (FULL, SLIDING)}
     params[FULL].update(config.rope_scaling or {})
     params[FULL].setdefault("rope_theta", config.rope_theta)
     params[SLIDING].setdefault("rope_theta", getattr(config, local_key or "", local_theta))

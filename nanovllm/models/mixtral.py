@@ -13,6 +13,8 @@ class MixtralForCausalLM(MistralForCausalLM):
     known_as = "Mixtral 8x7B and 8x22B"
     features = "routed experts, sliding window"
     renamed = {"mlp": "block_sparse_moe"}
+    activations = ("silu",)
+    also_called = {"num_local_experts": "num_experts"}
     default_config = {
         **MistralForCausalLM.default_config,
         "rms_norm_eps": 1e-5,
@@ -28,6 +30,5 @@ class MixtralForCausalLM(MistralForCausalLM):
 
 
 def _experts(config: Any, tp: TensorParallel) -> SparseMoE:
-    num_experts = getattr(config, "num_experts", config.num_local_experts)
-    sizes = (config.hidden_size, config.intermediate_size, num_experts, config.num_experts_per_tok)
+    sizes = (config.hidden_size, config.intermediate_size, config.num_local_experts, config.num_experts_per_tok)
     return SparseMoE(*sizes, tp, names=MIXTRAL_NAMES)

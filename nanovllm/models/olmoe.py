@@ -11,6 +11,8 @@ class OlmoeForCausalLM(CausalLM):
     model_type = "olmoe"
     known_as = "OLMoE 1B-7B"
     features = "routed experts, norm over all query and all key heads"
+    activations = ("silu",)
+    also_called = {"num_experts": "num_local_experts"}
     default_config = {
         "num_key_value_heads": None,
         "head_dim": None,
@@ -37,6 +39,5 @@ class OlmoeForCausalLM(CausalLM):
 
 
 def _experts(config: Any, tp: TensorParallel) -> SparseMoE:
-    num_experts = getattr(config, "num_local_experts", config.num_experts)
-    sizes = (config.hidden_size, config.intermediate_size, num_experts, config.num_experts_per_tok)
+    sizes = (config.hidden_size, config.intermediate_size, config.num_experts, config.num_experts_per_tok)
     return SparseMoE(*sizes, tp, renormalize=config.norm_topk_prob)

@@ -30,8 +30,11 @@ class Phi3ForCausalLM(CausalLM):
         config.rope_parameters, config.rope_scaling = params, None
         if params.get("rope_type", params.get("type")) in ("su", "yarn"):  # its names in older checkpoints
             params["rope_type"] = "longrope"
-        config.partial_rotary_factor = params.pop("partial_rotary_factor", config.partial_rotary_factor) or 1.0
-        config.rotary_dim = int(config.head_dim * config.partial_rotary_factor)
+        factor = params.pop("partial_rotary_factor", config.partial_rotary_factor)
+        factor = 1.0 if factor is None else factor
+        if not isinstance(factor, int | float) or not 0 < factor <= 1:
+            raise ValueError(f"partial_rotary_factor={factor!r:.80} must be a number > 0 and at most 1")
+        config.rotary_dim = int(config.head_dim * factor)
         config.partial_rotary_factor = None
         rope_type = params.get("rope_type", params.get("type", "default"))
         if rope_type not in ("default", "longrope"):

@@ -14,6 +14,8 @@ class Qwen3MoeForCausalLM(Qwen3ForCausalLM):
     model_type = "qwen3_moe"
     known_as = "Qwen3 30B-A3B, 235B-A22B, Qwen3-Coder"
     features = "routed experts, dense layers between"
+    activations = ("silu",)
+    also_called = {"num_experts": "num_local_experts"}
     default_config = {
         "head_dim": None,
         "hidden_act": "silu",
@@ -35,7 +37,6 @@ class Qwen3MoeForCausalLM(Qwen3ForCausalLM):
     def complete(cls, config: Any) -> None:
         config.sliding_window = config.sliding_window if config.use_sliding_window else None
         config.layer_types = same_everywhere(config)
-        config.num_experts = getattr(config, "num_local_experts", config.num_experts)
 
     @classmethod
     def layer_spec(cls, config: Any, index: int) -> LayerSpec:

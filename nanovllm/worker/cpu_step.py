@@ -28,7 +28,7 @@ class CpuStep:
             for batch, of_group, window in zip(decodes, places, self._windows, strict=True):
                 batch.places = of_group
                 args = (batch.seq_lens, batch.rows, batch.block_table, self._cache.k, self._gather)
-                self._gather = batch.gather = gather_blocks(*args, **({} if window is None else {"window": window}))
+                self._gather = batch.gather = gather_blocks(*args, window=window)
         if chunks:
             places = self._places(chunks[0].positions, [batch.slot_mapping for batch in chunks])
             for batch, of_group in zip(chunks, places, strict=True):

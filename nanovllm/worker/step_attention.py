@@ -33,9 +33,7 @@ class StepAttention:
         decodes, chunks = [], []
         if n:
             for window, splits in self.splits.items():
-                split_contexts(
-                    seq_lens[:n], self.num_kv_heads, splits, **({} if window is None else {"window": window})
-                )
+                split_contexts(seq_lens[:n], self.num_kv_heads, splits, window=window)
             for window, table in zip(self.windows, batch.block_tables, strict=True):
                 decodes.append(DecodeBatch(rows[:n], seq_lens[:n], table, self.splits.get(window)))
         if shape.num_chunks:
@@ -45,4 +43,4 @@ class StepAttention:
                 chunks.append(ChunkBatch(positions, slots, rows[n:], query_start, seq_lens[n:], table))
         if self.cpu_step is not None:
             self.cpu_step.prepare(inputs, decodes, chunks)
-        return AttentionMetadata(n, decodes, chunks)
+        return AttentionMetadata(n, decodes, chunks, inputs.positions[: shape.num_tokens])

@@ -6,12 +6,11 @@ from typing import Any
 
 import pytest
 from checkpoints import random_prompts
-from families import CONFIGS, family_tokens, save_family
+from families import CONFIGS, cache_windows, family_tokens, save_family
 
 from nanovllm import LLM, SamplingParams
-from nanovllm.cache_groups import group_layers, most_blocks_in_all
+from nanovllm.cache_groups import most_blocks_in_all
 from nanovllm.models import ARCHITECTURES
-from nanovllm.models.checkpoint_config import load_hf_config
 
 NUM_TOKENS = 16
 SHARED = random_prompts([41], seed=6)[0]
@@ -64,13 +63,6 @@ def test_tokens_are_transformers_in_small_blocks_and_chunks_of_33_under_preempti
     before = roomy.stats().prefix_hits
     assert tokens(roomy) == expected
     assert roomy.stats().prefix_hits - before >= 100 and roomy.stats().num_preemptions == 0
-
-
-def cache_windows(path: Path) -> tuple[int | None, ...]:
-    """The window of each group of layers in the cache."""
-    config, _ = load_hf_config(path)
-    window_of = {"full_attention": None, "sliding_attention": config.sliding_window}
-    return group_layers([window_of[layer_type] for layer_type in config.layer_types]).windows
 
 
 @pytest.mark.parametrize("name", CONFIGS)

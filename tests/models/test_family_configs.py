@@ -2,19 +2,22 @@
 
 import json
 import random
+import re
 from importlib import import_module
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
-from families import CONFIGS, model_config
+from families import CONFIGS, longrope, model_config
 from transformers import AutoConfig
 
+from nanovllm.config import Config
 from nanovllm.layers.rotary_embedding import build_cos_sin, rope_parameters
 from nanovllm.models import ARCHITECTURES, model_class
 from nanovllm.models.checkpoint_config import ACTIVATIONS, load_hf_config
 from nanovllm.models.layer_types import FULL, SLIDING
+from nanovllm.text.tokenizer import load_tokenizer
 
 ALWAYS = {"architectures", "model_type", "vocab_size", "hidden_size", "intermediate_size", "num_hidden_layers"}
 ALWAYS |= {"num_attention_heads", "num_key_value_heads", "head_dim"}  # else heads and hidden size may not fit
@@ -74,6 +77,62 @@ def check_rotations(ours: Any, theirs: Any) -> None:
         half = ours.rotary_dim // 2
         torch.testing.assert_close(table[:, :half], cos[0, :, :half], rtol=1e-5, atol=5e-5)
         torch.testing.assert_close(table[:, half:], sin[0, :, :half], rtol=1e-5, atol=5e-5)
+
+
+@pytest.mark.parametrize(
+    ("name", "change", "named"),
+    [
+        ("phi3", {"rope_scaling": [1]}, "rope_scaling=[1] must be null or an object"),
+        ("phi3", {"rope_parameters": {"partial_rotary_factor": -0.5}}, "partial_rotary_factor=-0.5"),
+        ("phi3", {"rope_parameters": {"partial_rotary_factor": 0}}, "partial_rotary_factor=0"),
+        ("phi3-long", {"original_max_position_embeddings": 1}, "original_max_position_embeddings of rope_type"),
+        ("olmo3", {"rope_parameters": 5}, "rope_parameters=5 must be null or an object"),
+        ("gemma3", {"rope_parameters": {FULL: 5}}, "rope_parameters has 'full_attention': 5"),
+        ("gemma3", {"rope_parameters": {"rope_type": "linear", "factor": 8.0}}, "rope_parameters has 'rope_type'"),
+        ("gemma2", {"rope_parameters": {SLIDING: {"rope_theta": 7.0}}}, "as 'sliding_attention', are not supported"),
+        ("gemma2", {"layer_types": []}, "layer_types=[] must be"),
+        ("gemma2", {"use_bidirectional_attention": True}, "use_bidirectional_attention"),
+        ("mixtral", {"num_experts": None}, "num_local_experts=None must be an integer"),
+        ("mixtral", {"hidden_act": "gelu_pytorch_tanh"}, "hidden_act='gelu_pytorch_tanh' must be one of silu, swish"),
+        ("qwen3moe", {"num_local_experts": "7"}, "num_experts='7' must be an integer"),
+        ("gptoss", {"quantization_config": {"quant_method": "mxfp4"}}, "quantization_config with quant_method='mxfp4'"),
+        ("ministral3", {"rope_parameters": {"llama_4_scaling_beta": 0.1}}, "llama_4_scaling_beta=0.1 needs rope_type"),
+        ("ministral3", {"rope_parameters": {"llama_4_scaling_beta": "x"}}, "llama_4_scaling_beta='x' must be"),
+    ],
+    ids=str,
+)
+def test_what_a_family_does_not_allow_is_refused_by_key(
+    name: str, change: dict[str, Any], named: str, tmp_path: Path
+) -> None:
+    content = {**model_config(name).to_dict(), "architectures": [f"{CONFIGS[name][0]}ForCausalLM"], **change}
+    (tmp_path / "config.json").write_text(json.dumps(content))
+    with pytest.raises(ValueError, match=re.escape(named)):
+        load_hf_config(tmp_path)
+
+
+@pytest.mark.parametrize(
+    ("name", "change"),
+    [
+        ("ministral3", {"rope_scaling": {}, "rope_parameters": None}),
+        ("gptoss", {"rope_scaling": {}, "rope_parameters": None}),
+        ("gemma3", {"rope_scaling": {"factor": 8.0, "rope_type": "linear"}, "rope_parameters": None}),
+        ("gemma3", {"rope_scaling": {"factor": 8.0, "type": "linear"}, "rope_parameters": None}),  # passed over
+        ("olmo3", {"rope_scaling": {"factor": 8.0, "rope_type": "yarn"}, "rope_parameters": None}),
+        ("phi4-mini", {"rope_scaling": {**longrope(6), "type": "longrope"}, "partial_rotary_factor": 0.75}),
+    ],
+    ids=str,
+)
+def test_rotations_of_older_spellings_are_transformers(name: str, change: dict[str, Any], tmp_path: Path) -> None:
+    content = {**model_config(name).to_dict(), "architectures": [f"{CONFIGS[name][0]}ForCausalLM"], **change}
+    check_rotations(*both_configs(tmp_path, {key: value for key, value in content.items() if value is not None}))
+
+
+@pytest.mark.parametrize("name", ["llama-bias", "mistral", "gemma2", "qwen2"])
+def test_a_folder_without_tokenizer_is_refused_by_name(name: str, tmp_path: Path) -> None:
+    content = {**model_config(name).to_dict(), "architectures": [f"{CONFIGS[name][0]}ForCausalLM"]}
+    (tmp_path / "config.json").write_text(json.dumps(content))
+    with pytest.raises(FileNotFoundError, match=f"no tokenizer in {tmp_path}: give LLM a tokenizer="):
+        load_tokenizer(Config(model=str(tmp_path)), str(tmp_path))
 
 
 @pytest.mark.parametrize("architecture", ARCHITECTURES)
