@@ -157,6 +157,7 @@ def parse_args() -> argparse.Namespace:
     add("--max-num-batched-tokens", type=int)
     add("--gpu-memory-utilization", type=float, default=0.9, help="for each engine")
     add("--tensor-parallel-size", type=int, default=1, help="number of ranks that share the model, one device each")
+    add("--enable-expert-parallel", action="store_true", help="the ranks share experts, whole ones")
     args = parser.parse_args()
     if args.model and args.shape:
         parser.error("--model has its own shape: give --model or --shape, not both")
@@ -221,6 +222,7 @@ def make_setting(args: argparse.Namespace) -> Setting:
         dtype=args.dtype,
         max_model_len=min(args.max_model_len, config.get("max_position_embeddings", args.max_model_len)),
         enforce_eager=args.enforce_eager,
+        enable_expert_parallel=args.enable_expert_parallel,
         enable_prefix_caching=not args.no_prefix_caching,
         block_size=args.block_size,
         num_blocks=args.num_blocks,

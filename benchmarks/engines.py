@@ -31,6 +31,7 @@ class EngineOptions:
     max_num_batched_tokens: int | None = None
     gpu_memory_utilization: float = 0.9
     tensor_parallel_size: int = 1
+    enable_expert_parallel: bool = False
 
 
 @dataclass(slots=True, frozen=True)
@@ -105,6 +106,7 @@ def _vllm_options(options: EngineOptions) -> dict[str, Any]:
         "enable_prefix_caching": options.enable_prefix_caching,
         "gpu_memory_utilization": options.gpu_memory_utilization,
         "tensor_parallel_size": options.tensor_parallel_size,
+        "enable_expert_parallel": options.enable_expert_parallel,
         **{key: value for key, value in optional.items() if value is not None},
     }
 
