@@ -17,7 +17,7 @@ from nanovllm.layers.layernorm import RMSNorm
 from nanovllm.models.gguf_file import gguf_in, is_gguf
 from nanovllm.models.sharded_state import load_shard
 from nanovllm.models.tied_head import EMBEDDING, HEAD, TiedHead
-from nanovllm.models.weight_files import read_tensors
+from nanovllm.models.weight_files import read_tensors, text_name
 
 NamedTensors = Iterable[tuple[str, torch.Tensor]]
 Shard = str | int | tuple | None
@@ -68,7 +68,7 @@ def load_weights(model: nn.Module, path: Path) -> None:
 def checked_tensors(outline: nn.Module, named_tensors: NamedTensors, tied_head: TiedHead | None = None) -> NamedTensors:
     """Yields each tensor after checking that it belongs to this model.
 
-    It skips redundant ones: a tied head, rotary buffers.
+    It skips redundant ones (a tied head, rotary buffers), and all but the text part of a model that sees images too.
 
     Args:
         outline: the whole model without memory, as one rank would have it.
@@ -84,7 +84,9 @@ def checked_tensors(outline: nn.Module, named_tensors: NamedTensors, tied_head: 
         places[HEAD] = places[EMBEDDING]
         tied_head.begin()
     seen: set[str] = set()
-    for name, tensor in _pairs(named_tensors):
+    for whole_name, tensor in _pairs(named_tensors):
+        if (name := text_name(whole_name)) is None:
+            continue
         _fill(outline, places, [(name, torch.empty(tensor.shape, dtype=tensor.dtype, device="meta"))], seen)
         if tied_head is not None:
             tied_head.see(name, tensor)

@@ -1,12 +1,14 @@
 """Every family answers what transformers answers, float32 on the CPU, however the engine cuts up the work."""
 
+import shutil
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 from checkpoints import random_prompts
-from families import CONFIGS, cache_windows, family_tokens, save_family
+from families import CONFIGS, cache_windows, family_reference, family_tokens, save_family
 
 from nanovllm import LLM, SamplingParams
 from nanovllm.cache_groups import most_blocks_in_all
@@ -81,3 +83,39 @@ def test_two_ranks_with_whole_experts_each_answer_the_same(
 ) -> None:
     path, expected = family(name)
     assert tokens(make_tp(path, tensor_parallel_size=2, enable_expert_parallel=True)) == expected
+
+
+@pytest.mark.parametrize("name", ["qwen2-window", "mistral-window", "ministral3", "gemma3", "gptoss"])
+def test_log_probabilities_of_prompts_and_of_all_samples_are_transformers_under_preemption(
+    name: str, family: Callable[[str], tuple[Path, list[list[int]]]], make_llm: Callable[..., LLM]
+) -> None:
+    path, _ = family(name)
+    num_blocks = most_blocks_in_all(100, cache_windows(path), largest_chunk=33, block_size=16) + 1
+    llm = make_llm(path, num_kvcache_blocks=num_blocks, max_num_batched_tokens=33, max_model_len=100)
+    params = [
+        SamplingParams(
+            temperature=0.9, seed=7, n=3, max_tokens=20, logprobs=0, prompt_logprobs=0 if index % 2 else None
+        )
+        for index in range(len(PROMPTS))
+    ]
+    for prompt, output in zip(PROMPTS, llm.generate(PROMPTS, params, use_tqdm=False), strict=True):
+        for sample in output.outputs:
+            ids = [*prompt, *sample.token_ids]
+            with torch.inference_mode():
+                logits = family_reference(path)(torch.tensor([ids]), use_cache=False).logits[0, :-1]
+            exact = logits.log_softmax(-1).gather(1, torch.tensor(ids)[1:, None])[:, 0]
+            ours = [step[token].logprob for step, token in zip(sample.logprobs, sample.token_ids, strict=True)]
+            torch.testing.assert_close(torch.tensor(ours), exact[-len(ours) :], rtol=1e-3, atol=1e-3)
+        if output.prompt_logprobs is not None:
+            pairs = zip(output.prompt_logprobs[1:], prompt[1:], strict=True)
+            ours = [step[token].logprob for step, token in pairs]
+            torch.testing.assert_close(torch.tensor(ours), exact[: len(ours)], rtol=1e-3, atol=1e-3)
+    assert llm.stats().cache_usage == 0.0
+
+
+@pytest.mark.skipif(shutil.which("g++") is None, reason="on a CPU torch.compile needs a C++ compiler")
+def test_compiled_chains_give_the_same_tokens(
+    family: Callable[[str], tuple[Path, list[list[int]]]], make_llm: Callable[..., LLM]
+) -> None:
+    path, expected = family("gemma2")
+    assert tokens(make_llm(path, compile=True)) == expected

@@ -69,7 +69,8 @@ def test_tokens_are_the_whole_models_and_its_config_says_whether_the_head_is_tie
     if tie:
         edit_config(tmp_path, tie_word_embeddings=None)  # its default, whatever the part says
     expected = answer_of(model)
-    assert make_llm(tmp_path).generate(PROMPT, GREEDY, use_tqdm=False)[0].outputs[0].token_ids == expected
+    llm = make_llm(tmp_path)
+    assert llm.generate(PROMPT, GREEDY, use_tqdm=False)[0].outputs[0].token_ids == expected
     # As newer checkpoints name the tensors
     newer = {"language_model.model.": "model.language_model.", "language_model.lm_head.": "lm_head."}
     tensors = load_file(tmp_path / "model.safetensors")
@@ -77,6 +78,11 @@ def test_tokens_are_the_whole_models_and_its_config_says_whether_the_head_is_tie
         tensors = {new + key.removeprefix(old) if key.startswith(old) else key: t for key, t in tensors.items()}
     save_file(tensors, tmp_path / "model.safetensors")
     assert make_llm(tmp_path).generate(PROMPT, GREEDY, use_tqdm=False)[0].outputs[0].token_ids == expected
+    # And as a trainer of the whole model does
+    llm.load_weights([(key, torch.zeros_like(t)) for key, t in tensors.items()])
+    assert llm.generate(PROMPT, GREEDY, use_tqdm=False)[0].outputs[0].token_ids != expected
+    llm.load_weights(tensors.items())
+    assert llm.generate(PROMPT, GREEDY, use_tqdm=False)[0].outputs[0].token_ids == expected
 
 
 def test_what_the_whole_model_asks_for_and_we_lack_is_refused(tmp_path: Path) -> None:
