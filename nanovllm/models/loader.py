@@ -44,7 +44,9 @@ def resolve_model_path(model: str, revision: str | None) -> Path:
 
     try:
         patterns = ["*.safetensors", "*.json", "*.txt", "*.model", "*.jinja", "*.py"]
-        return Path(snapshot_download(model, revision=revision, allow_patterns=patterns))
+        # Mistral's and OpenAI's repositories have the same weights once more, under names of their own.
+        copies = ["consolidated*", "original/*", "metal/*"]
+        return Path(snapshot_download(model, revision=revision, allow_patterns=patterns, ignore_patterns=copies))
     except (OSError, ValueError) as error:
         raise OSError(f"model={model!r} is neither a local directory nor to be had from the hub: {error}") from error
 

@@ -73,7 +73,8 @@ def resolve_max_model_len(config: Config, hf_config: Any) -> int:
     if config.max_model_len is None:
         return own
     rope = rope_parameters(hf_config)
-    factor = 1.0 if rope["rope_type"] in ("default", "longrope") else rope["factor"]
+    is_stretched = rope["rope_type"] not in ("default", "longrope") and not hf_config.has_rope_by_layer_type
+    factor = rope["factor"] if is_stretched else 1.0  # by type of layer, those with windows are not stretched
     stretched = int(rope["original_max_position_embeddings"] * factor)
     limit = max(own, stretched)
     if config.max_model_len > limit:

@@ -57,6 +57,7 @@ CASES: dict[str, tuple[str, dict[str, Any], int]] = {
     "mixtral": ("mixtral", BIG, 0),
     "gptoss": ("gptoss", BIG, 0),
 }
+LAYOUTS = ["phi3-partial", "olmo3", "gemma2", "mixtral", "gptoss"]  # of weights: each kind once
 WITH_CHAINS = ["ministral3", "olmo3", "gemma2", "gemma3"]
 Tokens = list[list[int]]
 
@@ -112,14 +113,19 @@ def test_float32_tokens_are_transformers_in_blocks_of_256_from_the_prefix_cache_
     for _ in range(2):
         assert tokens(llm) == expected
     assert llm.stats().prefix_hits >= 2 * 256
+    if name not in LAYOUTS:
+        return
     llm.sleep(level=2)
     llm.wake_up()
     llm.load_weights(load_file(path / "model.safetensors").items())
     assert tokens(llm) == expected
 
 
-@pytest.mark.parametrize("options", [{"compile": False}, {"enforce_eager": True}], ids=str)
-@pytest.mark.parametrize("name", WITH_CHAINS)
+@pytest.mark.parametrize(
+    ("name", "options"),
+    [*((name, {"compile": False}) for name in WITH_CHAINS), ("gemma2", {"enforce_eager": True})],
+    ids=str,
+)
 def test_float32_tokens_are_the_same_without_compiled_chains(
     name: str, options: dict[str, bool], case: Callable[[str], tuple[Path, Tokens]], make: Callable[..., LLM]
 ) -> None:

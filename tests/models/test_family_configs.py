@@ -127,6 +127,19 @@ def test_rotations_of_older_spellings_are_transformers(name: str, change: dict[s
     check_rotations(*both_configs(tmp_path, {key: value for key, value in content.items() if value is not None}))
 
 
+def test_queries_of_ministral_3_grow_as_its_rope_settings_say(tmp_path: Path) -> None:
+    content = {**model_config("ministral3").to_dict(), "architectures": ["Ministral3ForCausalLM"]}
+    ours, _ = both_configs(tmp_path, content)
+    assert ours.query_growth == (0.8, 16)
+    del content["rope_parameters"]
+    ours, theirs = both_configs(tmp_path, content)
+    settings = theirs.rope_parameters
+    assert ours.query_growth == (settings["llama_4_scaling_beta"], settings["original_max_position_embeddings"])
+    content["rope_parameters"] = {key: value for key, value in settings.items() if key != "llama_4_scaling_beta"}
+    (tmp_path / "config.json").write_text(json.dumps(content))
+    assert load_hf_config(tmp_path)[0].query_growth is None
+
+
 @pytest.mark.parametrize("name", ["llama-bias", "mistral", "gemma2", "qwen2"])
 def test_a_folder_without_tokenizer_is_refused_by_name(name: str, tmp_path: Path) -> None:
     content = {**model_config(name).to_dict(), "architectures": [f"{CONFIGS[name][0]}ForCausalLM"]}

@@ -72,6 +72,9 @@ def test_hub_id_is_fetched_at_its_revision(monkeypatch: pytest.MonkeyPatch, mode
 
     def give(repo: str, revision: str | None = None, **kwargs: Any) -> str:
         asked.append((repo, revision))
+        names = ["model.safetensors", "config.json", "consolidated.safetensors", "original/model.safetensors"]
+        patterns = {key: kwargs[key] for key in ("allow_patterns", "ignore_patterns")}
+        assert list(huggingface_hub.utils.filter_repo_objects(names, **patterns)) == names[:2]
         return str(model_dir)
 
     monkeypatch.setattr(huggingface_hub, "snapshot_download", give)

@@ -7,6 +7,7 @@ from typing import Any
 
 import pytest
 import torch
+from families import save_family
 
 from nanovllm.config import Config
 from nanovllm.distributed.tensor_parallel import TensorParallel
@@ -53,6 +54,15 @@ def test_a_window_that_no_sequence_outgrows_makes_no_group() -> None:
     specs = [AttentionSpec(4, 2, 64, 1.0), AttentionSpec(4, 2, 64, 1.0, window=100)]
     assert memory.group_specs(specs, 101).windows == (None, 100)
     assert memory.group_specs(specs, 100).windows == (None,) and specs[1].window is None
+
+
+def test_a_context_that_only_some_layers_stretch_is_not_the_models(
+    tmp_path: Path, make_llm: Callable[..., Any]
+) -> None:
+    path = save_family(tmp_path, "gemma3-scaled")  # factor 8 in layers with full attention
+    assert make_llm(path, max_model_len=320).engine.runner.max_model_len == 320
+    with pytest.raises(ValueError, match="max_model_len=321 must be at most the model's 320"):
+        make_llm(path, max_model_len=321)
 
 
 def test_a_window_leaves_room_for_longer_sequences(caplog: pytest.LogCaptureFixture) -> None:
