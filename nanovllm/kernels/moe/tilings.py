@@ -1,8 +1,8 @@
 """The tiles of the experts' products, by how many pairs an expert has on average.
 
 Up to some 150 pairs the product is as fast as an expert's weight can be read, so a tile has room for nearly all pairs
-of an expert, and padding costs nothing. Beyond, tiles have the shape that fills the matrix units. What the table needs
-is a GPU's word: `python -m benchmarks.moe --tune` tries others. These are chosen by reckoning, not measured.
+of an expert, and padding costs nothing. Beyond, tiles have the shape that fills the matrix units. Measured on an H200
+with Qwen3-30B-A3B's sizes (docs/lab-notebook.md); `python -m benchmarks.moe --tune` tries others.
 """
 
 from dataclasses import dataclass, replace
@@ -26,10 +26,11 @@ class Tiling:
 
 # Most pairs of an expert, on average -> tilings of the gated and of the weighted product, with equal rows.
 TILINGS = {
-    8: (Tiling(16, 32, 128, 4), Tiling(16, 64, 128, 4)),
-    20: (Tiling(32, 64, 64, 4), Tiling(32, 64, 128, 4)),
-    48: (Tiling(64, 64, 64, 4), Tiling(64, 128, 64, 4)),
-    1 << 62: (Tiling(128, 128, 64, 4, 8, 8, True), Tiling(128, 128, 64, 4, 8, 8, True)),
+    1: (Tiling(16, 64, 128, 4), Tiling(16, 64, 128, 4)),
+    8: (Tiling(16, 64, 128, 4), Tiling(16, 64, 128, 3)),
+    20: (Tiling(32, 64, 128, 4), Tiling(32, 64, 128, 3)),
+    200: (Tiling(64, 128, 64, 4, 4, 8), Tiling(64, 256, 64, 4, 4, 8)),
+    1 << 62: (Tiling(128, 128, 64, 4, 8, 8, True), Tiling(128, 256, 64, 4, 8, 8)),
 }
 # Sums of float32 without rounding to TF32 use no matrix units: small tiles, for tests and exactness rather than speed.
 FLOAT32 = (Tiling(16, 32, 32, 2), Tiling(16, 32, 32, 2))
