@@ -9,6 +9,7 @@ import pytest
 import torch
 from checkpoints import random_prompts
 from families import CONFIGS, cache_windows, family_reference, family_tokens, save_family
+from ranks_in_threads import ranks_in_threads
 
 from nanovllm import LLM, SamplingParams
 from nanovllm.cache_groups import most_blocks_in_all
@@ -18,6 +19,7 @@ NUM_TOKENS = 16
 SHARED = random_prompts([41], seed=6)[0]
 # Windows of the configs are 10 to 40 tokens: prompts end within them and far behind; two of them share a beginning.
 PROMPTS = [SHARED + [5], SHARED + [7, 8, 9], *random_prompts([70, 20, 33], seed=3)]
+MIXTURES = [name for name in CONFIGS if "moe" in name or name in ("mixtral", "gptoss")]
 GREEDY = SamplingParams(temperature=0.0, max_tokens=NUM_TOKENS)
 
 
@@ -69,20 +71,32 @@ def test_tokens_are_transformers_in_small_blocks_and_chunks_of_33_under_preempti
 
 @pytest.mark.parametrize("name", CONFIGS)
 def test_two_ranks_answer_the_same(
-    name: str, family: Callable[[str], tuple[Path, list[list[int]]]], make_tp: Callable[..., LLM]
+    name: str, family: Callable[[str], tuple[Path, list[list[int]]]], make_llm: Callable[..., LLM]
 ) -> None:
     path, expected = family(name)
     if "7to1" in name or "nocap" in name or "partial" in name:
         pytest.skip("an odd number of heads cannot be cut into two equal parts")
-    assert tokens(make_tp(path, tensor_parallel_size=2)) == expected
+    with ranks_in_threads():
+        llm = make_llm(path, tensor_parallel_size=2)
+    assert tokens(llm) == expected
+    assert llm.engine.runner.tp.size == 2
 
 
-@pytest.mark.parametrize("name", [name for name in CONFIGS if "moe" in name or name in ("mixtral", "gptoss")])
+@pytest.mark.parametrize("name", MIXTURES)
 def test_two_ranks_with_whole_experts_each_answer_the_same(
-    name: str, family: Callable[[str], tuple[Path, list[list[int]]]], make_tp: Callable[..., LLM]
+    name: str, family: Callable[[str], tuple[Path, list[list[int]]]], make_llm: Callable[..., LLM]
 ) -> None:
     path, expected = family(name)
-    assert tokens(make_tp(path, tensor_parallel_size=2, enable_expert_parallel=True)) == expected
+    with ranks_in_threads():
+        assert tokens(make_llm(path, tensor_parallel_size=2, enable_expert_parallel=True)) == expected
+
+
+@pytest.mark.parametrize("options", [{}, {"enable_expert_parallel": True}], ids=["cut experts", "whole experts"])
+def test_so_do_two_processes(
+    options: dict[str, bool], family: Callable[[str], tuple[Path, list[list[int]]]], make_tp: Callable[..., LLM]
+) -> None:
+    path, expected = family("gptoss")
+    assert tokens(make_tp(path, tensor_parallel_size=2, **options)) == expected
 
 
 @pytest.mark.parametrize("name", ["qwen2-window", "mistral-window", "ministral3", "gemma3", "gptoss"])
