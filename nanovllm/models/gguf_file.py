@@ -11,9 +11,10 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from math import prod
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-import numpy as np
+if TYPE_CHECKING:
+    import numpy as np
 
 SUFFIX = ".gguf"
 VERSIONS = (2, 3)
@@ -34,7 +35,7 @@ class GGUFTensor:
 
     type_name: str
     shape: tuple[int, ...]
-    data: np.ndarray
+    data: "np.ndarray"
 
 
 @dataclass(frozen=True, slots=True)
@@ -109,6 +110,8 @@ def read_gguf(path: Path) -> GGUFFile:
 def _read_part(path: Path) -> GGUFFile:
     if path.stat().st_size < 24:
         raise OSError(f"{path} is not a GGUF file: it has {path.stat().st_size} bytes")
+    import numpy as np  # here: to import this module, as the engine does, takes no numpy
+
     # Copy on write, for PyTorch warns of tensors it may not write; a plain array, for each view of a memmap costs more.
     blob = np.asarray(np.memmap(path, dtype=np.uint8, mode="c"))
     if bytes(blob[:4]) != b"GGUF":
@@ -119,7 +122,7 @@ def _read_part(path: Path) -> GGUFFile:
         raise OSError(f"{path} is damaged, or cut off in its header: {error}") from error
 
 
-def _parse(path: Path, blob: np.ndarray) -> GGUFFile:
+def _parse(path: Path, blob: "np.ndarray") -> GGUFFile:
     import gguf
 
     reader = _Reader(memoryview(blob))
@@ -193,6 +196,8 @@ class _Reader:
             return self.string()
         if kind in NUMBERS:
             (number,) = self.numbers(NUMBERS[kind])
+            import numpy as np
+
             # The shortest decimal of this float32: 1e-05, as the model's config.json had it, not 9.999999747378752e-06.
             return float(str(np.float32(number))) if kind == FLOAT32 else number
         if kind != ARRAY:
