@@ -326,6 +326,8 @@ class TestEngine:
         assert resolve_model_path(str(checkpoint("plain")), None) == checkpoint("plain")
         (qwen3.parent / "other.gguf").touch()
         assert resolve_model_path(str(qwen3.parent), None) == qwen3.parent
+        with pytest.raises(FileNotFoundError, match=f"give one of its GGUF files, {qwen3.name}, other.gguf"):
+            load_hf_config(qwen3.parent)
 
     def test_sharded_state_is_not_in_a_file(self, qwen3: Path, make_llm: Callable[..., LLM]) -> None:
         with pytest.raises(FileNotFoundError, match="model-rank-0-part"):
