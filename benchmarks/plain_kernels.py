@@ -31,6 +31,7 @@ def plain_kernels() -> Iterator[None]:
     plain = {
         rms_norm.rms_norm: rms_norm.rms_norm_reference,
         rms_norm.add_rms_norm: rms_norm.add_rms_norm_reference,
+        rms_norm.norm_add_rms_norm: rms_norm.norm_add_rms_norm_reference,
         gate_mul.gate_mul: plain_gate_mul,
         skinny_linear.skinny_linear: plain_skinny_linear,
         rope_store.qk_norm_rope_store: plain_qk_norm_rope_store,

@@ -320,9 +320,9 @@ def test_engine_of_plain_kernels_gives_the_same_greedy_tokens_and_is_not_left_be
     )  # fmt: skip
     workload = Workload("greedy", [[1, 2, 3], list(range(5, 45)), [9] * 7], [20, 12, 30], temperature=0.0)
     places = [
-        (layernorm, "rms_norm"), (linear, "add_rms_norm"), (packed_format, "gate_mul"),
-        (weight_format, "skinny_linear"), (attention, "qk_norm_rope_store"), (attention, "paged_decode"),
-        (model_runner, "sample"),
+        (layernorm, "rms_norm"), (linear, "add_rms_norm"), (layernorm, "norm_add_rms_norm"),
+        (packed_format, "gate_mul"), (weight_format, "skinny_linear"), (attention, "qk_norm_rope_store"),
+        (attention, "paged_decode"), (model_runner, "sample"),
     ]  # fmt: skip
 
     def tokens() -> list[list[int]]:
