@@ -118,7 +118,8 @@ def _plain_heads(
     head_dim, cos_sin = spec.head_dim, spec.cos_sin(qkv.device)
     q_weight, k_weight, eps = spec.norms
     half = cos_sin.shape[1] // 2
-    cos, sin = cos_sin[positions.long(), None].split(half, dim=-1)  # [tokens, 1, half]
+    place = positions.long() if spec.rope else 0  # without RoPE there is one rotation, of no dimension
+    cos, sin = cos_sin[place, None].chunk(2, dim=-1)  # [tokens, 1, half]
 
     def normalize_and_rotate(x: torch.Tensor, weight: torch.Tensor | None) -> torch.Tensor:
         x = x.float()
