@@ -31,6 +31,7 @@ def plain_kernels() -> Iterator[None]:
     plain = {
         rms_norm.rms_norm: rms_norm.rms_norm_reference,
         rms_norm.add_rms_norm: rms_norm.add_rms_norm_reference,
+        rms_norm.norm_add_rms_norm: rms_norm.norm_add_rms_norm_reference,
         gate_mul.gate_mul: plain_gate_mul,
         skinny_linear.skinny_linear: plain_skinny_linear,
         rope_store.qk_norm_rope_store: plain_qk_norm_rope_store,
@@ -117,7 +118,8 @@ def _plain_heads(
     head_dim, cos_sin = spec.head_dim, spec.cos_sin(qkv.device)
     q_weight, k_weight, eps = spec.norms
     half = cos_sin.shape[1] // 2
-    cos, sin = cos_sin[positions.long(), None].split(half, dim=-1)  # [tokens, 1, half]
+    place = positions.long() if spec.rope else 0  # without RoPE there is one rotation, of no dimension
+    cos, sin = cos_sin[place, None].chunk(2, dim=-1)  # [tokens, 1, half]
 
     def normalize_and_rotate(x: torch.Tensor, weight: torch.Tensor | None) -> torch.Tensor:
         x = x.float()

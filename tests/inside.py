@@ -282,19 +282,19 @@ def forbid_starting_ranks(monkeypatch: "pytest.MonkeyPatch") -> None:
 
 def tiling_of_product(rows: int, n: int, k: int, gated: bool, in_slices: bool) -> Any:
     """The tiles that the skinny product of these sizes takes; None: the library computes it."""
-    from nanovllm.kernels.linear import skinny_linear
+    from nanovllm.kernels.linear import skinny_tilings
 
-    return skinny_linear._tiling(rows, n, k, gated, in_slices)
+    return skinny_tilings.choose_tiling(rows, n, k, gated, in_slices)
 
 
 def slices_of_product(
     monkeypatch: "pytest.MonkeyPatch", programs: int, k: int, longest: int, multiprocessors: int
 ) -> int:
     """How many slices a product of so many tiles is cut into on a device with so many multiprocessors."""
-    from nanovllm.kernels.linear import skinny_linear
+    from nanovllm.kernels.linear import skinny_tilings
 
-    monkeypatch.setattr(skinny_linear, "multiprocessors", lambda device: multiprocessors)
-    return skinny_linear._num_slices.__wrapped__(programs, k, longest, "cpu")
+    monkeypatch.setattr(skinny_tilings, "multiprocessors", lambda device: multiprocessors)
+    return skinny_tilings.num_slices.__wrapped__(programs, k, longest, "cpu")
 
 
 def kernel_takes(
@@ -308,9 +308,9 @@ def kernel_takes(
 
 def tiles_cut_to_fit(tiling: Any, columns: int, element_size: int, shared_bytes: int) -> tuple[int, int]:
     """(tile's columns, depth of the pipeline) of a tiling, cut until a program's shared memory holds it."""
-    from nanovllm.kernels.linear import skinny_linear
+    from nanovllm.kernels.linear import skinny_tilings
 
-    return skinny_linear._fit(tiling, columns, element_size, shared_bytes)
+    return skinny_tilings.fit(tiling, columns, element_size, shared_bytes)
 
 
 def replace_skinny_launch(monkeypatch: "pytest.MonkeyPatch", launch: Callable[..., Any]) -> None:

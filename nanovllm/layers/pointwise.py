@@ -33,7 +33,8 @@ def _compiled(chain: Chain) -> Chain:
     @wraps(chain)
     def run(*args: Any) -> Any:
         if not made:
-            made.append(torch.compile(chain, dynamic=True))
+            # Without the option a number that is rounded to 16 bits, and read on in float32, would not be rounded.
+            made.append(torch.compile(chain, dynamic=True, options={"emulate_precision_casts": True}))
         return made[0](*args)
 
     return run

@@ -14,7 +14,7 @@ from nanovllm.layers.rotary_embedding import require_objects, rope_parameters
 from nanovllm.models import model_class, text_part
 from nanovllm.models.generation_config import are_token_ids
 from nanovllm.models.gguf_config import read_config
-from nanovllm.models.gguf_file import is_gguf
+from nanovllm.models.gguf_file import ggufs_in, is_gguf
 from nanovllm.models.layer_types import FULL, SLIDING
 from nanovllm.models.weight_files import read_json
 
@@ -37,7 +37,10 @@ def load_hf_config(path: Path, overrides: dict[str, Any] | None = None) -> tuple
     """
     file = path if is_gguf(path) else path / "config.json"
     if not file.is_file():
-        raise FileNotFoundError(f"no config.json in {path}")
+        files = ", ".join(file.name for file in ggufs_in(path))
+        raise FileNotFoundError(
+            f"no config.json in {path}" + (f": give one of its GGUF files, {files}" if files else "")
+        )
     content = text_part(read_config(path) if is_gguf(path) else read_json(file), overrides or {})
     cls = model_class(content.get("architectures"))
     content |= {key: content[name] for key, name in cls.also_called.items() if name in content}

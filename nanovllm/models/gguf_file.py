@@ -70,10 +70,13 @@ def is_gguf(path: Path) -> bool:
 
 def gguf_in(folder: Path) -> Path | None:
     """The GGUF model of a folder that holds nothing else to load, and one such model only."""
-    if (folder / "config.json").exists():
-        return None
-    files = [file for file in folder.glob(f"*{SUFFIX}") if is_first_part(file)]
-    return files[0] if len(files) == 1 else None
+    files = ggufs_in(folder)
+    return files[0] if len(files) == 1 and not (folder / "config.json").exists() else None
+
+
+def ggufs_in(folder: Path) -> list[Path]:
+    """The GGUF files of a folder, of a split model the first."""
+    return sorted(file for file in folder.glob(f"*{SUFFIX}") if is_first_part(file))
 
 
 def is_first_part(file: Path) -> bool:

@@ -128,13 +128,12 @@ def _add_tokens(tokenizer: Any, tokens: list[str], types: list[int], is_sentence
     """Make the tokens that text may hold whole: control tokens, which a decoder leaves out, and the user's."""
     from tokenizers import AddedToken
 
-    added = [(token, kind) for token, kind in zip(tokens, types, strict=False) if kind in (CONTROL, USER_DEFINED)]
-    if is_sentence_piece:
-        added = [(token.replace(" ", SPACE), kind) for token, kind in added]
-    for token, kind in added:
-        is_control = kind == CONTROL
-        one = AddedToken(token, special=is_control, normalized=is_sentence_piece and not is_control)
-        (tokenizer.add_special_tokens if is_control else tokenizer.add_tokens)([one])
+    added = []
+    for token, kind in zip(tokens, types, strict=False):
+        if kind in (CONTROL, USER_DEFINED):
+            is_control, text = kind == CONTROL, token.replace(" ", SPACE) if is_sentence_piece else token
+            added.append(AddedToken(text, special=is_control, normalized=is_sentence_piece and not is_control))
+    tokenizer.add_tokens(added)  # all at once: each call looks at all tokens, and Gemma has thousands
 
 
 def _wrap_prompts(tokenizer: Any, metadata: dict[str, Any], special: dict[str, str], model: str) -> None:

@@ -74,10 +74,11 @@ def num_cache_blocks(
     num_blocks = tp.minimum(num_blocks, device)  # one plan serves all ranks
     if num_blocks < num_groups:
         what = "one block" if num_groups == 1 else f"{num_groups} blocks, one for each group of layers,"
-        raise ValueError(
-            f"the KV cache has no room for {what} of {block_bytes} bytes; raise gpu_memory_utilization="
-            f"{config.gpu_memory_utilization} or kvcache_memory_bytes={config.kvcache_memory_bytes}"
-        )
+        limit = f"gpu_memory_utilization={config.gpu_memory_utilization} or kvcache_memory_bytes="
+        limit += str(config.kvcache_memory_bytes)
+        if config.num_kvcache_blocks is not None:
+            limit = f"num_kvcache_blocks={config.num_kvcache_blocks}"
+        raise ValueError(f"the KV cache has no room for {what} of {block_bytes} bytes; raise {limit}")
     return num_blocks
 
 

@@ -279,12 +279,13 @@ def test_plain_kernels_compute_what_the_fused_ones_do_and_write_nothing_for_padd
     cos_sin = build_cos_sin(dim, 32, {"rope_type": "default", "rope_theta": 1e4})
     unused = torch.empty(0)
     chunks = ChunkBatch(positions, slots, unused, unused, unused, unused)
-    for q_weight, k_weight in ((weights[0], weights[1]), (None, None)):
+    for q_weight, k_weight, rope in ((*weights, cos_sin), (None, None, cos_sin), (*weights, None)):
         caches = [torch.full((3, kv_heads, block_size, dim), float("nan")) for _ in range(4)]
         norms = [None if w is None else SimpleNamespace(weight=w, eps=1e-6) for w in (q_weight, k_weight)]
-        spec = AttentionSpec(heads, kv_heads, dim, 1.0, SimpleNamespace(cos_sin=cos_sin), *norms)
+        table = None if rope is None else SimpleNamespace(cos_sin=rope)
+        spec = AttentionSpec(heads, kv_heads, dim, 1.0, table, *norms)
         plain = plain_qk_norm_rope_store(qkv, spec, KVCache(*caches[:2]), chunks)
-        arguments = (qkv, q_weight, k_weight, 1e-6, positions, cos_sin, slots)
+        arguments = (qkv, q_weight, k_weight, 1e-6, positions, cos_sin[:, :0] if rope is None else rope, slots)
         expected = qk_norm_rope_store_reference(*arguments, *caches[2:], heads)
         torch.testing.assert_close(plain[:2], expected[:2], rtol=1e-5, atol=1e-6)
         torch.testing.assert_close(caches[:2], caches[2:], rtol=1e-5, atol=1e-6, equal_nan=True)
@@ -320,9 +321,9 @@ def test_engine_of_plain_kernels_gives_the_same_greedy_tokens_and_is_not_left_be
     )  # fmt: skip
     workload = Workload("greedy", [[1, 2, 3], list(range(5, 45)), [9] * 7], [20, 12, 30], temperature=0.0)
     places = [
-        (layernorm, "rms_norm"), (linear, "add_rms_norm"), (packed_format, "gate_mul"),
-        (weight_format, "skinny_linear"), (attention, "qk_norm_rope_store"), (attention, "paged_decode"),
-        (model_runner, "sample"),
+        (layernorm, "rms_norm"), (linear, "add_rms_norm"), (layernorm, "norm_add_rms_norm"),
+        (packed_format, "gate_mul"), (weight_format, "skinny_linear"), (attention, "qk_norm_rope_store"),
+        (attention, "paged_decode"), (model_runner, "sample"),
     ]  # fmt: skip
 
     def tokens() -> list[list[int]]:

@@ -1,6 +1,6 @@
 """Compiles all kernels for a GPU on a machine without one, and prints their names.
 
-python compile_kernels.py [compute capability: 90, Hopper's, by default; 80, 86, 89, 100, 120]
+With tests/ on PYTHONPATH: python compile_kernels.py [compute capability: 90, Hopper's, by default; 80, 86, 89, 100, …]
 
 It calls the launchers as ever, but a launch only compiles. On a CPU the other tests use Triton's interpreter, which
 accepts what the compiler refuses, such as a variable whose type changes in a loop. This is a program of its own because

@@ -5,6 +5,7 @@ The files are written by `gguf_files.py` as llama.cpp's converter writes them. A
 
 import contextlib
 import random
+import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -325,6 +326,8 @@ class TestEngine:
         assert resolve_model_path(str(checkpoint("plain")), None) == checkpoint("plain")
         (qwen3.parent / "other.gguf").touch()
         assert resolve_model_path(str(qwen3.parent), None) == qwen3.parent
+        with pytest.raises(FileNotFoundError, match=f"give one of its GGUF files, {qwen3.name}, other.gguf"):
+            load_hf_config(qwen3.parent)
 
     def test_sharded_state_is_not_in_a_file(self, qwen3: Path, make_llm: Callable[..., LLM]) -> None:
         with pytest.raises(FileNotFoundError, match="model-rank-0-part"):
@@ -411,6 +414,19 @@ class TestTokenizer:
         )
         assert isinstance(load_gguf_tokenizer(no_prefix).backend_tokenizer.normalizer, normalizers.Replace)
         assert load_gguf_tokenizer(no_prefix).tokenize("hello") == ["h", "el", "lo"]
+
+    def test_thousands_of_tokens_of_their_own_take_no_time(self, tmp_path: Path) -> None:
+        """Gemma 3 has 6,400: added one by one they took 20 s, for each addition looks at all before it."""
+        own_tokens = [f"<unused {i}>" for i in range(5000)]
+        tokens = [*sorted(ByteLevel.alphabet()), *own_tokens]
+        kinds = [1] * 256 + [3, 4] * 2500
+        path = self.write(tmp_path, model="gpt2", pre="gpt-2", tokens=tokens, token_type=kinds, merges=[])
+        start = time.process_time()
+        own = load_gguf_tokenizer(path)
+        assert time.process_time() - start < 1
+        ids = own("<unused 4998>a<unused 4999>").input_ids
+        assert ids == [256 + 4998, tokens.index("a"), 256 + 4999]
+        assert own.decode(ids, skip_special_tokens=True) == "a<unused 4999>"
 
     @pytest.mark.parametrize("key", ["model", "pre"])
     def test_unknown_vocabulary_is_named(self, key: str, tmp_path: Path, make_llm: Callable[..., LLM]) -> None:

@@ -75,7 +75,7 @@ def test_a_window_leaves_room_for_longer_sequences(caplog: pytest.LogCaptureFixt
     config.max_model_len = 577
     with pytest.raises(ValueError, match=r"max_model_len=577 .* holds 576 tokens; lower .* max_num_batched_tokens=32"):
         fit(config, 577, windows=(None, 17))
-    with pytest.raises(ValueError, match="no room for 3 blocks.* of 100 bytes"):
+    with pytest.raises(ValueError, match="no room for 3 blocks.* of 100 bytes; raise num_kvcache_blocks=2"):
         config.num_kvcache_blocks = 2
         memory.num_cache_blocks(config, 100, 3, None, lambda: 0, TensorParallel(), "cpu")
 

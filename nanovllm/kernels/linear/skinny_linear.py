@@ -8,65 +8,23 @@ still runs (`early_launch.py`).
 What counts then is how much each multiprocessor reads from that cache: its tile of the weight, and as many columns of
 all rows of x. A narrow weight has too few rows for well-shaped tiles to fill the device. So where a norm comes next,
 which can add up partial sums, the kernel also cuts K into *slices*: the result is one *partial sum* per slice, in
-float32, and a program reads only its slice of x's columns.
+float32, and a program reads only its slice of x's columns. `skinny_tilings.py` has the tiles, and how many slices.
 
 The kernel also computes the gate of an MLP: with `gate`, W is the rows of a gate and then those of an up, and the
 result is silu(x gateᵀ) · x upᵀ, or gelu's.
 """
 
-from functools import lru_cache
-from typing import NamedTuple
-
 import torch
 import torch.nn.functional as F
 
-from nanovllm.kernels.device import multiprocessors, shared_memory_bytes
+from nanovllm.kernels.device import shared_memory_bytes
 from nanovllm.kernels.early_launch import LINE_BYTES, early_launch, fetch, wait_for_previous
 from nanovllm.kernels.linear.gate_mul import Gate, gate_mul, gate_value
+from nanovllm.kernels.linear.skinny_tilings import choose_tiling, columns_ahead, dividing, fit, num_slices
 from nanovllm.kernels.triton_shim import TensorDescriptor, tl, triton
 
 MAX_ROWS = 256  # of x: with more, a library's kernels are as fast
-LARGE, HUGE = 1 << 23, 1 << 27  # elements: a large weight has tilings of its own, a huge one has none
-WIDE = 2048  # a sum in slices of more rows has tiles enough for the tilings of large weights
-NARROW = 4096  # a large weight of no more rows has too few tiles, unless in slices
-LARGE_AHEAD = 256  # columns of a large weight to fetch before the wait: all of them would flood the L2 cache
 K_MULTIPLE = 256
-MIN_SLICE = 256  # least columns of a slice
-SLICE_MULTIPLE = 128  # divides the columns of a slice
-FULL = 0.7  # once this share of the multiprocessors has a program, more slices gain nothing
-
-
-class Tiling(NamedTuple):
-    """The tiles of x and of the weight that a program multiplies. A gated product's is half gate and half up."""
-
-    rows: int  # of x
-    weight_rows: int
-    columns: int
-    depth: int  # of the load pipeline
-    longest: int = 1 << 30  # columns of a slice, at most
-
-
-# Most rows of x -> tilings of a plain product, of one in slices, of a gated one; None: a library's kernel is as fast.
-# The next kernel can start early in the shared memory that a program leaves free, so a tiling's own time does not tell.
-# We chose each by the time of whole steps: of Qwen3-0.6B on an H100 and an H200 and, for large weights, of Qwen3-8B on
-# an H200 (docs/lab-notebook.md).
-TILINGS = {
-    16: (Tiling(16, 64, 256, 4), Tiling(16, 64, 256, 4), Tiling(16, 64, 256, 4)),
-    32: (Tiling(32, 64, 256, 3), Tiling(32, 64, 128, 3), Tiling(32, 64, 256, 4)),
-    48: (Tiling(64, 32, 256, 3), Tiling(64, 32, 256, 3), Tiling(64, 64, 128, 4)),
-    64: (Tiling(64, 32, 256, 3), Tiling(64, 16, 256, 4), Tiling(64, 64, 128, 4)),
-    96: (Tiling(64, 64, 128, 4), Tiling(64, 32, 256, 4), Tiling(128, 64, 128, 4)),
-    128: (Tiling(128, 64, 128, 4), Tiling(64, 32, 256, 4), Tiling(128, 64, 128, 4)),
-    192: (None, Tiling(64, 64, 128, 4), None),
-    256: (None, Tiling(128, 64, 128, 4), None),
-}
-LARGE_TILINGS = {
-    16: (Tiling(16, 64, 128, 4), Tiling(16, 64, 128, 4, 3584), Tiling(16, 64, 128, 3)),
-    32: (Tiling(32, 64, 128, 4), Tiling(32, 64, 128, 4, 3584), Tiling(32, 64, 128, 3)),
-    64: (Tiling(64, 64, 128, 4), Tiling(64, 64, 128, 4), None),
-    96: (None, None, None),  # a library was faster in all three
-    128: (None, Tiling(128, 64, 128, 4), None),
-}
 
 
 def skinny_linear(
@@ -88,16 +46,6 @@ def skinny_linear(
     return gate_mul(out, gate) if gate else out
 
 
-def _tiling(num_tokens: int, n: int, k: int, gated: bool, in_slices: bool) -> Tiling | None:
-    """The tiling for `num_tokens` rows of x and a weight `[n, k]`; None where a library's kernel is as fast."""
-    is_large = n * k >= LARGE or in_slices and n > WIDE
-    if n * k >= HUGE or is_large and n <= NARROW and not in_slices:
-        return None
-    table = LARGE_TILINGS if is_large else TILINGS
-    plain, of_slices, of_gated = next((table[rows] for rows in table if num_tokens <= rows), (None, None, None))
-    return of_gated if gated else of_slices if in_slices else plain
-
-
 def _can_take(
     x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None, gate: Gate | None, in_slices: bool
 ) -> bool:
@@ -110,7 +58,7 @@ def _can_take(
     is_aligned = (x.data_ptr() | weight.data_ptr()) % 16 == 0
     if not (is_small and is_product and is_whole and is_regular and is_aligned):
         return False
-    return num_tokens == 1 or _tiling(num_tokens, n, k, gate is not None, in_slices) is not None
+    return num_tokens == 1 or choose_tiling(num_tokens, n, k, gate is not None, in_slices) is not None
 
 
 def skinny_linear_triton(
@@ -136,7 +84,7 @@ def _launch(
 ) -> torch.Tensor:
     """Launch the kernel for a product that `_can_take` accepts."""
     num_tokens, (n, k) = len(x), weight.shape
-    tiling = _tiling(num_tokens, n, k, gate is not None, in_slices)
+    tiling = choose_tiling(num_tokens, n, k, gate is not None, in_slices)
     halves = 2 if gate else 1
     n_out = n // halves
     if num_tokens == 1:
@@ -144,54 +92,24 @@ def _launch(
         tile_n, tile_k = (8, 512) if k <= 1024 else (4, 1024)
         _vector_kernel[(triton.cdiv(n, tile_n),)](
             x, weight, bias, out, n_out, K=k, HALVES=halves, GELU=gate == "gelu", TILE_N=tile_n,
-            TILE_K=_dividing(k, tile_k), num_warps=8, **early_launch(x),
+            TILE_K=dividing(k, tile_k), num_warps=8, **early_launch(x),
         )  # fmt: skip
         return out
     num_tiles = triton.cdiv(n, tiling.weight_rows), triton.cdiv(num_tokens, tiling.rows)
-    slices = _num_slices(num_tiles[0] * num_tiles[1], k, tiling.longest, x.device) if in_slices else 1
+    slices = num_slices(num_tiles[0] * num_tiles[1], k, tiling.longest, x.device) if in_slices else 1
     columns = k // slices
     tile_m, tile_n = tiling.rows, tiling.weight_rows
-    tile_k, depth = _fit(tiling, columns, x.element_size(), shared_memory_bytes(x.device))
+    tile_k, depth = fit(tiling, columns, x.element_size(), shared_memory_bytes(x.device))
     x_tiles = TensorDescriptor(x, [num_tokens, k], [x.stride(0), 1], [tile_m, tile_k])
     weight_tiles = TensorDescriptor(weight, [halves, n_out, k], [n_out * k, k, 1], [halves, tile_n // halves, tile_k])
     shape, dtype = ((slices, num_tokens, n), torch.float32) if slices > 1 else ((num_tokens, n_out), x.dtype)
     out = torch.empty(shape, dtype=dtype, device=x.device)
-    ahead = min(LARGE_AHEAD, columns) if n * k >= LARGE else columns
     _tile_kernel[(*num_tiles, slices)](
         x, weight, x_tiles, weight_tiles, bias, out, num_tokens, x.stride(0), n_out, K=k, HALVES=halves,
-        GELU=gate == "gelu", SLICES=slices, TILE_M=tile_m, TILE_N=tile_n, TILE_K=tile_k, AHEAD=ahead,
-        LINE=LINE_BYTES // 2, num_warps=4, num_stages=depth, **early_launch(x),
+        GELU=gate == "gelu", SLICES=slices, TILE_M=tile_m, TILE_N=tile_n, TILE_K=tile_k,
+        AHEAD=columns_ahead(n, k, columns), LINE=LINE_BYTES // 2, num_warps=4, num_stages=depth, **early_launch(x),
     )  # fmt: skip
     return out
-
-
-@lru_cache
-def _num_slices(programs: int, k: int, longest: int, device: torch.device) -> int:
-    """How many equal slices to cut K into: the fewest that nearly fill the device, or as many as there can be.
-
-    If no more of them than multiprocessors run at a time, a few left over would take as long as all others: then it is
-    the most slices that do not leave any.
-    """
-    possible = [p for p in range(1, max(k // MIN_SLICE, 1) + 1) if k % (p * SLICE_MULTIPLE) == 0]
-    at_once = multiprocessors(device)
-    enough = next((p for p in possible if programs * p >= FULL * at_once and k // p <= longest), possible[-1])
-    if at_once < programs * enough < 2 * at_once and longest >= k:
-        return max((p for p in possible if programs * p <= at_once), default=enough)
-    return enough
-
-
-def _fit(tiling: Tiling, columns: int, itemsize: int, shared_memory: int) -> tuple[int, int]:
-    """Columns of a tile (they divide a slice's) and depth: the tiling's, or fewer, to fit into `shared_memory`."""
-    bytes_per_column = (tiling.rows + tiling.weight_rows) * itemsize
-    tile_k = _dividing(columns, tiling.columns)
-    while 2 * tile_k * bytes_per_column > shared_memory:
-        tile_k //= 2
-    return tile_k, min(tiling.depth, max(2, columns // tile_k), shared_memory // (tile_k * bytes_per_column))
-
-
-def _dividing(k: int, tile: int) -> int:
-    """The largest power of two up to `tile` that divides `k`."""
-    return min(tile, k & -k)
 
 
 @triton.jit

@@ -5,6 +5,7 @@ import torch
 from inside import kernel_takes, replace_skinny_launch, slices_of_product, tiles_cut_to_fit, tiling_of_product
 
 from nanovllm.kernels.linear import skinny_linear as kernels
+from nanovllm.kernels.linear import skinny_tilings
 from nanovllm.kernels.linear.gate_mul import gate_mul
 
 DTYPES = [torch.bfloat16, torch.float16]
@@ -64,11 +65,11 @@ def assert_is_rounded_gate(
     assert bool(((out.double() - exact).abs() <= allowed).all())
 
 
-@pytest.fixture(params=[kernels.LARGE, 0], ids=["small", "large"], autouse=True)
+@pytest.fixture(params=[skinny_tilings.LARGE, 0], ids=["small", "large"], autouse=True)
 def least_elements_of_large_weights(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
     """Whether weights of a test's size, which the interpreter can manage, count as large ones."""
-    monkeypatch.setattr(kernels, "LARGE", request.param)
-    monkeypatch.setattr(kernels, "NARROW", 0)
+    monkeypatch.setattr(skinny_tilings, "LARGE", request.param)
+    monkeypatch.setattr(skinny_tilings, "NARROW", 0)
 
 
 def multiply(x: torch.Tensor, weight: torch.Tensor, *args: object, **options: bool) -> torch.Tensor:
@@ -114,7 +115,8 @@ def test_slices_sum_to_the_product_and_only_one_has_the_bias(shape, dtype: torch
     x, weight, bias = draw(shape, dtype, device)
     out = multiply(x, weight, bias, in_slices=True)
     assert_slices_sum_to_the_product(out, x, weight, bias)
-    assert (out.dim() == 3) == (shape[0] > 1 and shape[2] >= 2 * kernels.MIN_SLICE)  # so small a weight is always split
+    is_split = shape[0] > 1 and shape[2] >= 2 * skinny_tilings.MIN_SLICE  # so small a weight is, if it can be
+    assert (out.dim() == 3) == is_split
 
 
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="too large for the interpreter")
@@ -130,7 +132,7 @@ def test_the_product_is_rounded_once_at_a_models_sizes(num_tokens: int, kind: st
 
 def test_products_have_the_tiles_that_were_chosen_for_them(monkeypatch: pytest.MonkeyPatch):
     monkeypatch.undo()  # the real bounds of large and narrow weights
-    small, large, none = kernels.TILINGS, kernels.LARGE_TILINGS, {}
+    small, large, none = skinny_tilings.TILINGS, skinny_tilings.LARGE_TILINGS, {}
     for (n, k), tables in [  # of a plain product, one in slices, a gated one
         ((1024, 2048), (small, small, small)),
         ((4096, 1024), (small, large, small)),
@@ -191,7 +193,8 @@ def test_few_rows_on_a_gpu_take_the_kernel(device: str, monkeypatch: pytest.Monk
 
 @pytest.mark.parametrize("kib", [64, 99, 163, 227])  # of a program, from the oldest GPUs that know bfloat16 to Hopper
 def test_tiles_fit_the_devices_shared_memory(kib: int):
-    tilings = [t for table in (kernels.TILINGS, kernels.LARGE_TILINGS) for row in table.values() for t in row if t]
+    tables = (skinny_tilings.TILINGS, skinny_tilings.LARGE_TILINGS)
+    tilings = [tiling for table in tables for row in table.values() for tiling in row if tiling]
     for tiling in tilings:
         for columns in (256, 384, 1024):
             tile_k, depth = tiles_cut_to_fit(tiling, columns, 2, kib * 1024)
