@@ -149,21 +149,20 @@ class TestAnswers:
             (output,) = llm.chat(question, SamplingParams(temperature=0.0, max_tokens=24), use_tqdm=False)
         assert "Paris" in output.outputs[0].text and output.outputs[0].finish_reason == "stop"
 
-    @pytest.mark.parametrize("is_gguf", [True, False], ids=["gguf", "safetensors"])
-    def test_tokens_are_those_of_transformers(
-        self, is_gguf: bool, reference: Any, tokenizer: Any, tmp_path: Path
+    def test_tokens_are_those_of_transformers_from_gguf_and_from_safetensors(
+        self, reference: Any, tokenizer: Any, tmp_path: Path
     ) -> None:
-        path = MODEL
-        if not is_gguf:
-            path = tmp_path / "saved"
-            reference.save_pretrained(path)
-            tokenizer.save_pretrained(path)
+        reference.save_pretrained(tmp_path / "saved")
+        tokenizer.save_pretrained(tmp_path / "saved")
         params = SamplingParams(temperature=0.0, max_tokens=24)
-        with LLM(path, device="cpu", dtype="float32", num_kvcache_blocks=96, max_model_len=1024) as llm:
-            outputs = llm.chat(chats(), params, use_tqdm=False)
-        shutil.rmtree(tmp_path / "saved", ignore_errors=True)
-        for output in outputs:
-            ids, answer = output.prompt_token_ids, list(output.outputs[0].token_ids)
+        answers = []
+        for path in (MODEL, tmp_path / "saved"):
+            with LLM(path, device="cpu", dtype="float32", num_kvcache_blocks=96, max_model_len=1024) as llm:
+                outputs = llm.chat(chats(), params, use_tqdm=False)
+            answers.append([(output.prompt_token_ids, list(output.outputs[0].token_ids)) for output in outputs])
+        shutil.rmtree(tmp_path / "saved")
+        assert answers[0] == answers[1]
+        for ids, answer in answers[0]:
             assert answer == likeliest(reference, ids, answer), tokenizer.decode(ids)
 
 
