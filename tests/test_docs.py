@@ -6,7 +6,7 @@ from xml.etree import ElementTree
 
 import pytest
 
-from tools import draw_step, family_table, reading_routes
+from tools import draw_step, readme_tables
 
 ROOT = Path(__file__).parents[1]
 README, NOTEBOOK = ROOT / "README.md", ROOT / "docs" / "lab-notebook.md"
@@ -78,24 +78,19 @@ def test_commit_ids_are_in_the_notebook_alone(page: Path) -> None:
     assert not COMMIT.findall(page.read_text())
 
 
-def test_the_afternoon_table_is_what_the_tool_writes() -> None:
+def test_the_tables_of_the_readme_are_what_the_tool_writes() -> None:
     text = README.read_text()
-    assert text == reading_routes.with_table(text, reading_routes.afternoon_table())
-
-
-def test_the_table_of_families_is_what_the_tool_writes() -> None:
-    text = README.read_text()
-    assert text == family_table.with_table(text)
+    assert text == readme_tables.with_tables(text)
 
 
 def test_the_afternoon_is_at_most_2000_lines() -> None:
-    assert reading_routes.total_lines() <= reading_routes.MOST_LINES
+    assert readme_tables.total_lines() <= readme_tables.MOST_LINES
 
 
 def test_a_missing_file_of_the_afternoon_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(reading_routes, "AFTERNOON", [("llm.py", ""), ("no/such_file.py", "")])
+    monkeypatch.setattr(readme_tables, "AFTERNOON", [("llm.py", ""), ("no/such_file.py", "")])
     with pytest.raises(FileNotFoundError, match=r"nanovllm/no/such_file\.py"):
-        reading_routes.afternoon_table()
+        readme_tables.afternoon_table()
 
 
 def test_the_picture_of_a_step_is_what_the_script_draws() -> None:

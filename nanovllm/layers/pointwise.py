@@ -1,6 +1,6 @@
 """Chains of elementwise operations that have no kernel of ours, in PyTorch's own operations.
 
-Run one by one, each operation is a launch on a GPU, and reads and writes all of its tensor. `torch.compile` makes one
+Run one by one, each operation is a launch on a GPU, and reads and writes a whole tensor. `torch.compile` makes one
 kernel of a chain. `compile_chains` is the only place that calls it. Every chain computes in float32 and rounds where
 the model does, so that compiled or not it gives the same numbers, but for the last digit of an exponential.
 """

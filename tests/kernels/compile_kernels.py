@@ -28,7 +28,7 @@ from nanovllm.kernels.linear.skinny_linear import skinny_linear_triton
 from nanovllm.kernels.moe import experts as moe_experts
 from nanovllm.kernels.moe.experts import ExpertWeights, sum_experts_triton
 from nanovllm.kernels.moe.route import route_triton
-from nanovllm.kernels.moe.tilings import TILINGS
+from nanovllm.kernels.moe.tilings import TILINGS, Tiling
 from nanovllm.kernels.norm.all_reduce import PeerBuffers, make_inboxes, one_shot_add_rms_norm, one_shot_all_reduce
 from nanovllm.kernels.norm.rms_norm import (
     add_rms_norm_triton,
@@ -120,7 +120,9 @@ def call_moe_kernels() -> None:
         tokens = min(most, 500) * num // k
         weights, ids = route_triton(zeros(tokens, num), k, True)
         sum_experts_triton(zeros(tokens, hidden_size), weights, ids, clamped, in_slices=True)
-    for tilings in (TILINGS[min(TILINGS)], tuple(replace(t, copy_engine=False) for t in TILINGS[max(TILINGS)])):
+    shorter_than_a_cache_line = Tiling(16, 16, 32, 2)
+    most_pairs = (replace(tiling, copy_engine=False) for tiling in TILINGS[max(TILINGS)])
+    for tilings in (TILINGS[min(TILINGS)], tuple(most_pairs), (shorter_than_a_cache_line,) * 2):
         sum_experts_triton(zeros(tokens, hidden_size), weights, ids, plain, tilings=tilings)
     weights, ids = route_triton(zeros(1, num), k, False)
     sum_experts_triton(zeros(1, hidden_size), weights, ids, plain, in_slices=True)

@@ -185,7 +185,7 @@ def _product_kernel(
     weight_rows = weight_ptr + row[:, None] * K
     if HALVES == 1:  # the order is older than the launch before, so the weight can be fetched while that runs
         if EARLY:
-            lines = tl.arange(0, TILE_K // LINE) * LINE
+            lines = tl.arange(0, (TILE_K + LINE - 1) // LINE) * LINE
             for start in range(0, AHEAD, TILE_K):
                 fetch(weight_rows + start + lines[None, :], (row >= 0)[:, None] & (start + lines < K)[None, :])
         wait_for_previous(EARLY)

@@ -1,16 +1,17 @@
-"""Writes the table of the afternoon route into README.md: a token's way, file by file, with the number of lines.
+"""Writes README.md's tables: the afternoon route, file by file with its lines, and the families that the registry has.
 
-python tools/reading_routes.py            rewrite the table between the markers
-python tools/reading_routes.py --check    exit 1 if README.md has another table, or the route is too long
+python tools/readme_tables.py            rewrite the tables between their markers
+python tools/readme_tables.py --check    exit 1 if README.md has other tables, or the route is too long
 """
 
 import argparse
 import sys
 from pathlib import Path
 
+from nanovllm.models.__main__ import markdown_table
+
 ROOT = Path(__file__).parents[1]
 README = ROOT / "README.md"
-BEGIN, END = "<!-- afternoon -->", "<!-- /afternoon -->"
 MOST_LINES = 2000
 
 # In reading order: a file of the package, and what it shows.
@@ -36,7 +37,7 @@ def count_lines(file: str) -> int:
     path = ROOT / "nanovllm" / file
     if not path.is_file():
         raise FileNotFoundError(
-            f"nanovllm/{file} is on the afternoon route (tools/reading_routes.py) but does not exist"
+            f"nanovllm/{file} is on the afternoon route (tools/readme_tables.py) but does not exist"
         )
     return len(path.read_text(encoding="utf-8").splitlines())
 
@@ -60,13 +61,19 @@ def total_lines() -> int:
     return sum(count_lines(file) for file, _ in AFTERNOON)
 
 
-def with_table(text: str, table: str) -> str:
-    """`text` with `table` between the markers. Raises ValueError unless each is there once, in order."""
-    if text.count(BEGIN) != 1 or text.count(END) != 1 or text.index(BEGIN) > text.index(END):
-        raise ValueError(f"README.md must have {BEGIN} and then {END}, once each")
-    before, _, rest = text.partition(BEGIN)
-    _, _, after = rest.partition(END)
-    return f"{before}{BEGIN}\n{table}\n{END}{after}"
+def with_table(text: str, name: str, table: str) -> str:
+    """`text` with `table` between the markers of `name`. Raises ValueError unless each is there once, in order."""
+    begin, end = f"<!-- {name} -->", f"<!-- /{name} -->"
+    if text.count(begin) != 1 or text.count(end) != 1 or text.index(begin) > text.index(end):
+        raise ValueError(f"README.md must have {begin} and then {end}, once each")
+    before, _, rest = text.partition(begin)
+    _, _, after = rest.partition(end)
+    return f"{before}{begin}\n{table}\n{end}{after}"
+
+
+def with_tables(text: str) -> str:
+    """`text` with both tables. Raises as `with_table` and `count_lines`."""
+    return with_table(with_table(text, "afternoon", afternoon_table()), "families", markdown_table())
 
 
 def main() -> None:
@@ -76,11 +83,11 @@ def main() -> None:
     try:
         total = total_lines()
         text = README.read_text(encoding="utf-8")
-        wanted = with_table(text, afternoon_table())
+        wanted = with_tables(text)
     except (FileNotFoundError, ValueError) as error:
         sys.exit(str(error))
     if args.check and text != wanted:
-        sys.exit("README.md is not what tools/reading_routes.py writes: run it")
+        sys.exit("README.md is not what tools/readme_tables.py writes: run it")
     if not args.check:
         README.write_text(wanted, encoding="utf-8")
     if total > MOST_LINES:
