@@ -154,7 +154,7 @@ class TestAnswers:
     ) -> None:
         reference.save_pretrained(tmp_path / "saved")
         tokenizer.save_pretrained(tmp_path / "saved")
-        params = SamplingParams(temperature=0.0, max_tokens=24)
+        params = SamplingParams(temperature=0.0, max_tokens=16)
         answers = []
         for path in (MODEL, tmp_path / "saved"):
             with LLM(path, device="cpu", dtype="float32", num_kvcache_blocks=96, max_model_len=1024) as llm:

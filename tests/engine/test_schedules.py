@@ -15,7 +15,7 @@ from nanovllm.engine.llm_engine import LLMEngine
 from nanovllm.engine.sequence import Sequence
 from nanovllm.sampling_params import SamplingParams
 
-NUM_SCHEDULES = int(os.environ.get("NANOVLLM_TEST_SCHEDULES", "20000"))
+NUM_SCHEDULES = int(os.environ.get("NANOVLLM_TEST_SCHEDULES", "10000"))
 NUM_PARTS = 10  # so that several workers can share them
 
 deterministic = settings(

@@ -96,6 +96,8 @@ def call_linear_kernels() -> None:
     for rows in (1, 3, 20, 40, 60, 90, 100, 180, 200):
         for n in (128, 6144, 8192):
             for options in ({}, {"gate": "silu"}, {"gate": "gelu"}, {"in_slices": True}):
+                if options == {"gate": "gelu"} and rows > 3:
+                    continue  # silu's kernels, but for a constant
                 if rows == 1 or tiling_of_product(rows, n, 1024, "gate" in options, "in_slices" in options):
                     out = skinny_linear_triton(zeros(rows, 1024), zeros(n, 1024), bias=zeros(n), **options)
                     if "in_slices" in options:
@@ -173,14 +175,12 @@ if __name__ == "__main__":
     call_linear_kernels()
     call_moe_kernels()
     call_attention_kernels(128, 256, torch.bfloat16, has_norm=True)
-    call_attention_kernels(128, 256, torch.float32, has_norm=True)
     paged_decode_kernel.multiprocessors = lambda device: 1  # many programs for each
     call_attention_kernels(128, 256, torch.bfloat16, has_norm=True)
     call_attention_kernels(80, 48, torch.float32, has_norm=False)
     call_attention_kernels(128, 256, torch.bfloat16, has_norm=True, rotary_dim=0)
     bf16 = torch.bfloat16
     call_attention_kernels(64, 256, bf16, has_norm=False, heads=64, window=128, sinks=zeros(64))
-    call_attention_kernels(64, 256, bf16, has_norm=False, heads=64, sinks=zeros(64))
     call_attention_kernels(96, 48, bf16, has_norm=False, rotary_dim=72, window=2047, soft_cap=30.0, sinks=zeros(16))
     call_attention_kernels(256, 256, bf16, has_norm=True, window=4096, soft_cap=50.0)
     call_attention_kernels(256, 16, bf16, has_norm=False, soft_cap=50.0, sinks=zeros(16))

@@ -2,6 +2,7 @@
 
 import math
 import random
+from itertools import cycle
 
 import pytest
 import torch
@@ -270,9 +271,14 @@ def test_minus_infinity_is_never_drawn(function, asked: dict, device: str):
 
 
 @pytest.mark.parametrize("function", FUNCTIONS)
-@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])
 @pytest.mark.parametrize(
-    "asked", [{}, {"temperature": 0.0}, {"min_len": 99, "stop_ids": [50, 60]}, *TRUNCATIONS], ids=str
+    ("asked", "dtype"),
+    zip(
+        [{}, {"temperature": 0.0}, {"min_len": 99, "stop_ids": [50, 60]}, *TRUNCATIONS, {}, {"temperature": 0.0}],
+        cycle([torch.bfloat16, torch.float32, torch.float32]),
+        strict=False,
+    ),
+    ids=str,
 )
 def test_an_entry_without_a_token_to_draw_is_noticed_and_its_neighbours_are_not(function, asked, dtype, device: str):
     logits = draw_logits(8, 7, 5000, dtype, 1.0, device)
