@@ -1,0 +1,1 @@
+"""An HTTP server for the clients of OpenAI, Anthropic and vLLM: `nanovllm serve`."""

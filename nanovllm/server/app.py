@@ -1,0 +1,29 @@
+"""Puts the server together: endpoints, errors, guard."""
+
+from fastapi import FastAPI
+from fastapi.exceptions import RequestValidationError
+from fastapi.middleware.cors import CORSMiddleware
+from starlette.exceptions import HTTPException
+
+from nanovllm.async_llm import AsyncLLM
+from nanovllm.server import chat, completions, utility
+from nanovllm.server.errors import ApiError, respond
+from nanovllm.server.guard import Guard
+from nanovllm.server.settings import ServerSettings
+from nanovllm.server.state import ServerState
+
+
+def make_app(llm: AsyncLLM, settings: ServerSettings) -> FastAPI:
+    """An ASGI application over an engine, which stays its caller's: the application does not close it."""
+    app = FastAPI(title="nano-vLLM", redoc_url=None)
+    app.state.server = ServerState(llm, settings)
+    for part in (completions, chat, utility):
+        app.include_router(part.router)
+    for error in (ApiError, RequestValidationError, HTTPException, ValueError, TypeError, RuntimeError):
+        app.add_exception_handler(error, respond)
+    app.add_middleware(Guard, settings=settings)
+    if settings.allowed_origins:
+        app.add_middleware(
+            CORSMiddleware, allow_origins=settings.allowed_origins, allow_methods=["*"], allow_headers=["*"]
+        )
+    return app

@@ -1,0 +1,91 @@
+"""Starts a server in this process, and ends it: a first signal drains it, a second ends it at once."""
+
+import asyncio
+import logging
+import signal
+import socket
+from types import FrameType
+from typing import Any
+
+import uvicorn
+
+from nanovllm.async_llm import AsyncLLM
+from nanovllm.server.app import make_app
+from nanovllm.server.http_protocol import bounded_protocol
+from nanovllm.server.settings import ServerSettings
+from nanovllm.server.state import ServerState
+
+logger = logging.getLogger(__name__)
+
+
+def listen(host: str, port: int) -> socket.socket:
+    """A listening socket; port 0 takes any free one. Raises OSError, naming the address."""
+    try:
+        family = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM)[0][0]
+        return socket.create_server((host, port), family=family, backlog=2048)
+    except OSError as error:
+        raise OSError(error.errno, f"cannot listen on {host}:{port}: {error.strerror}") from error
+
+
+def serve(
+    model: str,
+    options: dict[str, Any],
+    settings: ServerSettings,
+    listener: socket.socket,
+    ssl: dict[str, str] | None = None,
+) -> None:
+    """Make an engine and serve it until SIGINT or SIGTERM.
+
+    Args:
+        options: of the engine, see `nanovllm.config.Config`.
+        listener: closed at the end.
+        ssl: `ssl_keyfile`, `ssl_certfile`, … as `uvicorn.Config` has them.
+
+    Raises: as `AsyncLLM`.
+    """
+    with listener:
+        llm = AsyncLLM(model, **options)
+        try:
+            app = make_app(llm, settings)
+            config = uvicorn.Config(
+                app, http=bounded_protocol(settings.limits), ws="none", lifespan="off", access_log=False,
+                log_level="warning", server_header=False, timeout_graceful_shutdown=1, **(ssl or {}),
+            )  # fmt: skip
+            host, port = listener.getsockname()[:2]
+            logger.info("serving %s on %s://%s:%d", app.state.server.names[0], "https" if ssl else "http", host, port)
+            print(f"nano-vLLM serves {app.state.server.names[0]} on {host}:{port}", flush=True)
+            DrainingServer(config, app.state.server).run(sockets=[listener])
+        finally:
+            llm.close()
+
+
+class DrainingServer(uvicorn.Server):
+    """A uvicorn server that finishes its requests before it ends. Meanwhile it refuses new ones with status 503."""
+
+    def __init__(self, config: uvicorn.Config, state: ServerState) -> None:
+        super().__init__(config)
+        self._state = state
+        self._drain: asyncio.Task[None] | None = None
+
+    def handle_exit(self, sig: int, frame: FrameType | None) -> None:
+        """Called in the main thread, between two bytecodes of whatever runs."""
+        if self._state.is_draining:
+            self.should_exit = self.force_exit = True
+            return
+        self._state.is_draining = True
+        logger.warning("%s: no new requests; %d completions left", signal.Signals(sig).name, self._state.num_active)
+
+    async def on_tick(self, counter: int) -> bool:
+        if self._state.is_draining and self._drain is None:
+            self._drain = asyncio.ensure_future(self._wait_until_idle())
+        return await super().on_tick(counter)
+
+    async def _wait_until_idle(self) -> None:
+        try:
+            async with asyncio.timeout(self._state.settings.drain_timeout_s):
+                while self._state.num_active:
+                    self._state.became_idle.clear()
+                    await self._state.became_idle.wait()
+        except TimeoutError:
+            logger.warning("%d completions are cut off", self._state.num_active)
+        self.should_exit = True

@@ -1,0 +1,111 @@
+"""Server-sent events: a response that is written as the answer comes, and ends the request when its client leaves."""
+
+import asyncio
+import json
+from collections.abc import AsyncGenerator, AsyncIterator, Callable
+from typing import Any
+
+from starlette.requests import Request
+from starlette.responses import Response
+
+from nanovllm.server.errors import encode_error
+from nanovllm.server.state import cancelled, gone, unless_gone
+
+DONE = b"data: [DONE]\n\n"
+FIRST_EVENT_S = 5.0  # an error before this has a status of its own; later it comes as an event of the stream
+
+
+def event(data: Any, name: str | None = None) -> bytes:
+    """An event with JSON as its data."""
+    text = json.dumps(data, ensure_ascii=False, separators=(",", ":")).encode("utf-8", "replace")
+    return b"data: %b\n\n" % text if name is None else b"event: %b\ndata: %b\n\n" % (name.encode(), text)
+
+
+async def stream(
+    request: Request,
+    events: AsyncGenerator[bytes],
+    end: Callable[[], None],
+    ping: bytes | None = None,
+    ping_s: float = 10.0,
+) -> "EventStream":
+    """The response, once the first event is there. Raises what `events` raises before it.
+
+    Args:
+        events: whole events; it is closed at the end, however that comes. end: called then, once.
+        ping: sent after each `ping_s` seconds without an event.
+    """
+    first = asyncio.ensure_future(anext(events))
+    try:
+        await unless_gone(request, asyncio.wait({first}, timeout=FIRST_EVENT_S))
+        if first.done():
+            first.result()
+    except BaseException:
+        await cancelled(first)
+        await events.aclose()
+        end()
+        raise
+    return EventStream(first, events, end, ping, ping_s)
+
+
+class EventStream(Response):
+    """Writes the events. If the client leaves, it closes their generator, which aborts the request."""
+
+    media_type = "text/event-stream"
+
+    def __init__(
+        self,
+        first: "asyncio.Future[bytes]",
+        events: AsyncGenerator[bytes],
+        end: Callable[[], None],
+        ping: bytes | None,
+        ping_s: float,
+    ) -> None:
+        self.status_code, self.background = 200, None
+        self.init_headers({"cache-control": "no-cache", "x-accel-buffering": "no"})
+        self._first, self._events, self._end, self._ping, self._ping_s = first, events, end, ping, ping_s
+
+    async def __call__(self, scope: Any, receive: Any, send: Any) -> None:
+        write = asyncio.ensure_future(self._write(scope["path"], send))
+        watch = asyncio.ensure_future(gone(receive))
+        try:
+            await asyncio.wait({write, watch}, return_when=asyncio.FIRST_COMPLETED)
+            if write.done():
+                write.result()
+        finally:
+            await cancelled(write, watch, self._first)
+            await self._events.aclose()
+            self._end()
+
+    async def _write(self, path: str, send: Any) -> None:
+        await send({"type": "http.response.start", "status": 200, "headers": self.raw_headers})
+        try:
+            async for one in self._all_events():
+                await send({"type": "http.response.body", "body": one, "more_body": True})
+        except OSError:
+            return  # the client has left
+        except Exception as error:
+            name = b"event: error\n" if path.startswith(("/v1/messages", "/v1/responses")) else b""
+            body = b"%bdata: %b\n\n" % (name, encode_error(error, path))
+            await send({"type": "http.response.body", "body": body, "more_body": True})
+        await send({"type": "http.response.body", "body": b"", "more_body": False})
+
+    async def _all_events(self) -> AsyncIterator[bytes]:
+        following: asyncio.Future[bytes] = self._first
+        while True:
+            try:
+                if following.done() or self._ping is None:
+                    yield await following
+                else:
+                    done, _ = await asyncio.wait({following}, timeout=self._ping_s)
+                    if not done:
+                        yield self._ping
+                        continue
+                    yield following.result()
+                if self._ping is None:  # no task for each token
+                    async for one in self._events:
+                        yield one
+                    return
+            except StopAsyncIteration:
+                return
+            following = asyncio.ensure_future(anext(self._events))
+            self._first = following
