@@ -1,0 +1,134 @@
+"""A real server process, on the small model of the repository, and the clients that its users have."""
+
+import os
+import signal
+import socket
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import httpx
+import openai
+import pytest
+
+from nanovllm import demo_model
+
+KEY = "sk-test"
+ROOT = Path(__file__).parents[2]
+TEMPLATE = (
+    "{% for m in messages %}# {{ m.role }}\n{{ m.content }}\n{% endfor %}{% if add_generation_prompt %}# a\n{% endif %}"
+)
+PROGRAM = """
+import sys, json
+from nanovllm.server.launch import listen, serve
+from nanovllm.server.settings import Limits, ServerSettings
+model, options, settings, limits = json.loads(sys.argv[1])
+serve(model, options, ServerSettings(**settings, limits=Limits(**limits)), listen("127.0.0.1", 0))
+"""
+
+
+class Server:
+    """A server process, until `stop`."""
+
+    def __init__(self, log: Path, model: str = "", options: dict[str, Any] | None = None, **settings: Any) -> None:
+        import json
+
+        limits = settings.pop("limits", {})
+        settings = {
+            "served_model_names": ["demo", "other-name"],
+            "api_keys": [KEY],
+            "chat_template": TEMPLATE,
+        } | settings
+        options = {"device": "cpu", "dtype": "float32", "num_kvcache_blocks": 128, "max_num_seqs": 16} | (options or {})
+        what = json.dumps([model or str(demo_model()), options, settings, limits])
+        self.log = log
+        with log.open("wb") as file:
+            self.process = subprocess.Popen(
+                [sys.executable, "-c", PROGRAM, what], stdout=file, stderr=file, cwd=ROOT,
+                env={**os.environ, "OMP_NUM_THREADS": "1"},
+            )  # fmt: skip
+        self.port = self._wait()
+        self.url = f"http://127.0.0.1:{self.port}"
+
+    def _wait(self) -> int:
+        deadline = time.monotonic() + 120
+        while "nano-vLLM serves" not in self.log.read_text():
+            assert self.process.poll() is None and time.monotonic() < deadline, self.log.read_text()[-3000:]
+            time.sleep(0.05)
+        return int(self.log.read_text().split("nano-vLLM serves")[1].split("\n")[0].rpartition(":")[2])
+
+    def client(self, **options: Any) -> openai.OpenAI:
+        return openai.OpenAI(base_url=f"{self.url}/v1", **({"api_key": KEY, "max_retries": 0} | options))
+
+    def http(self, **options: Any) -> httpx.Client:
+        return httpx.Client(base_url=self.url, headers={"authorization": f"Bearer {KEY}"}, timeout=60, **options)
+
+    def connect(self) -> socket.socket:
+        return socket.create_connection(("127.0.0.1", self.port), timeout=30)
+
+    def metric(self, name: str) -> float:
+        with self.http() as http:
+            lines = http.get("/metrics").text.splitlines()
+        return sum(float(line.rpartition(" ")[2]) for line in lines if line.startswith(f"{name}{{"))
+
+    def is_idle(self, seconds: float = 10.0) -> bool:
+        """Whether it comes to rest: no completion runs or waits, and no block of the cache is in use."""
+        names = ("vllm:num_requests_running", "vllm:num_requests_waiting", "vllm:kv_cache_usage_perc")
+        deadline = time.monotonic() + seconds
+        while any(self.metric(name) for name in names):
+            if time.monotonic() > deadline:
+                return False
+            time.sleep(0.05)
+        return True
+
+    def stop(self) -> int:
+        if self.process.poll() is None:
+            self.process.send_signal(signal.SIGTERM)
+        try:
+            return self.process.wait(30)
+        finally:
+            self.process.kill()
+
+
+@pytest.fixture(scope="session")
+def server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Server]:
+    """The server that most tests share."""
+    server = Server(tmp_path_factory.mktemp("server") / "log")
+    yield server
+    assert server.stop() == 0, server.log.read_text()[-3000:]
+    assert "Traceback" not in server.log.read_text(), server.log.read_text()[-6000:]
+
+
+@pytest.fixture
+def make_server(tmp_path: Path) -> Iterator[Callable[..., Server]]:
+    """Servers of the test's own."""
+    made: list[Server] = []
+
+    def make(**options: Any) -> Server:
+        made.append(Server(tmp_path / f"log{len(made)}", **options))
+        return made[-1]
+
+    yield make
+    for server in made:
+        server.stop()
+
+
+@pytest.fixture
+def client(server: Server) -> openai.OpenAI:
+    return server.client()
+
+
+@pytest.fixture
+def http(server: Server) -> Iterator[httpx.Client]:
+    with server.http() as http:
+        yield http
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """One worker runs all of these, so that they share one process."""
+    for item in items:
+        if "tests/server/" in item.path.as_posix():
+            item.add_marker(pytest.mark.xdist_group("server"))
