@@ -66,6 +66,14 @@ def mistral(calls: Iterable[tuple[str, str]]) -> str:
     return "".join(f"[TOOL_CALLS]{name}[ARGS]{args}" for name, args in calls)
 
 
+def mistral_bare(calls: Iterable[tuple[str, str]]) -> str:
+    return "".join(f"[TOOL_CALLS]{name}{args}" for name, args in calls)
+
+
+def mistral_ids(calls: Iterable[tuple[str, str]]) -> str:
+    return "".join(f"[TOOL_CALLS]{name}[CALL_ID]a1b2c3d4e[ARGS]{args}" for name, args in calls)
+
+
 FORMATS = {
     hermes: "hermes",
     hermes_2: "hermes",
@@ -73,6 +81,8 @@ FORMATS = {
     llama_tag: "llama3_json",
     mistral_list: "mistral",
     mistral: "mistral",
+    mistral_bare: "mistral",
+    mistral_ids: "mistral",
 }
 
 
@@ -162,6 +172,12 @@ def test_a_call_cut_off_is_content_whole_and_a_prefix_of_its_arguments_live(rend
     assert plain(read(reader(FORMATS[render], whole_calls=True), text)) == ("", text, [])
     if render is not hermes_2:  # there the name has not come
         assert plain(read(reader(FORMATS[render]), text)) == ("", "", [("f", args[: args.index("xt")])])
+
+
+@pytest.mark.parametrize("end", ["}}</tool_call> next", "] </tool_call>", "</tool_call>"])
+def test_what_breaks_a_call_that_streams_is_content_to_the_letter(end: str) -> None:
+    text = '<tool_call>{"name": "f", "arguments": {"a": 1,' + end
+    assert plain(read(reader("hermes"), text)) == ("", end, [("f", '{"a": 1,')])
 
 
 def test_a_call_streams_while_its_arguments_arrive() -> None:
@@ -309,6 +325,17 @@ def test_the_json_reader_agrees_with_pythons_about_what_is_an_object(text: str, 
     for n in range(len(text) + 1):
         at = pieces.read(text[:n], at)
     assert (at, pieces.expected) == (end, whole.expected)
+
+
+@pytest.mark.parametrize(
+    "text",
+    ['{"a": [1}', '{"a": [1]]', '{"a": {]', "{1: 2}", "{a: 1}", "{'a': 1}", '{"a": 01}', '{"a": 1.}', '{"a": NaN}']
+    + ['{"a": "\n"}', '{"a": "\\x41"}', '{"a": "\\u12g4"}', '{"a", 1}', '{"a": 1,}', '{"a": [1,]}', '{"a" "b"}', "[]"],
+)
+def test_the_json_reader_stops_where_text_is_no_json(text: str) -> None:
+    assert not is_json_object(text)
+    parsed = JsonObject()
+    assert parsed.read(text, 0) < len(text) and parsed.expected == "error"
 
 
 def test_the_json_reader_refuses_objects_too_deep_for_other_parsers() -> None:

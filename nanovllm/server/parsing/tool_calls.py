@@ -20,7 +20,7 @@ from nanovllm.server.parsing.pieces import CallArguments, CallBegin, Content
 from nanovllm.server.parsing.reader import Reader, Steps
 from nanovllm.server.parsing.tool_schema import Function
 
-_W = r"[ \t\n\r]*"
+_W = r"[ \t\n\r]{0,99}"  # bounded: a model that writes white space for ever is not held back for ever
 _NAME = r'"(?P<name>[^"\\\x00-\x1f]{1,256})"'
 # {"name": "f", "arguments": {    or, with the name behind the arguments,    {"arguments": {
 _OBJECT = (
@@ -128,7 +128,7 @@ class _Calls:
         self.names = names  # a call has one of these; any, if there are none
         self.forced = forced  # the function that the text is the arguments of
         self.num_calls = 0
-        self.space = ""  # white space of the content that waits for the text behind it
+        self.space: list[str] = []  # white space of the content that waits for the text behind it
 
     def read(self) -> Steps[None]:
         if self.form.is_whole_text:
@@ -141,13 +141,14 @@ class _Calls:
                     head = yield from self._call(head)
         yield from self.reader.rest(self._content)
         if self.num_calls == 0:
-            self.reader.give(Content(self.space))
+            self.reader.give(Content("".join(self.space)))
 
     def _content(self, text: str) -> None:
-        text = self.space + text
         end = len(text.rstrip())
-        self.space = text[end:]
-        self.reader.give(Content(text[:end]))
+        if end:
+            self.reader.give(Content("".join(self.space) + text[:end]))
+            self.space.clear()
+        self.space.append(text[end:])
 
     def _call(self, head: Match[str]) -> Steps[Match[str] | None]:
         """Reads a call, which begins the text. Returns the head of one that follows it in the same list."""
