@@ -26,6 +26,7 @@ MAY_IMPORT = {
     # The way back up is closed: nothing that works on a device knows the engine or a front.
     "worker": ("kernels", "layers", "models", "distributed.tensor_parallel", *PLAIN_DATA),
     "distributed": ("kernels", "models", "worker", *PLAIN_DATA),
+    "server.parsing": (),
 }
 
 
