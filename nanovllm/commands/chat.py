@@ -19,6 +19,7 @@ from nanovllm.commands.conversation import Conversation, Turn, most_prompt_token
 from nanovllm.commands.model import model_and_options, note, request_params, usage_errors
 from nanovllm.commands.options import engine_options, sampling_options
 from nanovllm.engine.prompts import Prompt
+from nanovllm.outputs import RequestOutput
 from nanovllm.sampling_params import RequestOutputKind, SamplingParams
 
 if TYPE_CHECKING:
@@ -111,25 +112,27 @@ class _Chat:
         """Print the answer, and remember it as far as it came. False: the engine refuses the question."""
         try:
             prompt, num_dropped = self.conversation.fitting_prompt(self.tokenizer, question, self.most_tokens)
-            if num_dropped:
-                turns = "turn was" if num_dropped == 1 else f"{num_dropped} turns were"
-                note(_dim(f"The conversation had grown too long: its oldest {turns} dropped."))
-            answer = self._answer(prompt)
+            outputs = self.llm.stream(prompt, self.params)
         except (TypeError, ValueError) as error:
             note(f"This was not asked: {' '.join(str(error).split())}")
             return False
+        if num_dropped:
+            turns = "turn was" if num_dropped == 1 else f"{num_dropped} turns were"
+            note(_dim(f"The conversation had grown too long: its oldest {turns} dropped."))
+            del self.conversation.turns[:num_dropped]
+        answer = self._answer(prompt, outputs)
         if answer:
             self.conversation.turns.append(Turn(question, answer))
         return True
 
-    def _answer(self, prompt: Prompt) -> str:
+    def _answer(self, prompt: Prompt, outputs: Iterator[RequestOutput]) -> str:
         """Print the answer as the model writes it, then a line about it. Returns the text."""
         is_terminal = sys.stdout.isatty()
         pieces: list[str] = []
         num_tokens, reason = 0, None
         begin = first = last = perf_counter()
         try:
-            for output in self.llm.stream(prompt, self.params):
+            for output in outputs:
                 last = perf_counter()
                 first = first if num_tokens else last
                 for completion in output.outputs:
@@ -139,6 +142,7 @@ class _Chat:
                     text = completion.text.translate(CONTROLS) if is_terminal else completion.text
                     print(text, end="", flush=True)
                 if self.interrupts.num_come:
+                    outputs.close()
                     break
         except KeyboardInterrupt:
             if not self.interrupts.num_come:  # in a pipe it ends the program

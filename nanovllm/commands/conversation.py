@@ -44,16 +44,15 @@ class Conversation:
         return [*messages, {"role": "user", "content": user}]
 
     def fitting_prompt(self, tokenizer: Any, user: str, most_tokens: int) -> tuple[Prompt, int]:
-        """`prompt`, and how many of the oldest turns had to be dropped, for good, to make it this short.
+        """`prompt`, and how many of the oldest turns have to be left out to make it this short.
 
-        Without turns it may be longer: then the engine decides. Raises as `prompt`.
+        Without turns it may be longer: then the engine refuses it. Raises as `prompt`.
         """
-        num_dropped = 0
-        prompt = self.prompt(tokenizer, user)
-        while len(prompt["prompt_token_ids"]) > most_tokens and self.turns:
-            del self.turns[0]
-            num_dropped += 1
-            prompt = self.prompt(tokenizer, user)
+        prompt = {}
+        for num_dropped in range(len(self.turns) + 1):
+            prompt = Conversation(self.system, self.turns[num_dropped:]).prompt(tokenizer, user)
+            if len(prompt["prompt_token_ids"]) <= most_tokens:
+                break
         return prompt, num_dropped
 
 

@@ -93,8 +93,8 @@ def _source(prompts: list[str] | None, path: Path | None) -> _Source:
         lines = [prompt.encode(errors="surrogatepass") for prompt in prompts]
         return _Source(lambda: lines, lambda line: Asked(prompt=line.decode()), True)
     if path is not None and path != STDIN:
-        path.open("rb").close()
-        return _Source(partial(_lines_of_file, path), asked_in_json, True)
+        path.stat()
+        return _Source(partial(_lines_of_file, path), asked_in_json, can_be_read_twice=path.is_file())  # not a pipe
     if sys.stdin.isatty():
         raise ValueError("there are no prompts: give them behind MODEL, in --input FILE.jsonl, or through a pipe")
     return _Source(lambda: sys.stdin.buffer, asked_in_json if path == STDIN else asked_in_text, False)
