@@ -11,7 +11,7 @@ from pathlib import Path
 import typer
 
 import nanovllm
-from nanovllm.commands.model import fail
+from nanovllm.commands.shared import fail
 
 BENCH = Path(nanovllm.__file__).parents[1] / "bench.py"
 HOW_TO_GET_IT = (

@@ -4,11 +4,12 @@ Answers go to stdout as the model writes them, everything else to stderr. Ctrl-C
 engine's steps, and the cache keeps what it has. A second Ctrl-C ends the answer at once.
 """
 
+import math
 import re
 import signal
 import sys
 from collections.abc import Iterator
-from contextlib import nullcontext, suppress
+from contextlib import contextmanager, nullcontext, suppress
 from time import perf_counter
 from types import FrameType
 from typing import TYPE_CHECKING, Annotated, Any
@@ -16,10 +17,11 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from nanovllm.commands.conversation import Conversation, Turn, most_prompt_tokens
-from nanovllm.commands.model import model_and_options, note, request_params, usage_errors
 from nanovllm.commands.options import engine_options, sampling_options
+from nanovllm.commands.shared import model_and_options, note, request_params, usage_errors
 from nanovllm.engine.prompts import Prompt
-from nanovllm.outputs import RequestOutput
+from nanovllm.output_stream import OutputStream
+from nanovllm.outputs import CompletionOutput
 from nanovllm.sampling_params import RequestOutputKind, SamplingParams
 
 if TYPE_CHECKING:
@@ -75,7 +77,8 @@ class _Chat:
         self.llm, self.params, self.conversation = llm, params, conversation
         self.tokenizer = llm.get_tokenizer()
         self.interrupts = Interrupts()
-        self.most_tokens = most_prompt_tokens(llm.engine.max_model_len, params.max_tokens)
+        self.max_model_len = llm.engine.max_model_len
+        self.most_tokens = most_prompt_tokens(self.max_model_len, params.max_tokens)
 
     def run(self) -> bool:
         """Answer until the user leaves. False if a question was refused, unless a user in a terminal has read why."""
@@ -125,48 +128,51 @@ class _Chat:
             self.conversation.turns.append(Turn(question, answer))
         return True
 
-    def _answer(self, prompt: Prompt, outputs: Iterator[RequestOutput]) -> str:
+    def _answer(self, prompt: Prompt, outputs: OutputStream) -> str:
         """Print the answer as the model writes it, then a line about it. Returns the text."""
         is_terminal = sys.stdout.isatty()
         pieces: list[str] = []
-        num_tokens, reason = 0, None
+        num_tokens, end = 0, None
         begin = first = last = perf_counter()
-        try:
+        with self.interrupts.noting(1):
             for output in outputs:
                 last = perf_counter()
                 first = first if num_tokens else last
                 for completion in output.outputs:
                     num_tokens += len(completion.token_ids)
-                    reason = completion.finish_reason
+                    end = completion
                     pieces.append(completion.text)
                     text = completion.text.translate(CONTROLS) if is_terminal else completion.text
                     print(text, end="", flush=True)
                 if self.interrupts.num_come:
-                    outputs.close()
                     break
-        except KeyboardInterrupt:
-            if not self.interrupts.num_come:  # in a pipe it ends the program
-                raise
+        outputs.close()
         print(flush=True)
-        note(_dim(self._line_about(prompt, num_tokens, reason, first - begin, last - first)))
+        note(_dim(self._line_about(prompt, num_tokens, end, first - begin, last - first)))
         return "".join(pieces)
 
-    def _line_about(self, prompt: Prompt, num_tokens: int, reason: str | None, wait_s: float, writing_s: float) -> str:
+    def _line_about(
+        self, prompt: Prompt, num_tokens: int, last: CompletionOutput | None, wait_s: float, writing_s: float
+    ) -> str:
         num_context = len(prompt["prompt_token_ids"]) + num_tokens
         rate = f", {(num_tokens - 1) / writing_s:.0f} tok/s" if num_tokens > 1 and writing_s else ""
-        end = {None: "; stopped", "length": "; cut off by its length"}.get(reason, "")
-        return (
-            f"{num_tokens:,} tokens after {wait_s:.2f} s{rate}; context {num_context:,} of "
-            f"{self.llm.engine.max_model_len:,}{end}"
-        )
+        line = f"{num_tokens:,} tokens after {wait_s:.2f} s{rate}; context {num_context:,} of {self.max_model_len:,}"
+        reason = None if last is None else last.finish_reason
+        if reason == "error":
+            return f"{line}; failed: {last.stop_reason}"
+        return line + {None: "; stopped", "length": "; cut off by its length"}.get(reason, "")
 
 
 class Interrupts:
-    """Within the block a first Ctrl-C during an answer is only noted. Further ones, and those at the prompt, raise."""
+    """Within the block Ctrl-C is only noted, except where `noting` says that it interrupts.
+
+    Attributes:
+        num_come: since `noting` was called last.
+    """
 
     def __init__(self) -> None:
-        self.num_come = 0  # since the user's last line
-        self.is_at_prompt = False
+        self.num_come = 0
+        self._most_noted = math.inf
 
     def __enter__(self) -> None:
         self._before = signal.signal(signal.SIGINT, self._note)
@@ -174,9 +180,22 @@ class Interrupts:
     def __exit__(self, *exc_info: object) -> None:
         signal.signal(signal.SIGINT, self._before)
 
+    @contextmanager
+    def noting(self, num: int) -> Iterator[None]:
+        """Note so many; the next one ends this block, and no error leaves it. Outside `with` any Ctrl-C raises."""
+        self.num_come = 0
+        try:
+            self._most_noted = num
+            yield
+            self._most_noted = math.inf
+        except KeyboardInterrupt:
+            if not self.num_come:  # it came from Python's own handler
+                raise
+
     def _note(self, number: int, frame: FrameType | None) -> None:
         self.num_come += 1
-        if self.is_at_prompt or self.num_come > 1:
+        if self.num_come > self._most_noted:
+            self._most_noted = math.inf  # first, so that a further one does not interrupt the cleanup
             raise KeyboardInterrupt
 
 
@@ -185,14 +204,14 @@ def _lines_of_terminal(interrupts: Interrupts) -> Iterator[str]:
     with suppress(ImportError):  # Python may come without it: then lines have no history
         import readline  # noqa: F401
     while True:
-        try:
-            interrupts.is_at_prompt = True
-            line = input("> " if sys.stdout.isatty() else "")
-            interrupts.is_at_prompt, interrupts.num_come = False, 0
-        except EOFError:
-            note("")
-            return
-        except KeyboardInterrupt:
+        line = None
+        with interrupts.noting(0):
+            try:
+                line = input("> " if sys.stdout.isatty() else "")
+            except EOFError:
+                note("")
+                return
+        if line is None:
             note("\nCtrl-D or /exit leaves.")
         else:
             yield line

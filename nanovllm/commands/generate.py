@@ -7,6 +7,7 @@ the memory. Results come in the order in which requests end.
 import json
 import sys
 from collections.abc import Callable, Iterable, Iterator
+from dataclasses import dataclass
 from functools import partial
 from hashlib import blake2b
 from pathlib import Path
@@ -14,10 +15,10 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from nanovllm.commands.model import fail, model_and_options, note, request_params, usage_errors
 from nanovllm.commands.options import engine_options, sampling_options
 from nanovllm.commands.request_lines import Asked, asked_in_json, asked_in_text, error_record, result_record
 from nanovllm.commands.results_file import Line, ResultsFile, number_lines
+from nanovllm.commands.shared import fail, model_and_options, note, request_params, usage_errors
 from nanovllm.sampling_params import RequestOutputKind, SamplingParams
 
 if TYPE_CHECKING:
@@ -74,13 +75,13 @@ def generate(
             fail(f'{results.num_errors:,} lines have errors: see "error" in {results.name}', code=1)
 
 
+@dataclass
 class _Source:
     """Where lines come from, and how they are read."""
 
-    def __init__(
-        self, open_lines: Callable[[], Iterable[bytes]], read: Callable[[bytes], Asked], can_be_read_twice: bool
-    ) -> None:
-        self.lines, self.read, self.can_be_read_twice = open_lines, read, can_be_read_twice
+    lines: Callable[[], Iterable[bytes]]
+    read: Callable[[bytes], Asked]
+    can_be_read_twice: bool
 
 
 def _source(prompts: list[str] | None, path: Path | None) -> _Source:
@@ -91,13 +92,14 @@ def _source(prompts: list[str] | None, path: Path | None) -> _Source:
         if not all(prompt.strip() for prompt in prompts):
             raise ValueError(f"prompts={prompts!r:.80} must not be blank")
         lines = [prompt.encode(errors="surrogatepass") for prompt in prompts]
-        return _Source(lambda: lines, lambda line: Asked(prompt=line.decode()), True)
+        return _Source(lambda: lines, lambda line: Asked(prompt=line.decode()), can_be_read_twice=True)
     if path is not None and path != STDIN:
         path.stat()
         return _Source(partial(_lines_of_file, path), asked_in_json, can_be_read_twice=path.is_file())  # not a pipe
     if sys.stdin.isatty():
         raise ValueError("there are no prompts: give them behind MODEL, in --input FILE.jsonl, or through a pipe")
-    return _Source(lambda: sys.stdin.buffer, asked_in_json if path == STDIN else asked_in_text, False)
+    read = asked_in_json if path == STDIN else asked_in_text
+    return _Source(lambda: sys.stdin.buffer, read, can_be_read_twice=False)
 
 
 def _lines_of_file(path: Path) -> Iterator[bytes]:

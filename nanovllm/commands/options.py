@@ -47,7 +47,7 @@ def sampling_options(**defaults: Any) -> Callable[[Callable[..., Any]], Callable
     """Give a command every parameter of a request. It gets those that the user gave as a dict, `sampling`.
 
     The parameters that the user left out are the model's own, from its generation_config.json, or else `defaults`, or
-    else those of `SamplingParams`: see `nanovllm.commands.model.request_params`. Put it below `engine_options`: then
+    else those of `SamplingParams`: see `nanovllm.commands.shared.request_params`. Put it below `engine_options`: then
     `--seed` is the request's.
     """
 

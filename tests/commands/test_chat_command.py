@@ -15,7 +15,7 @@ from typer.testing import CliRunner
 
 from nanovllm import chat_model, demo_model
 from nanovllm.cli import app
-from nanovllm.commands import model
+from nanovllm.commands import shared
 from nanovllm.commands.chat import Interrupts
 
 ROOT = Path(__file__).parents[2]
@@ -59,7 +59,7 @@ def test_without_its_wheel_the_demo_model_continues_text_and_says_so(monkeypatch
     def missing() -> str:
         raise FileNotFoundError("the wheel is not installed")
 
-    monkeypatch.setattr(model, "chat_model", missing)
+    monkeypatch.setattr(shared, "chat_model", missing)
     code, stdout, stderr = run("--max-tokens", "4", stdin="import os\n")
     assert code == 0 and stdout.strip()
     assert "Using the small model in the package, which completes Python: the wheel is not installed" in stderr
@@ -157,14 +157,20 @@ def interrupts() -> Iterator[Interrupts]:
     assert signal.getsignal(signal.SIGINT) is before
 
 
-def test_first_ctrl_c_during_an_answer_is_noted_and_the_second_raises(interrupts: Interrupts) -> None:
-    signal.raise_signal(signal.SIGINT)
-    assert interrupts.num_come == 1
-    with pytest.raises(KeyboardInterrupt):
+@pytest.mark.parametrize("num_noted", [0, 1])
+def test_ctrl_c_beyond_those_noted_ends_the_block_and_nothing_else(interrupts: Interrupts, num_noted: int) -> None:
+    is_there = False
+    with interrupts.noting(num_noted):
+        for _ in range(num_noted):
+            signal.raise_signal(signal.SIGINT)
+        is_there = interrupts.num_come == num_noted
         signal.raise_signal(signal.SIGINT)
+        pytest.fail("the block goes on")
+    assert is_there
+    for _ in range(3):
+        signal.raise_signal(signal.SIGINT)  # an impatient user's, after the answer has ended
 
 
-def test_ctrl_c_at_the_prompt_raises(interrupts: Interrupts) -> None:
-    interrupts.is_at_prompt = True
-    with pytest.raises(KeyboardInterrupt):
+def test_ctrl_c_without_a_terminal_leaves_the_program() -> None:
+    with pytest.raises(KeyboardInterrupt), Interrupts().noting(1):
         signal.raise_signal(signal.SIGINT)
