@@ -9,7 +9,7 @@ import typer
 from nanovllm.demo import chat_model, demo_model
 from nanovllm.sampling_params import SamplingParams
 
-# What SmolLM2's model card recommends. A GGUF file has no place for it.
+# What the example in SmolLM2's model card takes. A GGUF file has no place for it.
 CHAT_SAMPLING = {"temperature": 0.2, "top_p": 0.9}
 
 
