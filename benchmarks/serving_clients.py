@@ -20,7 +20,7 @@ async def ask(port: int, start: float, request: dict[str, Any]) -> dict[str, Any
     reader, writer = await asyncio.open_connection("127.0.0.1", port, limit=1 << 20)
     writer.write(f"{head}\r\nconnection: close\r\n\r\n".encode() + body)
     status = int((await reader.readline()).split()[1])
-    times, num_tokens, leave_after = [], 0, request.get("leave_after")
+    times, texts, num_tokens, leave_after = [], [], 0, request.get("leave_after")
     try:
         while line := await reader.readline():
             if not line.startswith(b"data: {"):
@@ -32,9 +32,12 @@ async def ask(port: int, start: float, request: dict[str, Any]) -> dict[str, Any
                 num_tokens = int(line[found + 20 :].split(b",")[0].split(b"}")[0])
             elif b'"choices":[{' in line:
                 times.append(time.perf_counter() - began)
+                if request.get("keeps_text"):
+                    texts.append(json.loads(line[6:])["choices"][0]["text"])
             if leave_after is not None and len(times) >= leave_after:
                 return {"status": status, "times": times, "has_left": True}
-        return {"status": status, "times": times, "num_tokens": num_tokens, "end": time.time() - start}
+        end = {"num_tokens": num_tokens, "text": "".join(texts), "end": time.time() - start}
+        return {"status": status, "times": times} | end
     finally:
         writer.close()
 

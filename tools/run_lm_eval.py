@@ -1,7 +1,8 @@
 """Runs lm-eval's `vllm` model class on nano-vLLM, under the alias, and compares every answer with its `hf` class's.
 
-    pip install "lm_eval[hf]"       # better in its own environment: it installs some 40 packages
+    pip install "lm_eval[hf,api]"       # better in its own environment: it installs some 40 packages
     python tools/run_lm_eval.py
+    python tools/run_lm_eval.py --server    # its `local-completions` class on `nanovllm serve`, against `hf`
 
 The tasks are in this file, so lm-eval fetches nothing: choices by log-likelihood, text until a stop string, and rolling
 log-likelihoods. The model is the demo model, in float32 on the CPU.
@@ -10,9 +11,12 @@ log-likelihoods. The model is the demo model, in float32 on the CPU.
 import argparse
 import json
 import os
+import subprocess
 import sys
 import tempfile
 import time
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -74,7 +78,9 @@ def write_tasks(folder: Path) -> None:
         (folder / f"{name}.yaml").write_text(content.replace("FOLDER", str(folder)))
 
 
-def answers(model: str, folder: Path, **model_args: Any) -> tuple[dict[str, Any], dict[str, list[Any]]]:
+def answers(
+    model: str, folder: Path, model_args: dict[str, Any], **options: Any
+) -> tuple[dict[str, Any], dict[str, list[Any]]]:
     """Run the tasks. Returns ({task: metrics}, {task: the model's answers in order}).
 
     A log-likelihood's answer is (its sum, whether greedy decoding gives that text).
@@ -84,7 +90,8 @@ def answers(model: str, folder: Path, **model_args: Any) -> tuple[dict[str, Any]
 
     results = simple_evaluate(
         model=model,
-        model_args={"pretrained": demo_model(), "dtype": "float32", **model_args},
+        model_args=model_args,
+        **options,
         tasks=list(TASKS),
         task_manager=TaskManager(include_path=str(folder), include_defaults=False),
         bootstrap_iters=0,
@@ -100,8 +107,32 @@ def flat(value: Any) -> list[Any]:
     return [x for v in value for x in flat(v)] if isinstance(value, list | tuple) else [value]
 
 
+@contextmanager
+def server() -> Iterator[str]:
+    """The address of a server of the demo model's, which ends with the block."""
+    command = [sys.executable, "-m", "nanovllm", "serve", demo_model(), "--port", "0", "--served-model-name", "demo"]
+    command += ["--device", "cpu", "--dtype", "float32", "--no-log-requests"]
+    process = subprocess.Popen(command, stdout=subprocess.PIPE, text=True)
+    try:
+        said = next((line for line in process.stdout if line.startswith("nano-vLLM serves")), None)
+        if said is None:
+            sys.exit("the server has ended before it served")
+        yield f"http://{said.split()[-1]}/v1/completions"
+    finally:
+        process.terminate()
+        process.wait()
+
+
+def server_answers(folder: Path) -> tuple[dict[str, Any], dict[str, list[Any]]]:
+    with server() as address:
+        model_args = {"base_url": address, "model": "demo", "tokenizer": demo_model(), "num_concurrent": 4}
+        return answers("local-completions", folder, {**model_args, "max_length": 2048, "max_retries": 1})
+
+
 def main() -> None:
-    argparse.ArgumentParser(description=__doc__.splitlines()[0]).parse_args()
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--server", action="store_true", help="run lm-eval's local-completions class on a server")
+    args = parser.parse_args()
     os.environ.setdefault("HF_HUB_OFFLINE", "1")
     nanovllm.vllm.install()
     with tempfile.TemporaryDirectory() as name:
@@ -109,11 +140,16 @@ def main() -> None:
         os.environ.setdefault("HF_DATASETS_CACHE", str(folder / "datasets"))
         write_tasks(folder)
         start = time.perf_counter()
-        ours, our_answers = answers("vllm", folder, batch_size="auto")
+        own = {"pretrained": demo_model(), "dtype": "float32"}
+        if args.server:
+            ours, our_answers = server_answers(folder)
+        else:
+            ours, our_answers = answers("vllm", folder, own, batch_size="auto")
         between = time.perf_counter()
-        theirs, their_answers = answers("hf", folder, device="cpu", batch_size=1)
+        theirs, their_answers = answers("hf", folder, own, device="cpu", batch_size=1)
         seconds = between - start, time.perf_counter() - between
-    print(f"\nvllm class on nano-vLLM: {seconds[0]:.1f} s, hf class: {seconds[1]:.1f} s, tasks and imports included")
+    name = "local-completions class on a server" if args.server else "vllm class on nano-vLLM"
+    print(f"\n{name}: {seconds[0]:.1f} s, hf class: {seconds[1]:.1f} s, tasks and imports included")
     is_equal = True
     for task in TASKS:
         pairs = list(zip(flat(our_answers[task]), flat(their_answers[task]), strict=True))

@@ -19,6 +19,7 @@ from nanovllm.server.state import ServerState
 logger = logging.getLogger(__name__)
 # How long the engine's thread waits for Python's lock while the event loop has work. Python's own 5 ms are a step.
 SWITCH_INTERVAL_S = 0.0002
+TICK_S = 0.1
 
 
 def listen(host: str, port: int) -> socket.socket:
@@ -70,6 +71,7 @@ class DrainingServer(uvicorn.Server):
         super().__init__(config)
         self._state = state
         self._drain: asyncio.Task[None] | None = None
+        self._last_tick: float | None = None
 
     def handle_exit(self, sig: int, frame: FrameType | None) -> None:
         """Called in the main thread, between two bytecodes of whatever runs."""
@@ -80,6 +82,11 @@ class DrainingServer(uvicorn.Server):
         logger.warning("%s: no new requests; %d completions left", signal.Signals(sig).name, self._state.num_active)
 
     async def on_tick(self, counter: int) -> bool:
+        """uvicorn calls this every TICK_S."""
+        now = asyncio.get_running_loop().time()
+        if self._last_tick is not None:
+            self._state.metrics.see_loop_lag(max(0.0, now - self._last_tick - TICK_S))
+        self._last_tick = now
         if self._state.is_draining and self._drain is None:
             self._drain = asyncio.ensure_future(self._wait_until_idle())
         return await super().on_tick(counter)

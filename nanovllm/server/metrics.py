@@ -46,6 +46,8 @@ class Metrics:
         self._queue = self._histogram("request_queue_time_seconds", "From arrival to the first step.", _REQUEST_SECONDS)
         self._prompt = self._histogram("request_prompt_tokens", "Tokens of a prompt.", _TOKENS)
         self._generation = self._histogram("request_generation_tokens", "Generated tokens of a request.", _TOKENS)
+        lag = Histogram("nanovllm:event_loop_lag_seconds", "How late timers are.", registry=self.registry)
+        self.see_loop_lag = lag.observe
         self._success = Counter(
             "vllm:request_success", "Requests that ended.", [*self._labels, "finished_reason"], registry=self.registry
         )
