@@ -13,7 +13,7 @@ from nanovllm.server.parsing.chat_text import ChatText, chat_text
 from nanovllm.server.parsing.pieces import Message, Piece, message_of
 from nanovllm.server.parsing.reasoning import detect_reasoning_parser
 from nanovllm.server.parsing.tool_calls import detect_tool_call_parser
-from nanovllm.server.parsing.tool_schema import check_tool_choice, check_tools, forced_schema
+from nanovllm.server.parsing.tool_schema import Function, check_tool_choice, check_tools, forced_schema
 from nanovllm.server.state import ServerState
 
 TAGS_ARE_SPECIAL = {"mistral", "llama3_json"}  # parsers that look for special tokens, which text leaves out
@@ -70,15 +70,32 @@ async def stream_answer(state: ServerState, asked: Conversation) -> AsyncGenerat
             yield News(pieces, completion, output)
 
 
-async def _prepare(state: ServerState, asked: Conversation, kind: RequestOutputKind) -> tuple[Any, dict[str, Any]]:
-    """What makes a parser of the answer's text, and the prompt."""
+async def prompt_of(state: ServerState, asked: Conversation) -> dict[str, Any]:
+    """The prompt, with its text and its token ids. Raises as `stream_answer`."""
+    return await _prompt(state, asked, _tools(state, asked)[1])
+
+
+def _tools(state: ServerState, asked: Conversation) -> tuple[list[Function], str | Function]:
+    """The functions, and which of them the model may call or has to."""
     functions = check_tools(asked.tools) if asked.tools else []
     state.check_limit("tools", len(functions), state.limits.tools)
-    choice = check_tool_choice(asked.tool_choice, functions)
-    tokenizer = await state.llm.get_tokenizer()
-    template = {"chat_template": state.settings.chat_template, "add_generation_prompt": True, **asked.template}
+    return functions, check_tool_choice(asked.tool_choice, functions)
+
+
+def _template(state: ServerState, asked: Conversation) -> dict[str, Any]:
+    return {"chat_template": state.settings.chat_template, "add_generation_prompt": True, **asked.template}
+
+
+async def _prompt(state: ServerState, asked: Conversation, choice: str | Function) -> dict[str, Any]:
     tools = asked.tools if choice != "none" else None
-    prompt = await state.llm.chat_prompt(asked.messages, tools=tools, **template)
+    return await state.llm.chat_prompt(asked.messages, tools=tools, **_template(state, asked))
+
+
+async def _prepare(state: ServerState, asked: Conversation, kind: RequestOutputKind) -> tuple[Any, dict[str, Any]]:
+    """What makes a parser of the answer's text, and the prompt."""
+    functions, choice = _tools(state, asked)
+    prompt = await _prompt(state, asked, choice)
+    tokenizer, template = await state.llm.get_tokenizer(), _template(state, asked)
     asked.params.output_kind = kind
     schema = forced_schema(functions, choice, asked.parallel_tool_calls)
     if schema is not None:
