@@ -6,7 +6,7 @@ from fastapi.middleware.cors import CORSMiddleware
 from starlette.exceptions import HTTPException
 
 from nanovllm.async_llm import AsyncLLM
-from nanovllm.server import chat, completions, utility
+from nanovllm.server import anthropic, chat, completions, utility
 from nanovllm.server.errors import ApiError, respond
 from nanovllm.server.guard import Guard
 from nanovllm.server.settings import ServerSettings
@@ -17,7 +17,7 @@ def make_app(llm: AsyncLLM, settings: ServerSettings) -> FastAPI:
     """An ASGI application over an engine, which stays its caller's: the application does not close it."""
     app = FastAPI(title="nano-vLLM", redoc_url=None)
     app.state.server = ServerState(llm, settings)
-    for part in (completions, chat, utility):
+    for part in (completions, chat, anthropic, utility):
         app.include_router(part.router)
     for error in (ApiError, RequestValidationError, HTTPException, ValueError, TypeError, RuntimeError):
         app.add_exception_handler(error, respond)
