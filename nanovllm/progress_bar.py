@@ -13,7 +13,7 @@ UseTqdm = bool | Callable[..., Any]
 class ProgressBar:
     """A tqdm bar, or whatever bar the caller's `use_tqdm` makes."""
 
-    def __init__(self, num_requests: int, stats: StepStats, use_tqdm: UseTqdm) -> None:
+    def __init__(self, num_requests: int | None, stats: StepStats, use_tqdm: UseTqdm) -> None:
         from tqdm import tqdm
 
         make = use_tqdm if callable(use_tqdm) else partial(tqdm, disable=not use_tqdm)

@@ -45,8 +45,8 @@ class SamplingParams:
         n: completions of the prompt, at most 16384.
         presence_penalty: subtracted from the logit of each token that occurs in the output, in [-2, 2].
         frequency_penalty: the same, once for each occurrence, in [-2, 2].
-        repetition_penalty: > 0; divides the positive logits, and multiplies the others, of tokens that occur in prompt
-            or output.
+        repetition_penalty: divides the positive logits, and multiplies the others, of tokens that occur in prompt or
+            output; above 0.
         temperature: 0 is greedy; otherwise it divides the logits, however small it is.
         top_k: sample among the k most likely tokens; 0 or -1 for all.
         top_p: sample among the most likely tokens whose probabilities add up to this, in (0, 1].
