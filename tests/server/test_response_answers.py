@@ -58,11 +58,11 @@ class TestAnswers:
         assert {event["type"] for event in events} >= {"response.reasoning_text.delta", "response.reasoning_text.done"}
 
     def test_logprobs_are_of_the_tokens_up_to_the_texts_end(self, scripted: ScriptedServer) -> None:
-        scripted.say("<think>", "hm", "</think>", "I ", "look.")
+        scripted.say("<think>", "hm", "</think>", "I ", "look.", "")
         asked = {"include": ["message.output_text.logprobs"]}
         for body in (post(scripted, **asked), stream(scripted, **asked)[1]):
             logprobs = body["output"][-1]["content"][0]["logprobs"]
-            assert [entry["token"] for entry in logprobs] == ["<think>", "hm", "</think>", "I ", "look."]
+            assert [entry["token"] for entry in logprobs] == ["<think>", "hm", "</think>", "I ", "look.", ""]
 
     def test_an_answer_that_is_cut_short_is_incomplete(self, scripted: ScriptedServer) -> None:
         scripted.say("Hel", "lo", end="length")
