@@ -13,9 +13,16 @@ from concurrent.futures import Future
 from nanovllm.engine.request import Progress, is_last
 from nanovllm.sampling_params import RequestOutputKind
 
+REST = 1.0  # times as long as its work an event loop rests
+LEAST_REST_S = 0.001  # timers are no finer
+
 
 class LoopWaker:
-    """Lets the engine's thread wake an event loop: once for all streams that a step has news for."""
+    """Lets the engine's thread wake an event loop: once for all streams that a step has news for.
+
+    The loop and the engine's thread share Python's lock. So after its work for many streams the loop rests, in
+    proportion to what that took; their news come together when it wakes. Few streams rest for no time at all.
+    """
 
     def __init__(self, loop: asyncio.AbstractEventLoop) -> None:
         self.loop = loop
@@ -33,9 +40,23 @@ class LoopWaker:
                 pass  # the loop was closed while its tasks ran: no task reads any more
 
     def _wake_all(self) -> None:
-        self._is_called = False  # first, so that a stream added during this loop schedules another call
+        began = self.loop.time()
         while self._to_wake:
             self._to_wake.popleft().wake()
+        self.loop.call_soon(self._rest, began)  # behind the tasks that were woken
+
+    def _rest(self, began: float) -> None:
+        rest = REST * (self.loop.time() - began)
+        if rest < LEAST_REST_S:
+            self._end_rest()
+        else:
+            self.loop.call_later(rest, self._end_rest)
+
+    def _end_rest(self) -> None:
+        self._is_called = False  # first, so that a stream added from here on schedules another call
+        if self._to_wake:
+            self._is_called = True
+            self._wake_all()
 
 
 class Stream:

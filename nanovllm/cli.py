@@ -1,4 +1,4 @@
-"""The command `nanovllm`: chat with a model, complete files of prompts, measure. `nanovllm --help` is the manual.
+"""The command `nanovllm`: chat with a model, complete prompts, serve, measure. `nanovllm --help` is the manual.
 
 Each command is a file in `commands/`; this one puts them together. It imports no torch, so that help comes at once.
 """
@@ -12,6 +12,7 @@ from nanovllm.commands.chat import chat
 from nanovllm.commands.generate import generate
 from nanovllm.commands.models import models
 from nanovllm.commands.options import EngineCommand
+from nanovllm.commands.serve import serve
 
 MANUAL = """
 nano-vLLM: a small, fast engine for large language models.
@@ -29,6 +30,9 @@ echo "What is 2 + 2?" | nanovllm chat
 # complete prompts, as lines of JSON; a large file goes on after a crash
 nanovllm generate Qwen/Qwen3-0.6B "def load(" "class Stack:"
 nanovllm generate Qwen/Qwen3-0.6B --input in.jsonl --output out.jsonl
+
+# serve a model to OpenAI's and Anthropic's clients
+nanovllm serve Qwen/Qwen3-0.6B --port 8000 --api-key secret
 
 # the families of models that run; how fast it is
 nanovllm models
@@ -48,6 +52,7 @@ app = typer.Typer(
 )
 app.command(cls=EngineCommand)(chat)
 app.command(cls=EngineCommand)(generate)
+app.command(cls=EngineCommand)(serve)
 app.command()(models)
 app.command(add_help_option=False, context_settings={"ignore_unknown_options": True, "allow_extra_args": True})(bench)
 

@@ -12,7 +12,7 @@ from nanovllm.server.completions import by_id
 from nanovllm.server.conversation import Conversation, News, answer, stream_answer
 from nanovllm.server.openai_fields import ChatFields, StreamOptions, sampling_params
 from nanovllm.server.parsing.pieces import CallArguments, CallBegin, Content, Message, Piece, Reasoning
-from nanovllm.server.sse import DONE, event, stream
+from nanovllm.server.sse import DONE, Chunks, stream
 from nanovllm.server.state import ServerState, state_of, unless_gone
 from nanovllm.server.token_logprobs import token_logprobs
 from nanovllm.server.usage import Usage
@@ -65,7 +65,7 @@ class _Call:
             if self.fields.return_token_ids:
                 choice["token_ids"] = completion.token_ids
             choices.append(choice)
-        body = self._body("chat.completion", choices) | {"usage": usage.as_dict()}
+        body = self._head("chat.completion") | {"choices": choices, "usage": usage.as_dict()}
         if self.fields.prompt_logprobs is not None:
             body["prompt_logprobs"] = [of_token and by_id(of_token) for of_token in output.prompt_logprobs or []]
         if self.fields.return_token_ids:
@@ -76,6 +76,7 @@ class _Call:
         """The response as events, each with what is new."""
         usage, options = Usage(), self.fields.stream_options or StreamOptions()
         has_begun, has_called = [False] * self.n, [False] * self.n
+        self.chunks = Chunks(self._head("chat.completion.chunk"))
         async for news in stream_answer(self.state, self.asked):
             if not any(has_begun):
                 usage.add_prompt(news.output)
@@ -88,7 +89,7 @@ class _Call:
             for chunk in self._news(news, has_called[index], usage, options):
                 yield chunk
         if options.include_usage:
-            yield event(self._body("chat.completion.chunk", []) | {"usage": usage.as_dict()})
+            yield self.chunks.end(usage.as_dict())
         yield DONE
 
     def _news(self, news: News, has_called: bool, usage: Usage, options: StreamOptions) -> list[bytes]:
@@ -117,7 +118,7 @@ class _Call:
         more: dict[str, Any] | None = None,
     ) -> bytes:
         choice = {"index": index, "delta": delta, "logprobs": None, "finish_reason": None, **(more or {})}
-        return event(self._body("chat.completion.chunk", [choice]) | usage.of_chunk(options))
+        return self.chunks.of(choice, usage.of_chunk(options))
 
     def _delta(self, piece: Piece) -> dict[str, Any] | None:
         match piece:
@@ -142,9 +143,8 @@ class _Call:
             told["reasoning_content"] = message.reasoning
         return told
 
-    def _body(self, kind: str, choices: list[dict[str, Any]]) -> dict[str, Any]:
-        head = {"id": self.id, "object": kind, "created": self.state.now(), "model": self.state.names[0]}
-        return head | {"choices": choices}
+    def _head(self, kind: str) -> dict[str, Any]:
+        return {"id": self.id, "object": kind, "created": self.state.now(), "model": self.state.names[0]}
 
     def _logprobs(self, completion: CompletionOutput) -> dict[str, Any] | None:
         if not self.fields.logprobs:

@@ -11,7 +11,7 @@ from nanovllm.outputs import CompletionOutput, Logprob, RequestOutput
 from nanovllm.sampling_params import RequestOutputKind, SamplingParams
 from nanovllm.server.merge import merged
 from nanovllm.server.openai_fields import CompletionFields, StreamOptions, sampling_params
-from nanovllm.server.sse import DONE, event, stream
+from nanovllm.server.sse import DONE, Chunks, stream
 from nanovllm.server.state import ServerState, state_of, unless_gone
 from nanovllm.server.usage import Usage
 
@@ -78,12 +78,13 @@ class _Call:
                 if self.fields.max_tokens != 0:
                     usage.completion_tokens += len(completion.token_ids)
                 choices.append(await self._whole_choice(i, output, completion))
-        return self._body(choices) | {"usage": usage.as_dict()}
+        return self._head() | {"choices": choices, "usage": usage.as_dict()}
 
     async def events(self) -> AsyncGenerator[bytes]:
         """The response as events, each with what is new."""
         usage, options = Usage(), self.fields.stream_options or StreamOptions()
         seen: set[int] = set()
+        chunks = Chunks(self._head())
         lengths: Counter[tuple[int, int]] = Counter()  # of the texts so far, by prompt and completion
         async for i, output in merged(self._runs()):
             if i not in seen:
@@ -95,14 +96,15 @@ class _Call:
                 logprobs = self._logprobs(completion.logprobs, offset=lengths[key])
                 lengths[key] += len(completion.text)
                 choice = self._choice(i, completion, completion.text, logprobs)
-                yield event(self._body([choice]) | usage.of_chunk(options))
+                yield chunks.of(choice, usage.of_chunk(options))
         if options.include_usage:
-            yield event(self._body([]) | {"usage": usage.as_dict()})
+            yield chunks.end(usage.as_dict())
         yield DONE
 
-    def _body(self, choices: list[dict[str, Any]]) -> dict[str, Any]:
-        head = {"id": self.id, "object": "text_completion", "created": self.state.now(), "model": self.state.names[0]}
-        return head | {"choices": choices}
+    def _head(self) -> dict[str, Any]:
+        return {
+            "id": self.id, "object": "text_completion", "created": self.state.now(), "model": self.state.names[0]
+        }  # fmt: skip
 
     async def _whole_choice(self, i: int, output: RequestOutput, completion: CompletionOutput) -> dict[str, Any]:
         text, values, token_ids = completion.text, completion.logprobs or [], completion.token_ids

@@ -15,10 +15,32 @@ DONE = b"data: [DONE]\n\n"
 FIRST_EVENT_S = 5.0  # an error before this has a status of its own; later it comes as an event of the stream
 
 
+def _encode(data: Any) -> bytes:
+    return json.dumps(data, ensure_ascii=False, separators=(",", ":")).encode("utf-8", "replace")
+
+
 def event(data: Any, name: str | None = None) -> bytes:
     """An event with JSON as its data."""
-    text = json.dumps(data, ensure_ascii=False, separators=(",", ":")).encode("utf-8", "replace")
+    text = _encode(data)
     return b"data: %b\n\n" % text if name is None else b"event: %b\ndata: %b\n\n" % (name.encode(), text)
+
+
+class Chunks:
+    """Events of OpenAI's streams, which differ in their choices: the rest is encoded once."""
+
+    def __init__(self, body: dict[str, Any]) -> None:
+        self._body = body
+        self._head = b'data: %b,"choices":[' % _encode(body)[:-1]
+
+    def of(self, choice: dict[str, Any], usage: dict[str, Any]) -> bytes:
+        """An event with one choice. `usage`: what `Usage.of_chunk` gives."""
+        if usage:
+            return event(self._body | {"choices": [choice]} | usage)
+        return b"%b%b]}\n\n" % (self._head, _encode(choice))
+
+    def end(self, usage: dict[str, Any]) -> bytes:
+        """The last event, with the whole usage and without choices."""
+        return event(self._body | {"choices": [], "usage": usage})
 
 
 async def stream(

@@ -1,5 +1,6 @@
 """A real server process, on the small model of the repository, and the clients that its users have."""
 
+import json
 import os
 import signal
 import socket
@@ -33,9 +34,17 @@ serve(model, options, ServerSettings(**settings, limits=Limits(**limits)), liste
 class Server:
     """A server process, until `stop`."""
 
-    def __init__(self, log: Path, model: str = "", options: dict[str, Any] | None = None, **settings: Any) -> None:
-        import json
+    def __init__(self, log: Path, command: list[str]) -> None:
+        self.log = log
+        env = {**os.environ, "OMP_NUM_THREADS": "1"}
+        with log.open("wb") as file:
+            self.process = subprocess.Popen([sys.executable, *command], stdout=file, stderr=file, cwd=ROOT, env=env)
+        self.port = self._wait()
+        self.url = f"http://127.0.0.1:{self.port}"
 
+    @classmethod
+    def made(cls, log: Path, options: dict[str, Any] | None = None, **settings: Any) -> "Server":
+        """A server with these options of the engine, settings and `limits`."""
         limits = settings.pop("limits", {})
         settings = {
             "served_model_names": ["demo", "other-name"],
@@ -43,15 +52,7 @@ class Server:
             "chat_template": TEMPLATE,
         } | settings
         options = {"device": "cpu", "dtype": "float32", "num_kvcache_blocks": 128, "max_num_seqs": 16} | (options or {})
-        what = json.dumps([model or str(demo_model()), options, settings, limits])
-        self.log = log
-        with log.open("wb") as file:
-            self.process = subprocess.Popen(
-                [sys.executable, "-c", PROGRAM, what], stdout=file, stderr=file, cwd=ROOT,
-                env={**os.environ, "OMP_NUM_THREADS": "1"},
-            )  # fmt: skip
-        self.port = self._wait()
-        self.url = f"http://127.0.0.1:{self.port}"
+        return cls(log, ["-c", PROGRAM, json.dumps([str(demo_model()), options, settings, limits])])
 
     def _wait(self) -> int:
         deadline = time.monotonic() + 120
@@ -96,7 +97,11 @@ class Server:
 @pytest.fixture(scope="session")
 def server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Server]:
     """The server that most tests share."""
-    server = Server(tmp_path_factory.mktemp("server") / "log")
+    log = tmp_path_factory.mktemp("server") / "log"
+    engine = "--device cpu --dtype float32 --num-kvcache-blocks 128 --max-num-seqs 16".split()
+    names = ["--served-model-name", "demo", "--served-model-name", "other-name", "--api-key", KEY]
+    command = ["-m", "nanovllm", "serve", str(demo_model()), "--port", "0", "--chat-template", TEMPLATE]
+    server = Server(log, [*command, *names, *engine])
     yield server
     assert server.stop() == 0, server.log.read_text()[-3000:]
     assert "Traceback" not in server.log.read_text(), server.log.read_text()[-6000:]
@@ -108,7 +113,7 @@ def make_server(tmp_path: Path) -> Iterator[Callable[..., Server]]:
     made: list[Server] = []
 
     def make(**options: Any) -> Server:
-        made.append(Server(tmp_path / f"log{len(made)}", **options))
+        made.append(Server.made(tmp_path / f"log{len(made)}", **options))
         return made[-1]
 
     yield make
