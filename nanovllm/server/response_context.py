@@ -7,7 +7,6 @@ from nanovllm.server.response_fields import FunctionChoice, FunctionTool, Respon
 from nanovllm.server.turns import Turns
 
 Items = list[dict[str, Any]]
-_PREFIXES = {"message": "msg", "function_call": "fc", "function_call_output": "fco", "reasoning": "rs"}
 _ABOVE_USERS = ("system", "developer")
 
 
@@ -16,7 +15,7 @@ def items_of(fields: ResponseFields) -> Items:
     items = []
     for item in fields.input:
         given = item.model_dump(exclude_none=True)
-        items.append({"id": fresh_id(_PREFIXES[item.type]), "status": "completed"} | given)
+        items.append({"id": fresh_id(item.type), "status": "completed"} | given)
     return items
 
 

@@ -14,11 +14,19 @@ from nanovllm.sampling_params import SamplingParams
 from nanovllm.server.openai_fields import Fields, JsonSchema, ResponseFormat, SamplingFields, sampling_params
 
 LOGPROBS = "message.output_text.logprobs"
+_PREFIXES = {
+    "response": "resp",
+    "message": "msg",
+    "reasoning": "rs",
+    "function_call": "fc",
+    "function_call_output": "fco",
+}
 Short = Annotated[str, Field(max_length=64)]
 
 
-def fresh_id(prefix: str) -> str:
-    return f"{prefix}_{uuid4().hex}"
+def fresh_id(kind: str) -> str:
+    """A new id for a response, or an item of this type."""
+    return f"{_PREFIXES[kind]}_{uuid4().hex}"
 
 
 def is_json_object(text: str) -> bool:

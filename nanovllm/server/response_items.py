@@ -6,6 +6,10 @@ from nanovllm.server.parsing.pieces import CallArguments, CallBegin, Content, Me
 from nanovllm.server.response_fields import fresh_id, is_json_object
 
 Event = dict[str, Any]
+_EMPTY_PARTS: dict[str, dict[str, Any]] = {
+    "reasoning": {"type": "reasoning_text", "text": ""},
+    "message": {"type": "output_text", "text": "", "annotations": [], "logprobs": []},
+}
 
 
 class OutputItems:
@@ -20,7 +24,7 @@ class OutputItems:
         self.items: list[dict[str, Any]] = []
         self.reasoning = ""
         self._item: dict[str, Any] | None = None  # the one in progress
-        self._part: dict[str, Any] | None = None  # its content; a call has none
+        self._part: dict[str, Any] | None = None  # its content, before there is any; a call has none
         self._texts: list[str] = []  # of the part, or the arguments of the call
         self._logprobs: list[Any] = []  # of the part
         self._waiting: list[Any] = []  # logprobs of tokens whose text has not come yet
@@ -33,19 +37,15 @@ class OutputItems:
         """The events of a piece."""
         match piece:
             case Reasoning(text):
-                new = {"id": fresh_id("rs"), "summary": [], "content": []}
-                part = {"type": "reasoning_text", "text": ""}
-                return self._begin("reasoning", new, part) + [self._delta("reasoning_text", text, content_index=0)]
+                events = [] if self._is_in("reasoning") else self._begin("reasoning", summary=[], content=[])
+                return [*events, self._delta("reasoning_text", text, content_index=0)]
             case Content(text):
-                new = {"id": fresh_id("msg"), "role": "assistant", "content": []}
-                part = {"type": "output_text", "text": "", "annotations": [], "logprobs": []}
-                events = self._begin("message", new, part)
-                more, self._waiting = self._waiting, []
-                self._logprobs += more
-                return events + [self._delta("output_text", text, content_index=0, logprobs=more)]
+                events = [] if self._is_in("message") else self._begin("message", role="assistant", content=[])
+                logprobs, self._waiting = self._waiting, []
+                self._logprobs += logprobs
+                return [*events, self._delta("output_text", text, content_index=0, logprobs=logprobs)]
             case CallBegin(_, call_id, name):
-                new = {"id": fresh_id("fc"), "call_id": call_id, "name": name, "arguments": ""}
-                return self._begin("function_call", new, None)
+                return self._begin("function_call", call_id=call_id, name=name, arguments="")
             case CallArguments(_, text):
                 return [self._delta("function_call_arguments", text)]
 
@@ -54,16 +54,17 @@ class OutputItems:
         events = self.add(Content("")) if self._item is None and not self.items else []
         return events + self._end("completed" if is_complete else "incomplete")
 
-    def _begin(self, kind: str, new: dict[str, Any], part: dict[str, Any] | None) -> list[Event]:
-        """Begins an item, unless one of that kind is in progress; each call is an item of its own."""
-        if self._item is not None and self._item["type"] == kind and part is not None:
-            return []
+    def _is_in(self, kind: str) -> bool:
+        return self._item is not None and self._item["type"] == kind
+
+    def _begin(self, kind: str, **fields: Any) -> list[Event]:
+        """Begins an item, and ends the one before it."""
         events = self._end("completed")
-        self._item = {"type": kind, "status": "in_progress", **new}
-        self._part = part
+        self._item = {"type": kind, "id": fresh_id(kind), "status": "in_progress", **fields}
+        self._part = _EMPTY_PARTS.get(kind)
         events.append(self._event("output_item.added", item=dict(self._item)))
-        if part is not None:
-            events.append(self._part_event("content_part.added", part=dict(part)))
+        if self._part is not None:
+            events.append(self._part_event("content_part.added", part=self._part))
         return events
 
     def _end(self, status: str) -> list[Event]:
@@ -76,16 +77,16 @@ class OutputItems:
             status = status if is_json_object(text) else "incomplete"  # it broke off
             events = [self._item_event("function_call_arguments.done", arguments=text)]
         else:
-            self._part["text"] = text
-            self._item["content"] = [self._part]
             more: dict[str, Any] = {}
-            if self._part["type"] == "output_text":
-                more["logprobs"] = self._part["logprobs"] = self._logprobs + self._waiting
+            if self._item["type"] == "message":
+                more["logprobs"] = self._logprobs + self._waiting
                 self._logprobs, self._waiting = [], []
             else:
                 self.reasoning += text
-            events = [self._part_event(f"{self._part['type']}.done", text=text, **more)]
-            events.append(self._part_event("content_part.done", part=self._part))
+            part = self._part | {"text": text, **more}
+            self._item["content"] = [part]
+            events = [self._part_event(f"{part['type']}.done", text=text, **more)]
+            events.append(self._part_event("content_part.done", part=part))
         self._item["status"] = status
         events.append(self._event("output_item.done", item=self._item))
         self.items.append(self._item)

@@ -93,7 +93,7 @@ class _Call:
         state.check_limit("top_logprobs", fields.top_logprobs or 0, state.limits.logprobs)
         state.check_limit("stop", len(fields.stop) if isinstance(fields.stop, list) else 0, state.limits.stop_strings)
         self.fields, self.state, self.store = fields, state, store
-        self.id, self.created = fresh_id("resp"), state.now()
+        self.id, self.created = fresh_id("response"), state.now()
         self.params = params(fields, state.llm.get_default_sampling_params())
         before: Items = []
         if fields.previous_response_id is not None:
