@@ -105,6 +105,12 @@ class TestWithAModel:
             ask(real, stream=is_stream, **asked)
         assert caught.value.body["type"] == "error"
 
+    def test_a_client_that_leaves_ends_its_request(self, real: anthropic.Anthropic, server: Server) -> None:
+        before = server.metric("vllm:generation_tokens_total")
+        with real.messages.stream(model="demo", max_tokens=10**4, messages=[USER]) as events:
+            next(iter(events))
+        assert server.is_idle(3) and server.metric("vllm:generation_tokens_total") < before + 500
+
     def test_a_wrong_key_is_an_authentication_error(self, real: anthropic.Anthropic) -> None:
         with pytest.raises(anthropic.AuthenticationError, match="API key"):
             ask(real.copy(api_key="wrong"))

@@ -133,6 +133,14 @@ class TestWithAModel:
         with pytest.raises(error, match=named):
             client.responses.create(stream=is_stream, **{"input": "x", **GREEDY, **asked})
 
+    def test_a_client_that_leaves_ends_its_request(self, client: openai.OpenAI, server: Server) -> None:
+        before = server.metric("vllm:generation_tokens_total")
+        with client.responses.create(
+            model="demo", input="import os\n", stream=True, extra_body={"ignore_eos": True}
+        ) as events:
+            next(iter(events))
+        assert server.is_idle(3) and server.metric("vllm:generation_tokens_total") < before + 500
+
     def test_a_wrong_key_is_an_authentication_error(self, server: Server) -> None:
         with pytest.raises(openai.AuthenticationError):
             server.client(api_key="wrong").responses.retrieve("resp_0")
