@@ -10,7 +10,7 @@ from typing import Any
 from nanovllm.outputs import CompletionOutput, RequestOutput
 from nanovllm.sampling_params import RequestOutputKind, SamplingParams
 from nanovllm.server.parsing.chat_text import ChatText, chat_text
-from nanovllm.server.parsing.pieces import Message, Piece, message_of
+from nanovllm.server.parsing.pieces import CallArguments, CallBegin, Message, Piece, message_of
 from nanovllm.server.parsing.reasoning import detect_reasoning_parser
 from nanovllm.server.parsing.tool_calls import detect_tool_call_parser
 from nanovllm.server.parsing.tool_schema import Function, check_tool_choice, check_tools, forced_schema
@@ -50,7 +50,7 @@ async def answer(state: ServerState, asked: Conversation) -> tuple[RequestOutput
     messages = []
     for completion in output.outputs:
         parser = parsers[completion.index]
-        messages.append(message_of([*parser.feed(completion.text), *parser.finish()]))
+        messages.append(message_of(_allowed([*parser.feed(completion.text), *parser.finish()], asked)))
     return output, messages
 
 
@@ -67,7 +67,14 @@ async def stream_answer(state: ServerState, asked: Conversation) -> AsyncGenerat
             pieces = parser.feed(completion.text)
             if completion.finish_reason is not None:
                 pieces += parser.finish()
-            yield News(pieces, completion, output)
+            yield News(_allowed(pieces, asked), completion, output)
+
+
+def _allowed(pieces: list[Piece], asked: Conversation) -> list[Piece]:
+    """Drops the calls after the first if only one is wanted: a model that calls freely does not know of it."""
+    if asked.parallel_tool_calls:
+        return pieces
+    return [piece for piece in pieces if not isinstance(piece, CallBegin | CallArguments) or piece.index == 0]
 
 
 async def prompt_of(state: ServerState, asked: Conversation) -> dict[str, Any]:

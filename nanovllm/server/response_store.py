@@ -49,7 +49,7 @@ class ResponseStore:
         """Raises ApiError if it is not there; `param` is the name of the parameter that has the id."""
         if response_id not in self._responses:
             message = f"Response with id '{response_id:.100}' not found: it was not stored, or is no longer"
-            raise ApiError(404, message, param, "response_not_found")
+            raise ApiError(404, message, param, f"{param.removesuffix('_id')}_not_found")
         return self._responses[response_id][0]
 
     def delete(self, response_id: str) -> None:

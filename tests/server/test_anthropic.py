@@ -218,6 +218,13 @@ class TestAnswers:
             assert [block.input["city"] for block in message.content] == ["Rome", "Ostia"]
             assert len({block.id for block in message.content}) == 2
 
+    def test_a_single_call_is_given_if_no_more_are_wanted(self, scripted: ScriptedServer) -> None:
+        scripted.say("Well.", CALL, "\n", CALL.replace("Rome", "Ostia"))
+        asked = {"tools": [WEATHER], "tool_choice": {"type": "auto", "disable_parallel_tool_use": True}}
+        for message in (ask(scripted.anthropic, **asked), stream(scripted.anthropic, **asked)[1]):
+            text, call = message.content
+            assert (text.text, call.input) == ("Well.", {"city": "Rome"})
+
     @pytest.mark.parametrize(
         ("said", "end", "because", "told"),
         [

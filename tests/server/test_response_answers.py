@@ -57,6 +57,14 @@ class TestAnswers:
         assert replay(events) == body["output"]
         assert {event["type"] for event in events} >= {"response.reasoning_text.delta", "response.reasoning_text.done"}
 
+    def test_a_single_call_is_given_if_no_more_are_wanted(self, scripted: ScriptedServer) -> None:
+        scripted.say(*self.SAID)
+        for body in (
+            post(scripted, tools=[WEATHER], parallel_tool_calls=False),
+            stream(scripted, tools=[WEATHER], parallel_tool_calls=False)[1],
+        ):
+            assert [item["type"] for item in body["output"]] == ["reasoning", "message", "function_call"]
+
     def test_logprobs_are_of_the_tokens_up_to_the_texts_end(self, scripted: ScriptedServer) -> None:
         scripted.say("<think>", "hm", "</think>", "I ", "look.", "")
         asked = {"include": ["message.output_text.logprobs"]}
