@@ -6,9 +6,10 @@ from fastapi.middleware.cors import CORSMiddleware
 from starlette.exceptions import HTTPException
 
 from nanovllm.async_llm import AsyncLLM
-from nanovllm.server import chat, completions, utility
+from nanovllm.server import anthropic, chat, completions, responses, utility
 from nanovllm.server.errors import ApiError, respond
 from nanovllm.server.guard import Guard
+from nanovllm.server.response_store import ResponseStore
 from nanovllm.server.settings import ServerSettings
 from nanovllm.server.state import ServerState
 
@@ -17,7 +18,8 @@ def make_app(llm: AsyncLLM, settings: ServerSettings) -> FastAPI:
     """An ASGI application over an engine, which stays its caller's: the application does not close it."""
     app = FastAPI(title="nano-vLLM", redoc_url=None)
     app.state.server = ServerState(llm, settings)
-    for part in (completions, chat, utility):
+    app.state.responses = ResponseStore(settings.limits.stored_responses)
+    for part in (completions, chat, responses, anthropic, utility):
         app.include_router(part.router)
     for error in (ApiError, RequestValidationError, HTTPException, ValueError, TypeError, RuntimeError):
         app.add_exception_handler(error, respond)

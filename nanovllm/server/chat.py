@@ -6,14 +6,15 @@ from typing import Any
 from fastapi import APIRouter, Request
 from fastapi.responses import JSONResponse, Response
 
-from nanovllm.outputs import CompletionOutput, Logprob
+from nanovllm.outputs import CompletionOutput
 from nanovllm.sampling_params import SamplingParams
-from nanovllm.server.completions import by_id, finite
+from nanovllm.server.completions import by_id
 from nanovllm.server.conversation import Conversation, News, answer, stream_answer
 from nanovllm.server.openai_fields import ChatFields, StreamOptions, sampling_params
 from nanovllm.server.parsing.pieces import CallArguments, CallBegin, Content, Message, Piece, Reasoning
 from nanovllm.server.sse import DONE, Chunks, stream
 from nanovllm.server.state import ServerState, state_of, unless_gone
+from nanovllm.server.token_logprobs import token_logprobs
 from nanovllm.server.usage import Usage
 
 router = APIRouter()
@@ -148,21 +149,8 @@ class _Call:
     def _logprobs(self, completion: CompletionOutput) -> dict[str, Any] | None:
         if not self.fields.logprobs:
             return None
-        content = []
-        for of_token in completion.logprobs or []:
-            entries = [self._entry(i, value) for i, value in of_token.items()]
-            content.append(entries[0] | {"top_logprobs": self._likeliest(of_token, entries)})
+        content = token_logprobs(completion, self.fields.top_logprobs or 0, self.fields.return_tokens_as_token_ids)
         return {"content": content, "refusal": None}
-
-    def _likeliest(self, of_token: dict[int, Logprob], entries: list[dict[str, Any]]) -> list[dict[str, Any]]:
-        ranked = zip(of_token.values(), entries, strict=True)
-        return [entry for value, entry in ranked if (value.rank or 0) <= (self.fields.top_logprobs or 0)]
-
-    def _entry(self, token_id: int, value: Logprob) -> dict[str, Any]:
-        text = value.decoded_token
-        if self.fields.return_tokens_as_token_ids or text is None:
-            text = f"token_id:{token_id}"
-        return {"token": text, "logprob": finite(value.logprob), "bytes": list(text.encode("utf-8", "replace"))}
 
 
 def _params(fields: ChatFields, state: ServerState) -> SamplingParams:

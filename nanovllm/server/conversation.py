@@ -10,10 +10,10 @@ from typing import Any
 from nanovllm.outputs import CompletionOutput, RequestOutput
 from nanovllm.sampling_params import RequestOutputKind, SamplingParams
 from nanovllm.server.parsing.chat_text import ChatText, chat_text
-from nanovllm.server.parsing.pieces import Message, Piece, message_of
+from nanovllm.server.parsing.pieces import CallArguments, CallBegin, Message, Piece, message_of
 from nanovllm.server.parsing.reasoning import detect_reasoning_parser
 from nanovllm.server.parsing.tool_calls import detect_tool_call_parser
-from nanovllm.server.parsing.tool_schema import check_tool_choice, check_tools, forced_schema
+from nanovllm.server.parsing.tool_schema import Function, check_tool_choice, check_tools, forced_schema
 from nanovllm.server.state import ServerState
 
 TAGS_ARE_SPECIAL = {"mistral", "llama3_json"}  # parsers that look for special tokens, which text leaves out
@@ -50,7 +50,7 @@ async def answer(state: ServerState, asked: Conversation) -> tuple[RequestOutput
     messages = []
     for completion in output.outputs:
         parser = parsers[completion.index]
-        messages.append(message_of([*parser.feed(completion.text), *parser.finish()]))
+        messages.append(message_of(_allowed([*parser.feed(completion.text), *parser.finish()], asked)))
     return output, messages
 
 
@@ -67,18 +67,42 @@ async def stream_answer(state: ServerState, asked: Conversation) -> AsyncGenerat
             pieces = parser.feed(completion.text)
             if completion.finish_reason is not None:
                 pieces += parser.finish()
-            yield News(pieces, completion, output)
+            yield News(_allowed(pieces, asked), completion, output)
+
+
+def _allowed(pieces: list[Piece], asked: Conversation) -> list[Piece]:
+    """Drops the calls after the first if only one is wanted: a model that calls freely does not know of it."""
+    if asked.parallel_tool_calls:
+        return pieces
+    return [piece for piece in pieces if not isinstance(piece, CallBegin | CallArguments) or piece.index == 0]
+
+
+async def prompt_of(state: ServerState, asked: Conversation) -> dict[str, Any]:
+    """The prompt, with its text and its token ids. Raises as `stream_answer`."""
+    return await _prompt(state, asked, _tools(state, asked)[1])
+
+
+def _tools(state: ServerState, asked: Conversation) -> tuple[list[Function], str | Function]:
+    """The functions, and which of them the model may call or has to."""
+    functions = check_tools(asked.tools) if asked.tools else []
+    state.check_limit("tools", len(functions), state.limits.tools)
+    return functions, check_tool_choice(asked.tool_choice, functions)
+
+
+def _template(state: ServerState, asked: Conversation) -> dict[str, Any]:
+    return {"chat_template": state.settings.chat_template, "add_generation_prompt": True, **asked.template}
+
+
+async def _prompt(state: ServerState, asked: Conversation, choice: str | Function) -> dict[str, Any]:
+    tools = asked.tools if choice != "none" else None
+    return await state.llm.chat_prompt(asked.messages, tools=tools, **_template(state, asked))
 
 
 async def _prepare(state: ServerState, asked: Conversation, kind: RequestOutputKind) -> tuple[Any, dict[str, Any]]:
     """What makes a parser of the answer's text, and the prompt."""
-    functions = check_tools(asked.tools) if asked.tools else []
-    state.check_limit("tools", len(functions), state.limits.tools)
-    choice = check_tool_choice(asked.tool_choice, functions)
-    tokenizer = await state.llm.get_tokenizer()
-    template = {"chat_template": state.settings.chat_template, "add_generation_prompt": True, **asked.template}
-    tools = asked.tools if choice != "none" else None
-    prompt = await state.llm.chat_prompt(asked.messages, tools=tools, **template)
+    functions, choice = _tools(state, asked)
+    prompt = await _prompt(state, asked, choice)
+    tokenizer, template = await state.llm.get_tokenizer(), _template(state, asked)
     asked.params.output_kind = kind
     schema = forced_schema(functions, choice, asked.parallel_tool_calls)
     if schema is not None:

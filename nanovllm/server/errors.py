@@ -88,4 +88,4 @@ def _of_validation(error: RequestValidationError) -> ApiError:
     if first["type"] == "extra_forbidden":
         return ApiError(400, f"Unrecognized request argument supplied: {'.'.join(place)}", ".".join(place))
     where = ".".join(place) or "the body"
-    return ApiError(400, f"{where}: {first['msg']}", where)
+    return ApiError(400, f"{where}: {first['msg'].removeprefix('Value error, ')}", where)

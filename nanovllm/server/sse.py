@@ -54,7 +54,7 @@ async def stream(
 
     Args:
         events: whole events; it is closed at the end, however that comes. end: called then, once.
-        ping: sent after each `ping_s` seconds without an event.
+        ping: sent every `ping_s` seconds, unless there was an event meanwhile.
     """
     first = asyncio.ensure_future(anext(events))
     try:
@@ -85,6 +85,7 @@ class EventStream(Response):
         self.status_code, self.background = 200, None
         self.init_headers({"cache-control": "no-cache", "x-accel-buffering": "no"})
         self._first, self._events, self._end, self._ping, self._ping_s = first, events, end, ping, ping_s
+        self._num_sent = 0
 
     async def __call__(self, scope: Any, receive: Any, send: Any) -> None:
         write = asyncio.ensure_future(self._write(scope["path"], send))
@@ -100,34 +101,36 @@ class EventStream(Response):
 
     async def _write(self, path: str, send: Any) -> None:
         await send({"type": "http.response.start", "status": 200, "headers": self.raw_headers})
+        pings = asyncio.ensure_future(self._write_pings(send))
         try:
             async for one in self._all_events():
                 await send({"type": "http.response.body", "body": one, "more_body": True})
+                self._num_sent += 1
         except OSError:
             return  # the client has left
         except Exception as error:
             name = b"event: error\n" if path.startswith(("/v1/messages", "/v1/responses")) else b""
             body = b"%bdata: %b\n\n" % (name, encode_error(error, path))
             await send({"type": "http.response.body", "body": body, "more_body": True})
+        finally:
+            await cancelled(pings)
         await send({"type": "http.response.body", "body": b"", "more_body": False})
 
     async def _all_events(self) -> AsyncIterator[bytes]:
-        following: asyncio.Future[bytes] = self._first
-        while True:
-            try:
-                if following.done() or self._ping is None:
-                    yield await following
-                else:
-                    done, _ = await asyncio.wait({following}, timeout=self._ping_s)
-                    if not done:
-                        yield self._ping
-                        continue
-                    yield following.result()
-                if self._ping is None:  # no task for each token
-                    async for one in self._events:
-                        yield one
-                    return
-            except StopAsyncIteration:
-                return
-            following = asyncio.ensure_future(anext(self._events))
-            self._first = following
+        try:
+            yield await self._first
+        except StopAsyncIteration:
+            return
+        async for one in self._events:
+            yield one
+
+    async def _write_pings(self, send: Any) -> None:
+        """Beside the events, so that no token needs a task or a timer of its own."""
+        while self._ping is not None:
+            num_sent = self._num_sent
+            await asyncio.sleep(self._ping_s)
+            if num_sent == self._num_sent:
+                try:
+                    await send({"type": "http.response.body", "body": self._ping, "more_body": True})
+                except OSError:
+                    return  # the client has left

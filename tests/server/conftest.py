@@ -132,6 +132,22 @@ def http(server: Server) -> Iterator[httpx.Client]:
         yield http
 
 
+@pytest.fixture(scope="session")
+def scripted_server() -> Iterator[Any]:
+    from scripted import ScriptedServer
+
+    server = ScriptedServer()
+    yield server
+    server.close()
+
+
+@pytest.fixture
+def scripted(scripted_server: Any) -> Any:
+    """A server in this process, which says what the test tells it to (`scripted.py`)."""
+    scripted_server.say("Hello.")
+    return scripted_server
+
+
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     """One worker runs all of these, so that they share one process."""
     for item in items:
