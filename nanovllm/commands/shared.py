@@ -9,8 +9,9 @@ import typer
 from nanovllm.demo import chat_model, demo_model
 from nanovllm.sampling_params import SamplingParams
 
-# What the example in SmolLM2's model card takes. A GGUF file has no place for it.
-CHAT_SAMPLING = {"temperature": 0.2, "top_p": 0.9}
+# So small a model is often wrong where it draws: at its card's temperature of 0.2 France's capital is not always Paris.
+# A GGUF file has no place for sampling parameters.
+CHAT_SAMPLING = {"temperature": 0.0}
 
 
 def model_and_options(model: str | None, engine: dict[str, Any]) -> tuple[str, dict[str, Any]]:
