@@ -234,7 +234,9 @@ def run_largest_step(runner: "ModelRunner") -> None:
 
 def fetched_tokens(runner: "ModelRunner", plan: "StepPlan", shape: "StepShape") -> list[int]:
     """The tokens that the host reads of a step of this shape, once the device has sampled."""
-    return runner._fetch(plan, shape, 0, None).tokens()
+    from nanovllm.worker.step_handle import LaunchedStep
+
+    return runner._fetch(LaunchedStep(plan, shape, 0, runner.sampled, None)).tokens()
 
 
 def wrap_sending(batch: "InputBatch", wrapper: Callable[..., None]) -> None:

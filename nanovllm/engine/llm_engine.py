@@ -17,12 +17,13 @@ from itertools import count
 from nanovllm.config import Config
 from nanovllm.engine.admission import BadWords, make_sequence
 from nanovllm.engine.block_manager import BlockManager, CacheStats
+from nanovllm.engine.grammar_masks import draw_masked, why_no_token
 from nanovllm.engine.health import EngineHealth
 from nanovllm.engine.scheduler import ScheduledStep, Scheduler
 from nanovllm.engine.sequence import Sequence
 from nanovllm.engine.stats import StepStats, snapshot
 from nanovllm.errors import EngineDeadError
-from nanovllm.sampling_params import WHY_NO_TOKEN, SamplingParams
+from nanovllm.sampling_params import SamplingParams
 
 logger = logging.getLogger(__name__)
 
@@ -119,18 +120,19 @@ class LLMEngine:
             self.begin_change()
             self.advanced = []
             try:
-                launched = self._launch_next()
-                finished: list[Sequence] = []
-                while self._in_flight and (len(self._in_flight) > self.max_behind or not launched):
+                launched, finished = self._launch_next(), []
+                while self._in_flight:
+                    if (step := self._in_flight[0]).handle.awaits_masks:
+                        step.handle = draw_masked(step.handle, step.scheduled.samples, self.runner, self.followers)
+                    if launched and len(self._in_flight) <= self.max_behind:
+                        break
                     finished += self._read_tokens(self._in_flight.popleft())
                 self._drop_surplus()
                 self.followers.check()  # tokens that were computed with a lost rank are garbage
-            except Exception as error:
+            except BaseException as error:
                 self.reset()
-                self.health.check_device_after(error, self.runner)
-                raise
-            except BaseException:
-                self.reset()
+                if isinstance(error, Exception):
+                    self.health.check_device_after(error, self.runner)
                 raise
             self.is_changing = False
             return finished
@@ -146,9 +148,7 @@ class LLMEngine:
         with self.followers.also_run("launch", plan), waiting:
             handle = self.runner.launch(plan)
         self._in_flight.append(_StepInFlight(step, handle))
-        self.stats.num_steps += 1
-        self.stats.num_decode_tokens += plan.num_decodes
-        self.stats.num_prefill_tokens += plan.num_tokens - plan.num_decodes
+        self.stats.count(plan)
         return True
 
     def _read_tokens(self, step: _StepInFlight) -> list[Sequence]:
@@ -163,7 +163,7 @@ class LLMEngine:
             if seq.is_finished:
                 continue  # a surplus token
             if token_id < 0:
-                self._fail(seq, WHY_NO_TOKEN[token_id])
+                self._fail(seq, why_no_token(seq, token_id))
             else:
                 if of_token is not None:
                     seq.append_logprobs(of_token)

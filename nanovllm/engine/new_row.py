@@ -39,10 +39,11 @@ def _edits(seq: Sequence, held_back: tuple[int, ...], min_len: int) -> LogitEdit
         repetition_penalty=min(params.repetition_penalty, FLOAT32_MAX),
         frequency_penalty=params.frequency_penalty,
         presence_penalty=params.presence_penalty,
-        logit_bias=params.logit_bias,
+        logit_bias=params.logit_bias or None,
         allowed_token_ids=params.allowed_token_ids,
         bad_words=seq.bad_words,
         held_back=held_back,
         min_len=min_len,
+        has_grammar=seq.grammar is not None,
     )
     return edits if edits.has_any else None

@@ -20,6 +20,7 @@ from nanovllm.outputs import RequestMetrics
 from nanovllm.sampling_params import RequestOutputKind, SamplingParams
 from nanovllm.text.bad_words import bad_word_ids
 from nanovllm.text.detokenizer import Detokenizer
+from nanovllm.text.grammar import Grammars
 from nanovllm.text.token_decoder import TokenDecoder
 from nanovllm.text.tokenizer import load_tokenizer
 
@@ -32,6 +33,7 @@ class TextEngine:
     """
 
     _is_changing = False
+    _grammars: Grammars | None = None  # made when a request first asks for it
 
     def __init__(self, config: Config) -> None:
         self.engine = LLMEngine(config)
@@ -130,7 +132,18 @@ class TextEngine:
             seqs.append(make(token_ids, params, name=name, bad_words=bad_words, request_id=seqs[0].request_id))
             if params.seed is not None:
                 seqs[i].seed = child_seed(params.seed, i)
+        if params.structured_outputs is not None:
+            self._give_grammars(seqs, params)
         return seqs
+
+    def _give_grammars(self, seqs: list[Sequence], params: SamplingParams) -> None:
+        if self._tokenizer is None:
+            raise ValueError("structured_outputs needs a tokenizer, and skip_tokenizer_init=True loads none")
+        if self._grammars is None:
+            self._grammars = Grammars(self._tokenizer, self.engine.vocab_size, self.engine.eos_token_ids)
+        for seq in seqs:
+            args = (params.structured_outputs, params.stop_token_ids, params.ignore_eos)
+            seq.grammar = self._grammars.matcher(*args)
 
     def add(self, request: Request) -> None:
         """Queue a request's sequences. Raises ValueError if an unfinished request has its id."""

@@ -1,0 +1,51 @@
+"""Draws under grammars: a step's masks need the tokens of the step before, which come when the step runs already.
+
+So a step with grammars is launched without its last part. When the host has read the step before, it takes each
+sequence's matcher up to its newest token and asks which may come next; the device then draws under these masks, before
+the next step is launched. All this happens while the device computes, and the other sequences' tokens stay as they are.
+"""
+
+from typing import TYPE_CHECKING
+
+import numpy as np
+
+from nanovllm.engine.sequence import Sequence
+from nanovllm.sampling_params import NO_TOKEN_LEFT, WHY_NO_TOKEN
+from nanovllm.structured_outputs import TokenMasks
+
+if TYPE_CHECKING:
+    from nanovllm.distributed.ranks import Followers
+    from nanovllm.worker.model_runner import ModelRunner
+    from nanovllm.worker.step_handle import StepHandle
+
+
+def draw_masked(
+    handle: "StepHandle", seqs: list[Sequence], runner: "ModelRunner", followers: "Followers"
+) -> "StepHandle":
+    """Let the launched step draw under its masks. Returns the handle through which its tokens can be read.
+
+    Args:
+        handle: awaits masks. The tokens of all steps before it are known.
+        seqs: those that sample in it.
+    """
+    masks = token_masks(seqs)
+    with followers.also_run("draw", masks), followers.time_limit():
+        return runner.draw(handle.awaits_masks, masks)
+
+
+def token_masks(seqs: list[Sequence]) -> TokenMasks:
+    """What each sequence with a grammar may draw next. A finished one has no mask, since its token is surplus."""
+    samples = [i for i, seq in enumerate(seqs) if seq.grammar is not None and not seq.is_finished]
+    num_words = seqs[samples[0]].grammar.num_words if samples else 0
+    bits = np.empty((len(samples), num_words), dtype=np.int32)
+    for i, row in zip(samples, bits, strict=True):
+        seq, matcher = seqs[i], seqs[i].grammar
+        matcher.accept(seq.token_ids[seq.num_prompt_tokens + matcher.num_tokens :])
+        matcher.fill(row)
+    return TokenMasks(samples, bits)
+
+
+def why_no_token(seq: Sequence, token_id: int) -> str:
+    """The reason why the sampler returned this negative number."""
+    error = seq.grammar.error if seq.grammar is not None and token_id == NO_TOKEN_LEFT else ""
+    return f"its grammar cannot be followed any further: {error}" if error else WHY_NO_TOKEN[token_id]
