@@ -93,8 +93,9 @@ class Grammars:
 
         try:
             matcher = LLMatcher(self._tokenizer, _grammar(params, kind, source), log_level=0)
-            has_first = any(matcher.deep_copy().compute_bitmask())
-            reason = _error(matcher) or ("" if has_first else "no text is allowed")
+            first = matcher.deep_copy()
+            first.compute_bitmask()
+            reason = _error(matcher) or _error(first)
         except ValueError as error:
             reason = str(error)
         if reason:
@@ -171,7 +172,8 @@ class Matcher:
 
 
 def _error(matcher: Any) -> str:
-    return " ".join(matcher.get_error().split("<state>")[0].split())[:500]
+    reason = " ".join(matcher.get_error().split("<state>")[0].split())[:500]
+    return "nothing is allowed" if reason == "NoExtensionBias" else reason
 
 
 def _set(row: np.ndarray, token_ids: list[int], is_allowed: bool) -> None:
