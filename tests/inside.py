@@ -252,6 +252,17 @@ def watch_logits_of_prompts(extras: "LogitExtras", monkeypatch: "pytest.MonkeyPa
     return sizes
 
 
+def fail_grammars_after(num_tokens: int, reason: str, monkeypatch: "pytest.MonkeyPatch") -> None:
+    """Let every matcher fail for this reason when it has taken so many tokens, as at a limit of the library."""
+    from nanovllm.text.grammar import Matcher
+
+    fill = Matcher.fill
+    monkeypatch.setattr(
+        Matcher, "fill", lambda self, row: row.fill(0) if self.num_tokens >= num_tokens else fill(self, row)
+    )
+    monkeypatch.setattr(Matcher, "error", property(lambda self: reason if self.num_tokens >= num_tokens else ""))
+
+
 # ---- distributed -----------------------------------------------------------------------------------------------------
 
 
