@@ -36,12 +36,12 @@ def draw_masked(
 def token_masks(seqs: list[Sequence]) -> TokenMasks:
     """What each sequence with a grammar may draw next. A finished one has no mask, since its token is surplus."""
     samples = [i for i, seq in enumerate(seqs) if seq.grammar is not None and not seq.is_finished]
-    num_words = seqs[samples[0]].grammar.num_words if samples else 0
-    bits = np.empty((len(samples), num_words), dtype=np.int32)
-    for i, row in zip(samples, bits, strict=True):
-        seq, matcher = seqs[i], seqs[i].grammar
-        matcher.accept(seq.token_ids[seq.num_prompt_tokens + matcher.num_tokens :])
-        matcher.fill(row)
+    matchers = [seqs[i].grammar for i in samples]
+    for i, matcher in zip(samples, matchers, strict=True):
+        matcher.accept(seqs[i].token_ids[seqs[i].num_prompt_tokens + matcher.num_tokens :])
+    bits = np.empty((len(matchers), matchers[0].num_words if matchers else 0), dtype=np.int32)
+    if matchers:
+        matchers[0].fill_all(matchers, bits)
     return TokenMasks(samples, bits)
 
 

@@ -3,9 +3,13 @@
 This file alone knows the library, llguidance: a request's parameters go in, matchers come out. A matcher follows one
 sequence: `accept` its tokens, `fill` a row of bits with those that may come next, `rollback` some. Its state is a
 function of the tokens that it has accepted, so it needs no care when a sequence is preempted.
+
+Matchers of one compilation share what they learn of the grammar, and a lock: they help each other, but cannot work at
+once. So a grammar is compiled once for each thread, and matchers are dealt out to these compilations in turn.
 """
 
 import json
+import os
 import re
 from collections import OrderedDict
 from collections.abc import Iterable
@@ -18,8 +22,10 @@ import numpy as np
 from nanovllm.structured_outputs import StructuredOutputsParams
 from nanovllm.text.surrogates import refuse_surrogates
 
-MAX_COMPILED = 256  # grammars kept, the latest used; a large one has some MB
-MAX_COPIES = 256  # matchers of one compilation: they share what they learn of it, and memory for that is bounded
+MAX_COMPILED = 512  # compilations kept, the latest used; a large one has some MB
+MAX_COPIES = 256  # matchers of one compilation: the memory for what they learn is bounded, and then they fail
+MAX_THREADS = 16
+FEW_ROWS = 8  # are filled sooner than threads wake up
 # Keywords of JSON Schema whose value is a schema, a list of schemas, or a dict of schemas.
 ONE_SCHEMA = ("additionalProperties", "items", "additionalItems", "not", "if", "then", "else", "contains")
 MANY_SCHEMAS = ("allOf", "anyOf", "oneOf", "prefixItems", "items")
@@ -35,16 +41,19 @@ class _Compiled:
 class Grammars:
     """Compiles the grammars of an engine's requests. One thread at a time; matchers may be used in another."""
 
-    def __init__(self, tokenizer: Any, vocab_size: int, eos_token_ids: Iterable[int]) -> None:
+    def __init__(
+        self, tokenizer: Any, vocab_size: int, eos_token_ids: Iterable[int], num_threads: int | None = None
+    ) -> None:
         """
         Args:
             tokenizer: a `transformers` tokenizer.
             vocab_size: of the model; it may differ from the tokenizer's.
             eos_token_ids: any of them may follow a text that may end.
+            num_threads: that fill rows of bits; None: one for each core but one, at most MAX_THREADS.
 
         Raises ValueError if the tokenizer, or the lack of an EOS, allows no grammars.
         """
-        from llguidance import LLTokenizer
+        from llguidance import LLExecutor, LLTokenizer
 
         self.eos_token_ids = sorted(eos_token_ids)
         if not self.eos_token_ids:
@@ -62,6 +71,9 @@ class Grammars:
             raise ValueError(f"structured_outputs cannot use this tokenizer: {error}") from error
         self.num_words = -(-num_tokens // 32)
         self._compiled: OrderedDict[tuple, _Compiled] = OrderedDict()
+        self._num_threads = num_threads or max(1, min(MAX_THREADS, (os.cpu_count() or 1) - 1))
+        self._executor = LLExecutor(num_threads=self._num_threads) if self._num_threads > 1 else None
+        self._next_thread = 0
 
     def matcher(
         self, params: StructuredOutputsParams, stop_token_ids: Iterable[int] = (), ignore_eos: bool = False
@@ -74,23 +86,26 @@ class Grammars:
 
         Raises ValueError, which names the argument, if the grammar is wrong, too large, or cannot be enforced.
         """
-        kind, source = _source(params)
         options = (params.disable_any_whitespace, params.disable_additional_properties, params.whitespace_pattern)
-        key = (kind, source, *options)
+        thread = self._next_thread
+        self._next_thread = (thread + 1) % self._num_threads
+        key = (thread, *_source(params), *options)
         compiled = self._compiled.get(key)
         if compiled is None or compiled.num_copies == MAX_COPIES:
-            compiled = self._compiled[key] = _Compiled(self._compile(params, kind, source))
+            compiled = self._compiled[key] = _Compiled(self.compile(params))
             if len(self._compiled) > MAX_COMPILED:
                 self._compiled.popitem(last=False)
         self._compiled.move_to_end(key)
         compiled.num_copies += 1
         at_end = sorted({*self.eos_token_ids, *stop_token_ids})
-        return Matcher(compiled.matcher.deep_copy(), self.num_words, self.eos_token_ids, at_end, ignore_eos)
+        ends = (self.eos_token_ids, at_end, ignore_eos)
+        return Matcher(compiled.matcher.deep_copy(), self.num_words, thread, self._executor, *ends)
 
-    def _compile(self, params: StructuredOutputsParams, kind: str, source: str) -> Any:
-        """The library's matcher, which is known to have a first token."""
+    def compile(self, params: StructuredOutputsParams) -> Any:
+        """The library's matcher, which is known to have a first token. Raises as `matcher`."""
         from llguidance import LLMatcher
 
+        kind, source = _source(params)
         try:
             matcher = LLMatcher(self._tokenizer, _grammar(params, kind, source), log_level=0)
             first = matcher.deep_copy()
@@ -112,11 +127,18 @@ class Matcher:
     """
 
     def __init__(
-        self, matcher: Any, num_words: int, eos_token_ids: list[int], end_token_ids: list[int], ignore_eos: bool
+        self,
+        matcher: Any,
+        num_words: int,
+        thread: int,
+        executor: Any,
+        eos_token_ids: list[int],
+        end_token_ids: list[int],
+        ignore_eos: bool,
     ) -> None:
         self.num_tokens = 0
         self.num_words = num_words
-        self._matcher = matcher
+        self._matcher, self._thread, self._executor = matcher, thread, executor
         self._eos_token_ids, self._end_token_ids, self._ignore_eos = eos_token_ids, end_token_ids, ignore_eos
 
     @property
@@ -157,6 +179,25 @@ class Matcher:
             row: `[num_words]` int32, contiguous. Token t is bit t % 32 of word t // 32.
         """
         self._matcher.unsafe_compute_mask_ptr(row.ctypes.data, row.nbytes)
+        self._complete(row)
+
+    @staticmethod
+    def fill_all(matchers: "list[Matcher]", bits: np.ndarray) -> None:
+        """`fill` for each matcher and its row of `bits`, `[matchers, num_words]` int32, by several threads at once."""
+        executor = matchers[0]._executor if len(matchers) >= FEW_ROWS else None
+        if executor is None:
+            for matcher, row in zip(matchers, bits, strict=True):
+                matcher.fill(row)
+            return
+        # Neighbours go to one thread.
+        order = sorted(range(len(matchers)), key=lambda i: matchers[i]._thread)
+        targets = [(matchers[i]._matcher, i) for i in order]
+        executor.unsafe_compute_mask_ptr(targets, bits.ctypes.data, bits.strides[0], len(bits))
+        for matcher, row in zip(matchers, bits, strict=True):
+            matcher._complete(row)
+
+    def _complete(self, row: np.ndarray) -> None:
+        """Put into the row what the library does not know of."""
         if self._matcher.is_error():
             row.fill(0)
         elif self._matcher.is_accepting():

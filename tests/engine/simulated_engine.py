@@ -88,6 +88,11 @@ class SimulatedMatcher:
             self.accepted.append(token_id)
         return True
 
+    @staticmethod
+    def fill_all(matchers: "list[SimulatedMatcher]", bits: np.ndarray) -> None:
+        for matcher, row in zip(matchers, bits, strict=True):
+            matcher.fill(row)
+
     def fill(self, row: np.ndarray) -> None:
         row[0] = sum(1 << token_id for token_id in allowed_tokens(self.grammar, self.accepted))
 

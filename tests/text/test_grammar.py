@@ -233,11 +233,13 @@ def test_compiled_grammars_are_kept_but_not_for_ever(
     grammars: Grammars, tokenizer: Any, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     compiled: list[str] = []
-    compile_grammar = grammar.Grammars._compile
+    compile_grammar = Grammars.compile
     monkeypatch.setattr(grammar, "MAX_COMPILED", 3)
     monkeypatch.setattr(grammar, "MAX_COPIES", 4)
-    small = Grammars(tokenizer, VOCAB_SIZE, {EOS})
-    monkeypatch.setattr(grammar.Grammars, "_compile", lambda *args: compiled.append(args[-1]) or compile_grammar(*args))
+    small = Grammars(tokenizer, VOCAB_SIZE, {EOS}, num_threads=1)
+    monkeypatch.setattr(
+        Grammars, "compile", lambda self, params: compiled.append(params.regex) or compile_grammar(self, params)
+    )
     for name in ("a", "b", "a", "c", "a", "d", "b", "a", "a"):
         matcher = small.matcher(StructuredOutputsParams(regex=name))
         assert takes(matcher, tokenizer, name)
@@ -250,3 +252,20 @@ def test_copies_of_one_grammar_do_not_know_of_each_other(grammars: Grammars, tok
     first = allowed(other)
     one.accept(tokenizer.encode("ab", add_special_tokens=False))
     assert allowed(one) == {EOS} and allowed(other) == first
+
+
+def test_many_rows_are_filled_by_threads_with_the_same_bits(tokenizer: Any) -> None:
+    params = [StructuredOutputsParams(json_object=True), StructuredOutputsParams(choice=["ab", "ac"])]
+    found = []
+    for num_threads in (1, 3):
+        grammars = Grammars(tokenizer, VOCAB_SIZE, {EOS}, num_threads)
+        matchers = [grammars.matcher(params[i % 2], ignore_eos=i % 3 == 0) for i in range(20)]
+        for i, matcher in enumerate(matchers):
+            matcher.accept(tokenizer.encode(["{", "a", "{}", "ab"][i % 4], add_special_tokens=False))
+        bits = np.empty((20, matchers[0].num_words), np.int32)
+        Matcher.fill_all(matchers, bits)
+        found.append(bits)
+        assert [set(np.unpackbits(row.view(np.uint8), bitorder="little").nonzero()[0]) for row in bits] == [
+            allowed(matcher) for matcher in matchers
+        ]
+    assert (found[0] == found[1]).all() and len({row.tobytes() for row in found[0]}) == 4
