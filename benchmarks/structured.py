@@ -148,11 +148,11 @@ def tokens_per_second(llm: LLM, workload: Workload, outputs: StructuredOutputsPa
     return workload.num_output_tokens / elapsed
 
 
-def measure_headline(model: str, device: str, shrink: int, rounds: int) -> dict[str, Any]:
+def measure_headline(model: str, device: str, max_model_len: int, shrink: int, rounds: int) -> dict[str, Any]:
     """Runs of the headline with and without JSON, by turns."""
     with tempfile.TemporaryDirectory() as folder:
         wide_tokenizer(json.loads((Path(model) / "config.json").read_text())["vocab_size"]).save_pretrained(folder)
-        llm = LLM(model, tokenizer=folder, load_format="dummy", device=device, max_model_len=4096, seed=0)
+        llm = LLM(model, tokenizer=folder, load_format="dummy", device=device, max_model_len=max_model_len, seed=0)
         workload = draw("headline", shrunk(PRESETS["headline"], shrink), llm.engine.vocab_size)
         asked = {"plain": None, "json": StructuredOutputsParams(json=ENDLESS, disable_any_whitespace=True)}
         for outputs in asked.values():
@@ -177,11 +177,12 @@ def main() -> None:
     parser.add_argument("--headline", action="store_true")
     parser.add_argument("--model", default=str(Path(__file__).parent / "shapes" / "qwen3-0.6b"))
     parser.add_argument("--device", default="cuda", choices=["cuda", "cpu"], help="of --headline")
+    parser.add_argument("--max-model-len", type=int, default=4096)
     parser.add_argument("--shrink", type=int, default=1, help="divide the headline's numbers of requests and tokens")
     parser.add_argument("--rounds", type=int, default=3)
     args = parser.parse_args()
     if args.headline:
-        report = measure_headline(args.model, args.device, args.shrink, args.rounds)
+        report = measure_headline(args.model, args.device, args.max_model_len, args.shrink, args.rounds)
     else:
         report = measure_masks(args.rows, args.steps, args.threads)
     report |= {"arguments": vars(args), "machine": describe_machine(args.device if args.headline else "cpu")}

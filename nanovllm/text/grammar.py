@@ -20,16 +20,13 @@ from typing import Any
 import numpy as np
 
 from nanovllm.structured_outputs import StructuredOutputsParams
+from nanovllm.text.json_schema import enforceable_schema
 from nanovllm.text.surrogates import refuse_surrogates
 
 MAX_COMPILED = 512  # compilations kept, the latest used; a large one has some MB
 MAX_COPIES = 256  # matchers of one compilation: the memory for what they learn is bounded, and then they fail
 MAX_THREADS = 16
 FEW_ROWS = 8  # are filled sooner than threads wake up
-# Keywords of JSON Schema whose value is a schema, a list of schemas, or a dict of schemas.
-ONE_SCHEMA = ("additionalProperties", "items", "additionalItems", "not", "if", "then", "else", "contains")
-MANY_SCHEMAS = ("allOf", "anyOf", "oneOf", "prefixItems", "items")
-NAMED_SCHEMAS = ("properties", "patternProperties", "$defs", "definitions", "dependentSchemas")
 
 
 @dataclass(slots=True)
@@ -256,7 +253,7 @@ def _grammar(params: StructuredOutputsParams, kind: str, source: str) -> str:
             except GbnfToLarkError as error:
                 raise ValueError(f"it is no GBNF: {error}") from error
         return LLMatcher.grammar_from_lark(source)
-    schema = _schema(source, params.disable_additional_properties)
+    schema = enforceable_schema(source, params.disable_additional_properties)
     # An escape could spell a property's name a second time, and hide its first value. Where a schema itself has
     # characters that only escapes can write, they are allowed.
     has_control = re.search(r"\\u00[01][0-9a-f]", schema) is not None
@@ -269,38 +266,3 @@ def _grammar(params: StructuredOutputsParams, kind: str, source: str) -> str:
         "json_allowed_escapes": 'nrbtf\\"' + "u" * has_control,
     }
     return LLMatcher.grammar_from_json_schema(schema, overrides=options)
-
-
-def _schema(source: str, disable_additional_properties: bool) -> str:
-    """A JSON Schema without what the library would not enforce. Raises ValueError."""
-    try:
-        schema = json.loads(source)
-    except RecursionError as error:
-        raise ValueError("it is nested too deeply") from error
-    if not isinstance(schema, dict):
-        raise ValueError("a schema is an object")
-    if "x-guidance" in schema:
-        raise ValueError("it has x-guidance; whitespace_pattern and disable_any_whitespace say how JSON is written")
-    for part in _parts(schema):
-        required, least = part.get("required", []), part.get("minProperties", 0)
-        # Of properties that a schema does not name, one may come twice; a reader of JSON then counts it once.
-        if isinstance(required, list) and isinstance(least, int) and least > len(required) + 1:
-            raise ValueError(f"minProperties={least}: with {len(required)} required, at most one more can be enforced")
-        if disable_additional_properties and ("properties" in part or "patternProperties" in part):
-            part.setdefault("additionalProperties", False)
-    return json.dumps(schema)
-
-
-def _parts(schema: Any) -> Iterable[dict[str, Any]]:
-    """A schema and all schemas within it."""
-    waiting = [schema]
-    while waiting:
-        part = waiting.pop()
-        if not isinstance(part, dict):
-            continue
-        yield part
-        waiting += [part[name] for name in ONE_SCHEMA if name in part]
-        for name in MANY_SCHEMAS:
-            waiting += part[name] if isinstance(part.get(name), list) else []
-        for name in NAMED_SCHEMAS:
-            waiting += part[name].values() if isinstance(part.get(name), dict) else []

@@ -268,4 +268,4 @@ def test_many_rows_are_filled_by_threads_with_the_same_bits(tokenizer: Any) -> N
         assert [set(np.unpackbits(row.view(np.uint8), bitorder="little").nonzero()[0]) for row in bits] == [
             allowed(matcher) for matcher in matchers
         ]
-    assert (found[0] == found[1]).all() and len({row.tobytes() for row in found[0]}) == 4
+    assert (found[0] == found[1]).all() and len({row.tobytes() for row in found[0]}) == 3
