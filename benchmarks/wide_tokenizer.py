@@ -17,19 +17,20 @@ from nanovllm.text.gguf_tokenizer import load_gguf_tokenizer
 QWEN3_TOKENS = 151_936
 
 
-def base_tokenizer() -> Any:
-    """The chat model's tokenizer, 49,152 tokens; the demo model's, 6,144, where the chat model is not installed."""
+def base_tokenizer(at_most: int = QWEN3_TOKENS) -> Any:
+    """The chat model's tokenizer, 49,152 tokens; the demo model's, 6,144, if that is too large or not installed."""
     try:
-        return load_gguf_tokenizer(Path(chat_model()))
+        tokenizer = load_gguf_tokenizer(Path(chat_model()))
     except FileNotFoundError:
         return AutoTokenizer.from_pretrained(demo_model())
+    return tokenizer if len(tokenizer) <= at_most else AutoTokenizer.from_pretrained(demo_model())
 
 
 def wide_tokenizer(vocab_size: int = QWEN3_TOKENS) -> PreTrainedTokenizerFast:
-    """A tokenizer of `vocab_size` tokens. The same number gives the same tokens."""
+    """A tokenizer of `vocab_size` tokens, at least 6,144. The same number gives the same tokens."""
     from tokenizers import Tokenizer
 
-    base = base_tokenizer()
+    base = base_tokenizer(at_most=vocab_size)
     description = json.loads(base.backend_tokenizer.to_str())
     vocab, merges = description["model"]["vocab"], description["model"]["merges"]
     special = {token["content"] for token in description["added_tokens"]}

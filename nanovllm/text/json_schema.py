@@ -1,7 +1,7 @@
 """Refuses what of a JSON Schema would not be enforced, where the library for grammars would not say so itself.
 
-llguidance refuses by name the keywords that it lacks. Two things it lets through: a schema's own `x-guidance`, which may
-have keywords ignored, and `minProperties`, since names that the schema does not have may come twice.
+llguidance refuses by name the keywords that it lacks. It lets two things through: a schema's own `x-guidance`, which
+may have keywords ignored, and `minProperties`, though names that the schema does not have may come twice.
 """
 
 import json
