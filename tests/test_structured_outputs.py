@@ -216,13 +216,12 @@ class TestBesideOthers:
         "options",
         [
             {},
-            {"max_behind": 1},
             {"max_behind": 1, "with_graphs": True},
             {"max_behind": 1, "max_num_batched_tokens": 16, "max_num_seqs": 3},
             {"max_behind": 1, "num_kvcache_blocks": 3, "max_model_len": 48, "enable_prefix_caching": False},
             {"max_behind": 1, "num_kvcache_blocks": 3, "max_model_len": 48},
         ],
-        ids=["at_once", "one_behind", "graphs", "chunks", "preempted", "preempted_with_cache"],
+        ids=["at_once", "graphs", "chunks", "preempted", "preempted_with_cache"],
     )
     def test_tokens_are_those_of_the_request_alone(
         self, options: dict[str, Any], alone: list[list[int]], make_llm: Callable[..., LLM]
