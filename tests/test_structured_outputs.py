@@ -73,7 +73,7 @@ MIXED = [
     PLAIN,
     structured(regex="[a-z]{3}=[0-9]{1,3};", temperature=0),
     structured(choice=["yes", "no", "perhaps"], top_k=5, repetition_penalty=1.3),
-    structured(grammar='root ::= "(" root ")" | "x"', seed=3),
+    structured(grammar='root ::= "(" root ")" | "x"', seed=3, logprobs=1, prompt_logprobs=1),
     SamplingParams(max_tokens=10, temperature=0, logprobs=1),
 ]
 
@@ -198,7 +198,7 @@ def schemas(draw: Callable[..., Any]) -> dict[str, Any]:
     return {"type": "array", "items": {"$ref": "#/$defs/part"}, "maxItems": 1, "$defs": {"part": schema}}
 
 
-@settings(max_examples=4, deadline=None, derandomize=True, database=None, suppress_health_check=list(HealthCheck))
+@settings(max_examples=3, deadline=None, derandomize=True, database=None, suppress_health_check=list(HealthCheck))
 @given(st.lists(schemas(), min_size=16, max_size=16))
 def test_any_schema_of_json_is_answered_by_json_that_is_valid(llm: LLM, batch: list[dict[str, Any]]) -> None:
     """At temperature 1, sixteen schemas at once, with a model that writes Python."""

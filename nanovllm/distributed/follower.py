@@ -56,6 +56,7 @@ def follow(rank: int, parent: int, fd: int) -> None:
                     handle = runner.launch(*args)
                 case "draw":
                     runner.draw(handle.awaits_masks, *args)
+                    handle = None  # and with it the step's logits
                 case "join":
                     tp = join_group(*args, rank, config.tensor_parallel_size, timeout)
                 case "build":

@@ -7,34 +7,27 @@ the next step is launched. All this happens while the device computes, and the o
 
 from typing import TYPE_CHECKING
 
-import numpy as np
-
 from nanovllm.engine.sequence import Sequence
 from nanovllm.sampling_params import NO_TOKEN_LEFT, WHY_NO_TOKEN
 from nanovllm.structured_outputs import TokenMasks
 
 if TYPE_CHECKING:
     from nanovllm.distributed.ranks import Followers
+    from nanovllm.engine.llm_engine import StepInFlight
     from nanovllm.worker.model_runner import ModelRunner
-    from nanovllm.worker.step_handle import StepHandle
 
 
-def draw_masked(
-    handle: "StepHandle", seqs: list[Sequence], runner: "ModelRunner", followers: "Followers"
-) -> "StepHandle":
-    """Let the launched step draw under its masks. Returns the handle through which its tokens can be read.
-
-    Args:
-        handle: awaits masks. The tokens of all steps before it are known.
-        seqs: those that sample in it.
-    """
-    masks = token_masks(seqs)
+def draw_masked(step: "StepInFlight", runner: "ModelRunner", followers: "Followers") -> None:
+    """Let a launched step, which awaits masks, draw under them. The tokens of all steps before it are known."""
+    masks = token_masks(step.scheduled.samples)
     with followers.also_run("draw", masks), followers.time_limit():
-        return runner.draw(handle.awaits_masks, masks)
+        step.handle = runner.draw(step.handle.awaits_masks, masks)
 
 
 def token_masks(seqs: list[Sequence]) -> TokenMasks:
     """What each sequence with a grammar may draw next. A finished one has no mask, since its token is surplus."""
+    import numpy as np  # `import nanovllm` loads no library, and most engines never come here
+
     samples = [i for i, seq in enumerate(seqs) if seq.grammar is not None and not seq.is_finished]
     matchers = [seqs[i].grammar for i in samples]
     for i, matcher in zip(samples, matchers, strict=True):

@@ -29,7 +29,7 @@ logger = logging.getLogger(__name__)
 
 
 @dataclass(slots=True)
-class _StepInFlight:
+class StepInFlight:
     scheduled: ScheduledStep
     handle: "StepHandle"  # noqa: F821 -- worker/ imports torch, which is loaded only when an engine is made
 
@@ -83,7 +83,7 @@ class LLMEngine:
 
             install(self)
         self.stats = StepStats()
-        self._in_flight: deque[_StepInFlight] = deque()
+        self._in_flight: deque[StepInFlight] = deque()
         self._unfinished: dict[str, Sequence] = {}
         self.advanced: list[Sequence] = []  # those that got a token in the last step()
         self.fresh_ids = count()
@@ -122,8 +122,8 @@ class LLMEngine:
             try:
                 launched, finished = self._launch_next(), []
                 while self._in_flight:
-                    if (step := self._in_flight[0]).handle.awaits_masks:
-                        step.handle = draw_masked(step.handle, step.scheduled.samples, self.runner, self.followers)
+                    if self._in_flight[0].handle.awaits_masks:
+                        draw_masked(self._in_flight[0], self.runner, self.followers)
                     if launched and len(self._in_flight) <= self.max_behind:
                         break
                     finished += self._read_tokens(self._in_flight.popleft())
@@ -147,11 +147,11 @@ class LLMEngine:
         waiting = self.followers.time_limit() if self.runner.is_cuda else nullcontext()
         with self.followers.also_run("launch", plan), waiting:
             handle = self.runner.launch(plan)
-        self._in_flight.append(_StepInFlight(step, handle))
+        self._in_flight.append(StepInFlight(step, handle))
         self.stats.count(plan)
         return True
 
-    def _read_tokens(self, step: _StepInFlight) -> list[Sequence]:
+    def _read_tokens(self, step: StepInFlight) -> list[Sequence]:
         """Wait for a step's tokens and append each to its sequence. Returns the sequences that this finishes."""
         finished = []
         with self.followers.time_limit():
@@ -176,7 +176,7 @@ class LLMEngine:
                 finished.append(seq)
         return finished
 
-    def _read_prompt_logprobs(self, step: _StepInFlight) -> None:
+    def _read_prompt_logprobs(self, step: StepInFlight) -> None:
         scored = step.scheduled.scored
         if scored:
             for (seq, position), values in zip(scored, step.handle.prompt_logprobs(), strict=True):

@@ -9,7 +9,7 @@ import gc
 import time
 from collections.abc import Iterable
 from hashlib import blake2b
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from nanovllm.config import Config
 from nanovllm.engine.llm_engine import LLMEngine
@@ -20,9 +20,11 @@ from nanovllm.outputs import RequestMetrics
 from nanovllm.sampling_params import RequestOutputKind, SamplingParams
 from nanovllm.text.bad_words import bad_word_ids
 from nanovllm.text.detokenizer import Detokenizer
-from nanovllm.text.grammar import Grammars
 from nanovllm.text.token_decoder import TokenDecoder
 from nanovllm.text.tokenizer import load_tokenizer
+
+if TYPE_CHECKING:
+    from nanovllm.text.grammar import Grammars
 
 
 class TextEngine:
@@ -33,7 +35,7 @@ class TextEngine:
     """
 
     _is_changing = False
-    _grammars: Grammars | None = None  # made when a request first asks for it
+    _grammars: "Grammars | None" = None  # made when a request first asks for it
 
     def __init__(self, config: Config) -> None:
         self.engine = LLMEngine(config)
@@ -140,6 +142,8 @@ class TextEngine:
         if self._tokenizer is None:
             raise ValueError("structured_outputs needs a tokenizer, and skip_tokenizer_init=True loads none")
         if self._grammars is None:
+            from nanovllm.text.grammar import Grammars
+
             self._grammars = Grammars(self._tokenizer, self.engine.vocab_size, self.engine.eos_token_ids)
         for seq in seqs:
             args = (params.structured_outputs, params.stop_token_ids, params.ignore_eos)

@@ -71,7 +71,7 @@ def test_the_texts_that_can_be_drawn_are_those_of_the_grammar(
     assert [text for text in bad if takes(make(StructuredOutputsParams(**params)), tokenizer, text)] == []
 
 
-@settings(max_examples=15, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@settings(max_examples=8, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
 @given(st.lists(st.text("ab é", max_size=4), min_size=1, max_size=4), st.randoms(use_true_random=False))
 def test_a_choice_allows_only_tokens_that_lead_to_one_of_its_texts_and_excludes_no_text(
     grammars: Grammars, tokenizer: Any, choice: list[str], rng: Any
