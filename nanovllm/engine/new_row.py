@@ -34,6 +34,10 @@ def new_row(seq: Sequence) -> NewRow:
 def _edits(seq: Sequence, held_back: tuple[int, ...], min_len: int) -> LogitEdits | None:
     """How the sequence edits its logits; None if it does not, as most."""
     params = seq.params
+    if params.structured_outputs is not None and seq.grammar is None:
+        raise RuntimeError(
+            f"sequence {seq.request_id} has structured_outputs without a grammar: TextEngine gives it one"
+        )
     edits = LogitEdits(
         prompt_len=seq.num_prompt_tokens,
         repetition_penalty=min(params.repetition_penalty, FLOAT32_MAX),

@@ -24,7 +24,7 @@ from nanovllm.text.json_schema import enforceable_schema
 from nanovllm.text.surrogates import refuse_surrogates
 
 MAX_COMPILED = 512  # compilations kept, the latest used; a large one has some MB
-MAX_COPIES = 256  # matchers of one compilation: the memory for what they learn is bounded, and then they fail
+MAX_COPIES = 256  # matchers of one compilation: what they learn has a limit, at which all of them would fail
 MAX_THREADS = 16
 FEW_ROWS = 8  # are filled sooner than threads wake up
 
@@ -68,7 +68,7 @@ class Grammars:
             raise ValueError(f"structured_outputs cannot use this tokenizer: {error}") from error
         self.num_words = -(-num_tokens // 32)
         self._compiled: OrderedDict[tuple, _Compiled] = OrderedDict()
-        self._num_threads = num_threads or max(1, min(MAX_THREADS, (os.cpu_count() or 1) - 1))
+        self._num_threads = num_threads or max(1, min(MAX_THREADS, _num_cores() - 1))
         self._executor = LLExecutor(num_threads=self._num_threads) if self._num_threads > 1 else None
         self._next_thread = 0
 
@@ -207,6 +207,10 @@ class Matcher:
             if row.any():
                 return
         _set(row, self._end_token_ids, True)
+
+
+def _num_cores() -> int:
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
 def _error(matcher: Any) -> str:
