@@ -1,8 +1,8 @@
 """Compares libraries for grammars: `python -m benchmarks.grammar_libraries`, with llguidance and xgrammar installed.
 
 For each keyword of JSON Schema it asks both for a text that is valid and for one that is not. A library enforces the
-keyword, refuses the schema, ignores the keyword (the invalid text passes), or takes too little (the valid one does not).
-Then come the times of a schema: compilation, and one step's masks for `--rows` sequences, each of which draws any
+keyword, refuses the schema, ignores the keyword (the invalid text passes), or takes too little (the valid one does
+not). Then come the times of a schema: compilation, and one step's masks for `--rows` sequences, each of which draws any
 allowed token. The last line is JSON.
 """
 
