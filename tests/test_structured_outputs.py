@@ -411,6 +411,12 @@ class TestRefusals:
         with pytest.raises(ValueError, match="structured_outputs needs a tokenizer"):
             llm.generate([[1, 2]], structured(regex="a"), use_tqdm=False)
 
+    def test_a_sequence_that_no_grammar_was_made_for_does_not_run_without(self, llm: LLM) -> None:
+        llm.engine.add(llm.engine.make_sequence([1, 2], structured(regex="a")))
+        with pytest.raises(RuntimeError, match="structured_outputs without a grammar"):
+            llm.engine.step()
+        assert_nothing_is_held(llm)
+
     def test_a_request_keeps_its_own_copy(self) -> None:
         schema = {"type": "integer"}
         mine = StructuredOutputsParams(json=schema)
