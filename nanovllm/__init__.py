@@ -9,6 +9,7 @@ from nanovllm.errors import EngineDeadError, RankError
 from nanovllm.llm import LLM
 from nanovllm.outputs import CompletionOutput, LogLikelihood, Logprob, RequestOutput
 from nanovllm.sampling_params import RequestOutputKind, SamplingParams
+from nanovllm.structured_outputs import StructuredOutputsParams
 
 __version__ = "0.1.0"
 __all__ = [
@@ -22,6 +23,7 @@ __all__ = [
     "RequestOutput",
     "RequestOutputKind",
     "SamplingParams",
+    "StructuredOutputsParams",
     "chat_model",
     "demo_model",
 ]

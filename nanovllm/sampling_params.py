@@ -6,6 +6,7 @@ from dataclasses import dataclass, fields
 from enum import Enum
 from typing import Any
 
+from nanovllm.structured_outputs import StructuredOutputsParams
 from nanovllm.vllm_defaults import SAMPLING_FIELDS, check
 
 # The sampler treats a lower temperature as 0, since its noise could not outweigh any difference of logits. A power of
@@ -37,9 +38,9 @@ class SamplingParams:
     for a parameter's default, except in `max_tokens`. vLLM's further fields are accepted if they ask for nothing: see
     `vllm_defaults`.
 
-    The sampler edits logits in this order: allowed_token_ids, bad_words, min_tokens, logit_bias, repetition, frequency
-    and presence penalty. Greedy takes the argmax of the result. Otherwise temperature, min_p, top_k and top_p follow,
-    then the draw.
+    The sampler edits logits in this order: structured_outputs, allowed_token_ids, bad_words, min_tokens, logit_bias,
+    repetition, frequency and presence penalty. Greedy takes the argmax of the result. Otherwise temperature, min_p,
+    top_k and top_p follow, then the draw.
 
     Args:
         n: completions of the prompt, at most 16384.
@@ -69,6 +70,8 @@ class SamplingParams:
         spaces_between_special_tokens: put spaces between them.
         output_kind: what each output of a stream contains. `LLM.generate` and `LLM.chat` ignore it.
         truncate_prompt_tokens: keep only this many of the prompt's last tokens; -1: as many as the model takes.
+        structured_outputs: what the text must be, such as JSON of a schema. EOS and `stop_token_ids` end the request
+            where the text may end; with `ignore_eos` EOS ends it only where the text cannot go on.
 
     Raises:
         ValueError: a value out of range, or values that contradict each other; TypeError: a value of the wrong type.
@@ -100,6 +103,7 @@ class SamplingParams:
     spaces_between_special_tokens: bool = True
     output_kind: RequestOutputKind = RequestOutputKind.CUMULATIVE
     truncate_prompt_tokens: int | None = None
+    structured_outputs: StructuredOutputsParams | None = None
 
     def __init__(self, **values: Any) -> None:
         vars(self).update(_DEFAULTS)
@@ -146,6 +150,13 @@ class SamplingParams:
                 mine[name] = 1 if mine[name] else None
         if self.seed == -1:
             self.seed = None
+        guided = mine.pop("guided_decoding", None)  # vLLM's name until 0.12
+        if guided is not None:
+            if self.structured_outputs is not None:
+                raise ValueError(f"guided_decoding={guided!r:.80} must be None beside structured_outputs: its new name")
+            self.structured_outputs = guided
+        if isinstance(self.structured_outputs, StructuredOutputsParams):
+            self.structured_outputs = self.structured_outputs.clone()
 
     def _check(self) -> None:
         mine = vars(self)
@@ -228,6 +239,11 @@ _RULES: dict[str, tuple[Callable[[Any], bool], Callable[[Any], bool], str]] = {
         lambda v: isinstance(v, RequestOutputKind),
         lambda v: True,
         "RequestOutputKind.CUMULATIVE, DELTA or FINAL_ONLY",
+    ),
+    "structured_outputs": (
+        lambda v: isinstance(v, StructuredOutputsParams),
+        lambda v: True,
+        "None or a StructuredOutputsParams",
     ),
     "truncate_prompt_tokens": (_is_int, lambda v: v == -1 or v >= 1, "None or an integer >= 1, or -1 for the model's"),
 }

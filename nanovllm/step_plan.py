@@ -16,12 +16,12 @@ class LogitEdits:
     bad_words: tuple[tuple[int, ...], ...] = ()
     held_back: tuple[int, ...] = ()  # stop ids not drawn before `min_len`, when they are too many for the row
     min_len: int = 0
+    has_grammar: bool = False  # it draws when its mask has come
 
     @property
     def has_any(self) -> bool:
-        penalties = (self.repetition_penalty, self.frequency_penalty, self.presence_penalty)
-        is_limited = self.allowed_token_ids is not None
-        return penalties != (1, 0, 0) or is_limited or bool(self.logit_bias or self.bad_words or self.held_back)
+        # Neither length edits anything by itself.
+        return self != LogitEdits(self.prompt_len, min_len=self.min_len)
 
 
 @dataclass(slots=True)

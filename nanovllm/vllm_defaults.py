@@ -101,11 +101,12 @@ _ENGINE_OPTIONS = {
     "there is no speculative decoding, watermark or diffusion": {
         "diffusion_config spec_method spec_model spec_tokens speculative_config watermark_config": NONE,
     },
-    "there are no grammars, parsers or logits processors": {
-        """
-        guided_decoding_backend guided_decoding_disable_additional_properties
-        guided_decoding_disable_any_whitespace guided_decoding_disable_fallback structured_outputs_config
-        """: ANY,
+    "structured outputs have one backend, and each request says itself what it wants of them": {
+        "guided_decoding_backend guided_decoding_disable_fallback": ANY,
+        "guided_decoding_disable_additional_properties guided_decoding_disable_any_whitespace": OFF,
+        "structured_outputs_config": NONE,
+    },
+    "there are no parsers": {
         "enable_reasoning": OFF,
         """
         logits_processor_pattern reasoning_config reasoning_parser reasoning_parser_plugin
@@ -208,11 +209,8 @@ _SAMPLING_FIELDS = {
         "best_of length_penalty": ONE,
         "early_stopping use_beam_search": OFF,
     },
-    "there are no grammars, logits processors, watermarks or limits to thinking": {
-        """
-        guided_decoding logits_processors repetition_detection structured_outputs
-        trace_decode_token_ids
-        """: NONE,
+    "there are no logits processors of a request, watermarks or limits to thinking": {
+        "logits_processors repetition_detection trace_decode_token_ids": NONE,
         "thinking_token_budget": (-1,),
         "watermarking": OFF,
     },
@@ -246,7 +244,7 @@ _ARGUMENTS = {
     "requests are served in the order in which they come": {
         "priority": (0,),
     },
-    "there are no grammars or parsers": {
+    "SamplingParams has structured_outputs, and there are no parsers": {
         "guided_options_request reasoning_ended reasoning_parser_kwargs": NONE,
     },
     "tokenizers are called with their own defaults; SamplingParams has truncate_prompt_tokens": {

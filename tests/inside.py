@@ -234,7 +234,9 @@ def run_largest_step(runner: "ModelRunner") -> None:
 
 def fetched_tokens(runner: "ModelRunner", plan: "StepPlan", shape: "StepShape") -> list[int]:
     """The tokens that the host reads of a step of this shape, once the device has sampled."""
-    return runner._fetch(plan, shape, 0, None).tokens()
+    from nanovllm.worker.step_handle import LaunchedStep
+
+    return runner._fetch(LaunchedStep(plan, shape, 0, runner.sampled, None)).tokens()
 
 
 def wrap_sending(batch: "InputBatch", wrapper: Callable[..., None]) -> None:
@@ -248,6 +250,17 @@ def watch_logits_of_prompts(extras: "LogitExtras", monkeypatch: "pytest.MonkeyPa
     compute = extras._compute_logits
     monkeypatch.setattr(extras, "_compute_logits", lambda x: sizes.append(len(x)) or compute(x))
     return sizes
+
+
+def fail_grammars_after(num_tokens: int, reason: str, monkeypatch: "pytest.MonkeyPatch") -> None:
+    """Let every matcher fail for this reason when it has taken so many tokens, as at a limit of the library."""
+    from nanovllm.text.grammar import Matcher
+
+    fill = Matcher.fill
+    monkeypatch.setattr(
+        Matcher, "fill", lambda self, row: row.fill(0) if self.num_tokens >= num_tokens else fill(self, row)
+    )
+    monkeypatch.setattr(Matcher, "error", property(lambda self: reason if self.num_tokens >= num_tokens else ""))
 
 
 # ---- distributed -----------------------------------------------------------------------------------------------------

@@ -104,7 +104,7 @@ class ThreadFollowers:
     def leave_to_parent(self) -> None: ...
 
     def _follow(self, commands: SimpleQueue, model: tuple) -> None:
-        runner = None
+        runner = handle = None
         try:
             while True:
                 command, args = commands.get()
@@ -112,8 +112,10 @@ class ThreadFollowers:
                     return
                 if command == "build":
                     runner = ModelRunner(*model)
+                elif command == "draw":
+                    runner.draw(handle.awaits_masks, *args)
                 else:
-                    runner.launch(*args)
+                    handle = runner.launch(*args)
         except BaseException:
             self.tp.group.abort()
             raise

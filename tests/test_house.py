@@ -15,14 +15,14 @@ OF_OTHERS = {
     "_convert_float",  # a cast in Triton's interpreter, which paged_cache.py mends
     "_log_destroy_pending",  # whether a task complains that its loop was closed over it
 }
-PLAIN_DATA = ("step_plan", "cache_groups", "outputs", "sampling_params", "config", "errors")
+PLAIN_DATA = ("step_plan", "cache_groups", "outputs", "sampling_params", "structured_outputs", "config", "errors")
 # What each room may import of the package, beside itself. The rooms not named here are free.
 MAY_IMPORT = {
     "kernels": ("sampling_params",),
     "layers": ("kernels", "distributed.tensor_parallel"),
     "models": ("layers", "kernels", "distributed.tensor_parallel", "config", "sampling_params"),
-    "text": ("sampling_params", "config", "models.gguf_file"),
-    **{module: ("vllm_defaults", "errors") for module in PLAIN_DATA},
+    "text": ("sampling_params", "structured_outputs", "config", "models.gguf_file"),
+    **{module: ("vllm_defaults", "errors", "structured_outputs") for module in PLAIN_DATA},
     # The way back up is closed: nothing that works on a device knows the engine or a front.
     "worker": ("kernels", "layers", "models", "distributed.tensor_parallel", *PLAIN_DATA),
     "distributed": ("kernels", "models", "worker", *PLAIN_DATA),

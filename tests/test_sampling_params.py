@@ -153,6 +153,7 @@ def test_defaults_are_vllms() -> None:
         "spaces_between_special_tokens": True,
         "output_kind": RequestOutputKind.CUMULATIVE,
         "truncate_prompt_tokens": None,
+        "structured_outputs": None,
     }
 
 

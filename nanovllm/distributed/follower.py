@@ -44,7 +44,7 @@ def follow(rank: int, parent: int, fd: int) -> None:
     inbox: Inbox = queue.SimpleQueue()
     threading.Thread(target=_receive, args=(link, inbox), daemon=True).start()
     timeout = timedelta(seconds=config.tensor_parallel_timeout)
-    tp, runner = TensorParallel(), None
+    tp, runner, handle = TensorParallel(), None, None
     try:
         if resolve_device(config.device) == "cuda":
             torch.cuda.set_device(rank)
@@ -53,7 +53,10 @@ def follow(rank: int, parent: int, fd: int) -> None:
             command, args, must_ack = inbox.get()
             match command:
                 case "launch":
-                    runner.launch(*args)
+                    handle = runner.launch(*args)
+                case "draw":
+                    runner.draw(handle.awaits_masks, *args)
+                    handle = None  # and with it the step's logits
                 case "join":
                     tp = join_group(*args, rank, config.tensor_parallel_size, timeout)
                 case "build":

@@ -103,6 +103,6 @@ def _stop_reasons(
     params: SamplingParams, eos_token_ids: frozenset[int], eos_token_id: int | None
 ) -> dict[int, int | None]:
     """The ids that end a sequence, each with its `stop_reason`: the id itself, or None for the tokenizer's EOS."""
-    if params.ignore_eos:
+    if params.ignore_eos and params.structured_outputs is None:  # a grammar's EOS comes where nothing else can follow
         return {i: i for i in params.stop_token_ids}
     return {i: None if i == eos_token_id else i for i in eos_token_ids.union(params.stop_token_ids)}

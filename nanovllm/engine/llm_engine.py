@@ -17,18 +17,19 @@ from itertools import count
 from nanovllm.config import Config
 from nanovllm.engine.admission import BadWords, make_sequence
 from nanovllm.engine.block_manager import BlockManager, CacheStats
+from nanovllm.engine.grammar_masks import draw_masked, why_no_token
 from nanovllm.engine.health import EngineHealth
 from nanovllm.engine.scheduler import ScheduledStep, Scheduler
 from nanovllm.engine.sequence import Sequence
 from nanovllm.engine.stats import StepStats, snapshot
 from nanovllm.errors import EngineDeadError
-from nanovllm.sampling_params import WHY_NO_TOKEN, SamplingParams
+from nanovllm.sampling_params import SamplingParams
 
 logger = logging.getLogger(__name__)
 
 
 @dataclass(slots=True)
-class _StepInFlight:
+class StepInFlight:
     scheduled: ScheduledStep
     handle: "StepHandle"  # noqa: F821 -- worker/ imports torch, which is loaded only when an engine is made
 
@@ -82,7 +83,7 @@ class LLMEngine:
 
             install(self)
         self.stats = StepStats()
-        self._in_flight: deque[_StepInFlight] = deque()
+        self._in_flight: deque[StepInFlight] = deque()
         self._unfinished: dict[str, Sequence] = {}
         self.advanced: list[Sequence] = []  # those that got a token in the last step()
         self.fresh_ids = count()
@@ -119,18 +120,19 @@ class LLMEngine:
             self.begin_change()
             self.advanced = []
             try:
-                launched = self._launch_next()
-                finished: list[Sequence] = []
-                while self._in_flight and (len(self._in_flight) > self.max_behind or not launched):
+                launched, finished = self._launch_next(), []
+                while self._in_flight:
+                    if self._in_flight[0].handle.awaits_masks:
+                        draw_masked(self._in_flight[0], self.runner, self.followers)
+                    if launched and len(self._in_flight) <= self.max_behind:
+                        break
                     finished += self._read_tokens(self._in_flight.popleft())
                 self._drop_surplus()
                 self.followers.check()  # tokens that were computed with a lost rank are garbage
-            except Exception as error:
+            except BaseException as error:
                 self.reset()
-                self.health.check_device_after(error, self.runner)
-                raise
-            except BaseException:
-                self.reset()
+                if isinstance(error, Exception):
+                    self.health.check_device_after(error, self.runner)
                 raise
             self.is_changing = False
             return finished
@@ -145,13 +147,11 @@ class LLMEngine:
         waiting = self.followers.time_limit() if self.runner.is_cuda else nullcontext()
         with self.followers.also_run("launch", plan), waiting:
             handle = self.runner.launch(plan)
-        self._in_flight.append(_StepInFlight(step, handle))
-        self.stats.num_steps += 1
-        self.stats.num_decode_tokens += plan.num_decodes
-        self.stats.num_prefill_tokens += plan.num_tokens - plan.num_decodes
+        self._in_flight.append(StepInFlight(step, handle))
+        self.stats.count(plan)
         return True
 
-    def _read_tokens(self, step: _StepInFlight) -> list[Sequence]:
+    def _read_tokens(self, step: StepInFlight) -> list[Sequence]:
         """Wait for a step's tokens and append each to its sequence. Returns the sequences that this finishes."""
         finished = []
         with self.followers.time_limit():
@@ -163,7 +163,7 @@ class LLMEngine:
             if seq.is_finished:
                 continue  # a surplus token
             if token_id < 0:
-                self._fail(seq, WHY_NO_TOKEN[token_id])
+                self._fail(seq, why_no_token(seq, token_id))
             else:
                 if of_token is not None:
                     seq.append_logprobs(of_token)
@@ -176,7 +176,7 @@ class LLMEngine:
                 finished.append(seq)
         return finished
 
-    def _read_prompt_logprobs(self, step: _StepInFlight) -> None:
+    def _read_prompt_logprobs(self, step: StepInFlight) -> None:
         scored = step.scheduled.scored
         if scored:
             for (seq, position), values in zip(scored, step.handle.prompt_logprobs(), strict=True):

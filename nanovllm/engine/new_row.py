@@ -34,15 +34,20 @@ def new_row(seq: Sequence) -> NewRow:
 def _edits(seq: Sequence, held_back: tuple[int, ...], min_len: int) -> LogitEdits | None:
     """How the sequence edits its logits; None if it does not, as most."""
     params = seq.params
+    if params.structured_outputs is not None and seq.grammar is None:
+        raise RuntimeError(
+            f"sequence {seq.request_id} has structured_outputs without a grammar: TextEngine gives it one"
+        )
     edits = LogitEdits(
         prompt_len=seq.num_prompt_tokens,
         repetition_penalty=min(params.repetition_penalty, FLOAT32_MAX),
         frequency_penalty=params.frequency_penalty,
         presence_penalty=params.presence_penalty,
-        logit_bias=params.logit_bias,
+        logit_bias=params.logit_bias or None,
         allowed_token_ids=params.allowed_token_ids,
         bad_words=seq.bad_words,
         held_back=held_back,
         min_len=min_len,
+        has_grammar=seq.grammar is not None,
     )
     return edits if edits.has_any else None

@@ -64,7 +64,9 @@ class OneCaller:
 
 
 def _thread_that_executes(frame: FrameType) -> int | None:
-    for thread_id, innermost in sys._current_frames().items():
+    # Without this call's own frame, which would keep itself, and `frame`, until garbage is collected.
+    frames = sys._current_frames() | {threading.get_ident(): sys._getframe(1)}
+    for thread_id, innermost in frames.items():
         caller: FrameType | None = innermost
         while caller is not None:
             if caller is frame:

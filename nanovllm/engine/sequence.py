@@ -31,6 +31,7 @@ class Sequence:
     stop_reasons: dict[int, int | None]  # the ids that end it, each with its `stop_reason`
     seed: int  # 64 bits
     bad_words: tuple[tuple[int, ...], ...] = ()  # token sequences
+    grammar: "Matcher | None" = None  # noqa: F821 -- what its text must be, see text/grammar.py
     num_prompt_tokens: int = field(init=False)
     status: SequenceStatus = SequenceStatus.WAITING
     finish_reason: str | None = None
@@ -91,5 +92,4 @@ class Sequence:
 
     def finish(self, reason: str, stop_reason: int | str | None = None) -> None:
         self.status = SequenceStatus.FINISHED
-        self.finish_reason = reason
-        self.stop_reason = stop_reason
+        self.finish_reason, self.stop_reason = reason, stop_reason

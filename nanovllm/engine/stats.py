@@ -4,6 +4,7 @@ from dataclasses import dataclass, replace
 
 from nanovllm.engine.block_manager import BlockManager
 from nanovllm.engine.scheduler import Scheduler
+from nanovllm.step_plan import StepPlan
 
 
 @dataclass(slots=True)
@@ -21,6 +22,12 @@ class StepStats:
     cache_usage: float = 0.0
     num_running: int = 0
     num_waiting: int = 0
+
+    def count(self, plan: StepPlan) -> None:
+        """Count a step that was launched."""
+        self.num_steps += 1
+        self.num_decode_tokens += plan.num_decodes
+        self.num_prefill_tokens += plan.num_tokens - plan.num_decodes
 
 
 def snapshot(counters: StepStats, block_manager: BlockManager, scheduler: Scheduler, num_unfinished: int) -> StepStats:

@@ -9,7 +9,7 @@ import gc
 import time
 from collections.abc import Iterable
 from hashlib import blake2b
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from nanovllm.config import Config
 from nanovllm.engine.llm_engine import LLMEngine
@@ -23,6 +23,9 @@ from nanovllm.text.detokenizer import Detokenizer
 from nanovllm.text.token_decoder import TokenDecoder
 from nanovllm.text.tokenizer import load_tokenizer
 
+if TYPE_CHECKING:
+    from nanovllm.text.grammar import Grammars
+
 
 class TextEngine:
     """An engine with its tokenizer. One thread at a time, except that `make_request` may run beside the others.
@@ -32,6 +35,7 @@ class TextEngine:
     """
 
     _is_changing = False
+    _grammars: "Grammars | None" = None  # made when a request first asks for it
 
     def __init__(self, config: Config) -> None:
         self.engine = LLMEngine(config)
@@ -130,7 +134,20 @@ class TextEngine:
             seqs.append(make(token_ids, params, name=name, bad_words=bad_words, request_id=seqs[0].request_id))
             if params.seed is not None:
                 seqs[i].seed = child_seed(params.seed, i)
+        if params.structured_outputs is not None:
+            self._give_grammars(seqs, params)
         return seqs
+
+    def _give_grammars(self, seqs: list[Sequence], params: SamplingParams) -> None:
+        if self._tokenizer is None:
+            raise ValueError("structured_outputs needs a tokenizer, and skip_tokenizer_init=True loads none")
+        if self._grammars is None:
+            from nanovllm.text.grammar import Grammars
+
+            self._grammars = Grammars(self._tokenizer, self.engine.vocab_size, self.engine.eos_token_ids)
+        for seq in seqs:
+            args = (params.structured_outputs, params.stop_token_ids, params.ignore_eos)
+            seq.grammar = self._grammars.matcher(*args)
 
     def add(self, request: Request) -> None:
         """Queue a request's sequences. Raises ValueError if an unfinished request has its id."""

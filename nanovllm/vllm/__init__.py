@@ -25,11 +25,14 @@ ALIAS = str(Path(__file__).parent / "alias")
 
 # Our module -> the names of vLLM that it defines.
 _HOMES = {
-    "nanovllm": "LLM AsyncLLM SamplingParams RequestOutputKind RequestOutput CompletionOutput Logprob",
+    "nanovllm": """
+        LLM AsyncLLM SamplingParams StructuredOutputsParams RequestOutputKind RequestOutput CompletionOutput Logprob
+    """,
     "nanovllm.outputs": "RequestMetrics",
     "nanovllm.models.sharded_state": "ShardedStateLoader",
     "nanovllm.vllm.arguments": "EngineArgs AsyncEngineArgs FlexibleArgumentParser ProfilerConfig",
     "nanovllm.vllm.engines": "LLMEngine AsyncLLMEngine ModelConfig VllmConfig",
+    "nanovllm.vllm.guided_decoding": "GuidedDecodingParams",
     "nanovllm.vllm.helpers": """
         PromptLogprobs PromptType SampleLogprobs SingletonPrompt TextPrompt TokensPrompt UsageContext
         cached_get_tokenizer cleanup_dist_env_and_memory current_platform get_ip get_open_port get_tokenizer
@@ -42,9 +45,9 @@ _HOMES = {
     "nanovllm.vllm.metrics": "Counter Gauge Histogram Metric Vector",
     "nanovllm.vllm.absent": """
         BeamSearchParams ClassificationOutput ClassificationRequestOutput CompilationConfig EmbeddingOutput
-        EmbeddingRequestOutput GuidedDecodingParams KVEventsConfig KVTransferConfig LoRARequest ModelRegistry
-        PoolerConfig PoolingOutput PoolingParams PoolingRequestOutput ScoringOutput ScoringRequestOutput
-        SpeculativeConfig StructuredOutputsConfig StructuredOutputsParams WeightTransferConfig initialize_ray_cluster
+        EmbeddingRequestOutput KVEventsConfig KVTransferConfig LoRARequest ModelRegistry PoolerConfig PoolingOutput
+        PoolingParams PoolingRequestOutput ScoringOutput ScoringRequestOutput SpeculativeConfig
+        StructuredOutputsConfig WeightTransferConfig initialize_ray_cluster
     """,
 }
 # vLLM's module ("" is `vllm` itself) -> the names that programs import from it.

@@ -8,7 +8,7 @@ from typing import Any
 _REASONS = {
     "there are no LoRA adapters": "LoRARequest",
     "there is no beam search; SamplingParams(n=…) draws several completions": "BeamSearchParams",
-    "there are no grammars": "GuidedDecodingParams StructuredOutputsConfig StructuredOutputsParams",
+    "each request says itself what it wants: SamplingParams(structured_outputs=…)": "StructuredOutputsConfig",
     "its models generate text; none does pooling": """
         ClassificationOutput ClassificationRequestOutput EmbeddingOutput EmbeddingRequestOutput PoolerConfig
         PoolingOutput PoolingParams PoolingRequestOutput ScoringOutput ScoringRequestOutput

@@ -181,7 +181,7 @@ class Processors:
 def install(engine: LLMEngine) -> None:
     """Make the engine run its processors in every step. Raises as `Processors`."""
     engine.logits_processors = Processors(engine, engine.config.logits_processors)
-    engine.runner.set_logits_processors(engine.logits_processors)
+    engine.runner.process_logits = engine.runner.extras.process = engine.logits_processors
     engine.max_behind = 0
 
 

@@ -14,9 +14,11 @@ import torch
 from nanovllm.kernels.sampling.logit_edits import RowEdits, edit_logits, send
 from nanovllm.kernels.sampling.logprobs import token_logprobs, unpack
 from nanovllm.kernels.sampling.sample import sample
+from nanovllm.kernels.sampling.token_masks import mask_tokens
 from nanovllm.outputs import TokenLogprobs
 from nanovllm.sampling_params import NAN_LOGITS
 from nanovllm.step_plan import LogitEdits, NewRow, PromptSpan, StepPlan
+from nanovllm.structured_outputs import TokenMasks
 from nanovllm.worker.input_batch import InputBatch
 
 ROW_BATCH_BYTES = 64 << 20  # of float32 logits
@@ -75,13 +77,17 @@ class LogitExtras:
         self._vocab_size = vocab_size
         self._edits: dict[int, RowEdits] = {}
         self._lengths: dict[int, int] = {}  # of the rows in _edits: how many tokens precede the next sample
+        self._with_grammar: set[int] = set()  # rows; they are in _edits, too
         self.process = process
 
     def add_rows(self, new_rows: list[NewRow]) -> None:
         """Keep the edits of requests that get a row in this step, and drop those of the row's last request."""
         for new in new_rows:
             self._edits.pop(new.row, None)
+            self._with_grammar.discard(new.row)
             if new.edits is not None:
+                if new.edits.has_grammar:
+                    self._with_grammar.add(new.row)
                 self._edits[new.row] = row_edits(new.edits, self._batch.state.device)
                 self._lengths[new.row] = len(new.token_ids)
 
@@ -92,6 +98,10 @@ class LogitExtras:
         is_edited |= self.process is not None and plan.num_samples > 0
         return is_edited or bool(plan.logprobs or plan.prompt_logprobs)
 
+    def awaits_masks(self, plan: StepPlan) -> bool:
+        """Whether a row draws under a mask, which the host makes when it has read the step before."""
+        return not self._with_grammar.isdisjoint(plan.rows[: plan.num_samples])
+
     def run(
         self,
         plan: StepPlan,
@@ -99,6 +109,7 @@ class LogitExtras:
         logits: torch.Tensor | None,
         seq_lens: torch.Tensor,
         sampled: torch.Tensor,
+        masks: TokenMasks | None = None,
     ) -> PendingLogprobs:
         """Queue all extras: draw again in rows with edits, then compute log-probabilities and copy them to the host.
 
@@ -107,16 +118,25 @@ class LogitExtras:
             logits: `[>= num_samples, vocab]`, not changed; None if the step has no samples.
             seq_lens: `[>= num_samples]` int32.
             sampled: `[num_samples]` int32. A row that draws again overwrites its item, and its last token in the batch.
+            masks: of the rows with grammars. None: no row has one.
         """
         out = PendingLogprobs(plan.num_samples, len(plan.prompt_logprobs))
         if logits is not None:
-            self._draw_again(plan, logits, seq_lens, sampled)
+            self._draw_again(plan, logits, seq_lens, sampled, masks)
             self._sample_logprobs(plan, logits, sampled, out)
         self._prompt_logprobs(plan, hidden, out)
         return out
 
-    def _draw_again(self, plan: StepPlan, logits: torch.Tensor, seq_lens: torch.Tensor, sampled: torch.Tensor) -> None:
+    def _draw_again(
+        self,
+        plan: StepPlan,
+        logits: torch.Tensor,
+        seq_lens: torch.Tensor,
+        sampled: torch.Tensor,
+        masks: TokenMasks | None,
+    ) -> None:
         batch = self._batch
+        mask_of = dict(zip(masks.samples, masks.bits, strict=True)) if masks else {}
         sampling = plan.rows[: plan.num_samples]
         edited = [i for i, row in enumerate(sampling) if row in self._edits]
         if self.process is not None:
@@ -127,6 +147,7 @@ class LogitExtras:
             max_len = max(self._lengths.get(plan.rows[i], 1) for i in row_batch)
             entries = send(row_batch, torch.int64, logits.device)
             x, rows, lens = logits[entries].float(), batch.live_rows[entries], seq_lens[entries]
+            mask_tokens(x, [mask_of.get(i) for i in row_batch])
             edit_logits(x, edits, batch.token_ids[rows.long(), :max_len], lens, max_len)
             drawn = torch.empty_like(rows)
             sample(x, rows, lens, batch.params, batch.token_ids, drawn)

@@ -20,14 +20,15 @@ from nanovllm.layers.pointwise import compile_chains
 from nanovllm.layers.rotary_embedding import build_rope_tables
 from nanovllm.models.loader import build_model
 from nanovllm.step_plan import StepPlan
+from nanovllm.structured_outputs import TokenMasks
 from nanovllm.worker import memory
 from nanovllm.worker.cpu_step import clear_fresh_tails
 from nanovllm.worker.cuda_graph import StepGraphs, StepShape, StepShapes
 from nanovllm.worker.input_batch import InputBatch
-from nanovllm.worker.logit_extras import LogitExtras, PendingLogprobs, ProcessLogits
+from nanovllm.worker.logit_extras import LogitExtras, ProcessLogits
 from nanovllm.worker.resolve import resolve_device, resolve_dtype, resolve_max_model_len
 from nanovllm.worker.step_attention import StepAttention
-from nanovllm.worker.step_handle import StepHandle
+from nanovllm.worker.step_handle import LaunchedStep, StepHandle
 
 logger = logging.getLogger(__name__)
 
@@ -88,10 +89,6 @@ class ModelRunner:
             self.graphs = self.graph_type()
             self.graphs.capture(self._record, self.shapes.all())
 
-    def set_logits_processors(self, process: ProcessLogits) -> None:
-        """Let `process` change the logits of every step."""
-        self.process_logits = self.extras.process = process
-
     def stop(self) -> None:
         """Drop what `start` made. Until it is called again nothing can be launched."""
         if self.is_cuda:
@@ -122,8 +119,18 @@ class ModelRunner:
             hidden, logits = self.recorded_hidden.get(shape), None
         else:
             hidden, logits = self._run(shape, None if padded else plan.num_samples)
-        extras = self._run_extras(plan, hidden, logits) if has_extras else None
-        return self._fetch(plan, shape, slot, extras)
+        step = LaunchedStep(plan, shape, slot, hidden, logits)
+        if has_extras and self.extras.awaits_masks(plan):
+            return self._fetch(step, awaits_masks=step)
+        return self.draw(step) if has_extras else self._fetch(step)
+
+    @torch.inference_mode()
+    def draw(self, step: LaunchedStep, masks: TokenMasks | None = None) -> StepHandle:
+        """Queue what the rows of the step launched last ask for beyond a draw from the model's logits."""
+        if step.logits is None and step.plan.num_samples:  # a graph does not keep its own, which would take GBs
+            step.logits = self.model.compute_logits(step.hidden)  # of the same shape, hence the same numbers
+        extras = self.extras.run(step.plan, step.hidden, step.logits, self.inputs.seq_lens, self.sampled, masks)
+        return self._fetch(step, extras=extras)
 
     def check_device(self) -> None:
         """Wait for the device. Raises its error if it has failed for good; a CPU does not fail."""
@@ -163,25 +170,19 @@ class ModelRunner:
         if not shape.num_chunks:
             self.recorded_hidden[shape] = hidden
 
-    def _run_extras(self, plan: StepPlan, hidden: torch.Tensor, logits: torch.Tensor | None) -> PendingLogprobs:
-        """What the step's rows ask for beyond a draw from the model's logits."""
-        if logits is None and plan.num_samples:  # a graph does not keep its own, which would take GBs
-            logits = self.model.compute_logits(hidden)  # of the same shape, hence the same numbers
-        return self.extras.run(plan, hidden, logits, self.inputs.seq_lens, self.sampled)
-
-    def _fetch(self, plan: StepPlan, shape: StepShape, slot: int, extras: PendingLogprobs | None) -> StepHandle:
+    def _fetch(self, step: LaunchedStep, **in_handle: Any) -> StepHandle:
         """Queue the copy of the step's tokens to the host, without those of padding entries."""
-        num_samples, num_decodes = plan.num_samples, plan.num_decodes
+        num_samples, num_decodes, shape, slot = step.plan.num_samples, step.plan.num_decodes, step.shape, step.slot
         sampled = self.sampled[:num_samples]
         if num_decodes < min(shape.num_decodes, num_samples):  # padding lies between decodes and chunks
             of_chunks = self.sampled[shape.num_decodes :][: num_samples - num_decodes]
             sampled = torch.cat([self.sampled[:num_decodes], of_chunks])
         if not self.is_cuda:
-            return StepHandle(sampled.clone(), None, extras)
+            return StepHandle(sampled.clone(), None, **in_handle)
         host = self.sampled_on_host[slot][:num_samples]
         host.copy_(sampled, non_blocking=True)
         self.done[slot].record()
-        return StepHandle(host, self.done[slot], extras)
+        return StepHandle(host, self.done[slot], **in_handle)
 
     def _fit_cache(self, before: memory.DeviceMemory | None) -> int:
         """Decide how many blocks the cache gets, and with it how long a sequence may be."""
@@ -207,8 +208,7 @@ class ModelRunner:
         max_tokens = max([self.config.max_num_batched_tokens, *padded])
         self.inputs = StepInputs.allocate(max_tokens, self.batch.num_entries, len(groups.windows), self.device)
         self.sampled = torch.zeros(self.batch.num_entries, dtype=torch.int32, device=self.device)
-        vocab_size = self.hf_config.vocab_size
-        self.extras = LogitExtras(self.batch, self.model.compute_logits, vocab_size, self.process_logits)
+        self.extras = LogitExtras(self.batch, self.model.compute_logits, self.hf_config.vocab_size, self.process_logits)
         self.num_launched = 0
         self.attention = StepAttention(spec, self.attention_layers[0].cache, groups.windows, self.num_rows)
         if self.is_cuda:

@@ -5,7 +5,20 @@ from dataclasses import dataclass
 import torch
 
 from nanovllm.outputs import TokenLogprobs
+from nanovllm.step_plan import StepPlan
+from nanovllm.worker.cuda_graph import StepShape
 from nanovllm.worker.logit_extras import PendingLogprobs
+
+
+@dataclass(slots=True)
+class LaunchedStep:
+    """A step whose plain part is launched: what its last part needs, the extras and the copy of tokens to the host."""
+
+    plan: StepPlan
+    shape: StepShape
+    slot: int  # of the buffers on the host
+    hidden: torch.Tensor  # [tokens, hidden_size]
+    logits: torch.Tensor | None  # [>= num_samples, vocab]; None after a graph, or without samples
 
 
 @dataclass(slots=True)
@@ -15,6 +28,7 @@ class StepHandle:
     sampled: torch.Tensor  # [num_samples] int32, on the host
     done: torch.cuda.Event | None
     extras: PendingLogprobs | None = None
+    awaits_masks: LaunchedStep | None = None  # then it has no tokens: `ModelRunner.draw` makes another handle
 
     def is_done(self) -> bool:
         return self.done is None or self.done.query()

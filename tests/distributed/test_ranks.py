@@ -118,7 +118,9 @@ def test_a_rank_that_stalls_while_rank_0_waits_for_its_device_is_named_too(
         raise RuntimeError("CUDA error: what an aborted collective may leave")
 
     object.__setattr__(followers.tp.group, "abort", lambda: aborted.append(True))
-    llm.engine.runner.launch = lambda plan: launch(plan) and SimpleNamespace(tokens=wait_like_a_device)
+    llm.engine.runner.launch = lambda plan: (
+        launch(plan) and SimpleNamespace(tokens=wait_like_a_device, awaits_masks=None)
+    )
     started = time.monotonic()
     with pytest.raises(RankError, match="rank 1 has not answered for 1 s") as caught:
         answers(llm)

@@ -1,5 +1,6 @@
 """Several ranks answer what one does, and take new weights as one does."""
 
+import re
 import sys
 from collections.abc import Callable, Iterator
 from dataclasses import replace
@@ -12,7 +13,7 @@ from checkpoints import SHAPES, random_prompts, save_checkpoint
 from leftovers import rank_processes
 from safetensors.torch import load_file
 
-from nanovllm import LLM, SamplingParams
+from nanovllm import LLM, SamplingParams, StructuredOutputsParams, demo_model
 from nanovllm.distributed.ranks import threads_per_rank
 
 pytestmark = pytest.mark.skipif(sys.platform != "linux", reason="reads /proc")
@@ -49,6 +50,20 @@ def test_tokens_are_those_of_one_rank(
     assert llm.is_sleeping
     llm.wake_up()
     assert answers(llm) == expected
+
+
+def test_ranks_draw_under_the_masks_that_rank_0_makes(make_tp: Callable[..., LLM]) -> None:
+    llm = make_tp(demo_model(), tensor_parallel_size=2, skip_tokenizer_init=False)
+    llm.engine.max_behind = 1  # as on a GPU
+    params = [
+        SamplingParams(max_tokens=30, seed=1, structured_outputs=StructuredOutputsParams(regex="[a-z]{9}[0-9]{9}")),
+        SamplingParams(max_tokens=20, temperature=0.0),
+    ]
+    made, plain = llm.generate(["import os\n"] * 2, params, use_tqdm=False)
+    assert re.fullmatch("[a-z]{9}[0-9]{9}", made.outputs[0].text)
+    assert (
+        plain.outputs[0].token_ids == llm.generate(["import os\n"], params[1], use_tqdm=False)[0].outputs[0].token_ids
+    )
 
 
 @pytest.mark.parametrize(

@@ -4,7 +4,7 @@ The device follows step plans and nothing else: its rows and block tables come f
 hash: the key and value of a token are the hash of the whole prefix up to it, written to a slot. Attention reads every
 slot of the context back and fails unless it finds there the hashes of its own prefix, which it would not if a block
 were stale, lost, shared wrongly or written by two. The next token is a function of the hash, so that what each request
-must answer is known beforehand, whoever shares its batch.
+must answer is known beforehand, whoever shares its batch. A grammar is a hash, too: of its seed and the output so far.
 """
 
 from bisect import bisect_right
@@ -12,6 +12,7 @@ from functools import partial
 from itertools import pairwise
 from types import SimpleNamespace
 
+import numpy as np
 from inside import (
     begin_books,
     blocks_of_digests,
@@ -29,8 +30,9 @@ from nanovllm.distributed.ranks import Followers
 from nanovllm.engine.llm_engine import LLMEngine
 from nanovllm.engine.sequence import Sequence
 from nanovllm.engine.stats import StepStats
-from nanovllm.sampling_params import NAN_LOGITS, SamplingParams
+from nanovllm.sampling_params import NAN_LOGITS, NO_TOKEN_LEFT, SamplingParams
 from nanovllm.step_plan import StepPlan
+from nanovllm.structured_outputs import TokenMasks
 
 EOS = 0
 VOCAB_SIZE = 5  # so few that requests stop often, and share prefixes by chance
@@ -49,11 +51,50 @@ def prefix_hashes(token_ids: list[int]) -> list[int]:
     return hashes
 
 
-def next_token(prefix_hash: int, num_tokens: int, min_len: int, stop_ids: list[int]) -> int:
-    token_id = (prefix_hash >> 40) % VOCAB_SIZE
-    while num_tokens < min_len and token_id in stop_ids:
-        token_id = (token_id + 1) % VOCAB_SIZE
-    return token_id
+def next_token(
+    prefix_hash: int, num_tokens: int, min_len: int, stop_ids: list[int], allowed: set[int] | None = None
+) -> int:
+    """The model's choice, or the next one after it that is not held back and that the grammar, if any, allows."""
+    first = (prefix_hash >> 40) % VOCAB_SIZE
+    held_back = stop_ids if num_tokens < min_len else ()
+    for token_id in (*range(first, VOCAB_SIZE), *range(first)):
+        if token_id not in held_back and (allowed is None or token_id in allowed):
+            return token_id
+    return NO_TOKEN_LEFT
+
+
+def allowed_tokens(grammar: int, output: list[int]) -> set[int]:
+    """What the grammar with this seed allows next: any set of tokens, and now and then none."""
+    bits = prefix_hashes([grammar, *output])[-1] >> 30
+    return {token_id for token_id in range(VOCAB_SIZE) if bits >> token_id & 1}
+
+
+class SimulatedMatcher:
+    """Stands in for `text.grammar.Matcher`."""
+
+    num_words = 1
+    error = ""
+
+    def __init__(self, grammar: int) -> None:
+        self.grammar, self.accepted = grammar, []
+
+    @property
+    def num_tokens(self) -> int:
+        return len(self.accepted)
+
+    def accept(self, token_ids: list[int]) -> bool:
+        for token_id in token_ids:
+            assert token_id in allowed_tokens(self.grammar, self.accepted), "a token was drawn without its mask"
+            self.accepted.append(token_id)
+        return True
+
+    @staticmethod
+    def fill_all(matchers: "list[SimulatedMatcher]", bits: np.ndarray) -> None:
+        for matcher, row in zip(matchers, bits, strict=True):
+            matcher.fill(row)
+
+    def fill(self, row: np.ndarray) -> None:
+        row[0] = sum(1 << token_id for token_id in allowed_tokens(self.grammar, self.accepted))
 
 
 def has_no_token(prefix_hash: int, nan_every: int) -> bool:
@@ -62,7 +103,7 @@ def has_no_token(prefix_hash: int, nan_every: int) -> bool:
 
 
 def expected_output(
-    prompt: list[int], params: SamplingParams, max_model_len: int, nan_every: int = 0
+    prompt: list[int], params: SamplingParams, max_model_len: int, nan_every: int = 0, grammar: int | None = None
 ) -> tuple[list[int], str]:
     """The tokens and the finish reason of a request that runs alone and is never disturbed."""
     held_back = sorted({EOS, *params.stop_token_ids})
@@ -74,7 +115,10 @@ def expected_output(
     for produced in range(1, limit + 1):
         if has_no_token(parent, nan_every):
             return tokens[len(prompt) :], "error"
-        tokens.append(next_token(parent, len(tokens), min_len, held_back))
+        allowed = None if grammar is None else allowed_tokens(grammar, tokens[len(prompt) :])
+        tokens.append(next_token(parent, len(tokens), min_len, held_back, allowed))
+        if tokens[-1] == NO_TOKEN_LEFT:
+            return tokens[len(prompt) : -1], "error"
         parent = extend(parent, tokens[-1])
         if tokens[-1] in stop_ids and produced > params.min_tokens:
             return tokens[len(prompt) :], "stop"
@@ -113,9 +157,22 @@ class SimulatedDevice:
         self._apply_deltas(plan)
         self._store(plan)
         self._attend(plan)
-        self.launched = plan
-        sampled = self._sample(plan)
-        return SimpleNamespace(tokens=lambda: sampled)
+        self.launched, self.sampled = plan, self._sample(plan)
+        has_grammar = any(self.rows[row].has_grammar for row in plan.rows[: plan.num_samples])
+        return self._handle(plan if has_grammar else None)
+
+    def draw(self, plan: StepPlan, masks: TokenMasks) -> SimpleNamespace:
+        assert plan is self.launched, "a step draws under its masks when a later one was launched"
+        for index, bits in zip(masks.samples, masks.bits, strict=True):
+            assert self.rows[plan.rows[index]].has_grammar
+            allowed = {token_id for token_id in range(VOCAB_SIZE) if bits[0] >> token_id & 1}
+            if self.sampled[index] != NAN_LOGITS:
+                self.sampled[index] = self._draw(plan.rows[index], allowed)
+        return self._handle(None)
+
+    def _handle(self, awaits_masks: StepPlan | None) -> SimpleNamespace:
+        sampled = list(self.sampled)
+        return SimpleNamespace(tokens=lambda: sampled, awaits_masks=awaits_masks)
 
     def _check(self, plan: StepPlan) -> None:
         assert plan.rows and len(plan.rows) == len(plan.query_lens)
@@ -143,6 +200,7 @@ class SimulatedDevice:
                 hashes=prefix_hashes(new.token_ids[: new.num_computed_tokens]),
                 min_len=new.min_len,
                 stop_ids=new.stop_ids,
+                has_grammar=new.edits is not None and new.edits.has_grammar,
             )
 
     def _slots_of(self, table: list[int], start: int, end: int) -> list[int]:
@@ -178,17 +236,17 @@ class SimulatedDevice:
                 assert read == expected, "attention read another prefix's keys and values"
 
     def _sample(self, plan: StepPlan) -> list[int]:
-        sampled = []
-        for index in plan.rows[: plan.num_samples]:
-            row = self.rows[index]
-            n = row.num_computed
-            if has_no_token(row.hashes[-1], self.nan_every):
-                token_id = NAN_LOGITS
-            else:
-                token_id = next_token(row.hashes[-1], n, row.min_len, row.stop_ids)
-            row.token_ids[n:] = [max(token_id, 0), *row.token_ids[n + 1 :]]
-            sampled.append(token_id)
-        return sampled
+        return [self._draw(row) for row in plan.rows[: plan.num_samples]]
+
+    def _draw(self, index: int, allowed: set[int] | None = None) -> int:
+        row = self.rows[index]
+        n = row.num_computed
+        if has_no_token(row.hashes[-1], self.nan_every):
+            token_id = NAN_LOGITS
+        else:
+            token_id = next_token(row.hashes[-1], n, row.min_len, row.stop_ids, allowed)
+        row.token_ids[n:] = [max(token_id, 0), *row.token_ids[n + 1 :]]
+        return token_id
 
 
 def make_engine(
@@ -224,8 +282,9 @@ def make_engine(
     return engine
 
 
-def add_request(engine: LLMEngine, prompt: list[int], params: SamplingParams) -> Sequence:
+def add_request(engine: LLMEngine, prompt: list[int], params: SamplingParams, grammar: int | None = None) -> Sequence:
     seq = engine.make_sequence(prompt, params)
+    seq.grammar = None if grammar is None else SimulatedMatcher(grammar)
     engine.add(seq)
     return seq
 

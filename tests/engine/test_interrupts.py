@@ -9,12 +9,13 @@ from itertools import chain
 from typing import Any
 
 import pytest
-from engine.simulated_engine import Checker, expected_output, make_engine
+from engine.simulated_engine import Checker, SimulatedMatcher, expected_output, make_engine
 from inside import assert_nothing_is_held, blocks_of_digests, llm_over, readers_of, requests_held
 from interrupts import Interrupts
 
 import nanovllm.engine.admission
 import nanovllm.engine.block_manager
+import nanovllm.engine.grammar_masks
 import nanovllm.engine.health
 import nanovllm.engine.llm_engine
 import nanovllm.engine.new_row
@@ -30,6 +31,7 @@ from nanovllm import LLM, SamplingParams
 MODULES = [
     nanovllm.engine.admission,
     nanovllm.engine.block_manager,
+    nanovllm.engine.grammar_masks,
     nanovllm.engine.health,
     nanovllm.engine.llm_engine,
     nanovllm.engine.new_row,
@@ -48,11 +50,35 @@ PROMPTS = [[1, 2, 3, 4, 1], [1, 2, 3, 4, 2, 2], [3], [4, 4, 4, 4, 4, 4, 4]]
 
 
 def make_llm(max_behind: int) -> LLM:
-    """An `LLM` over a simulated device with so few blocks that sequences are preempted."""
+    """An `LLM` over a simulated device with so few blocks that sequences are preempted. Some have a grammar."""
     engine = make_engine(
         12, 4, max_num_seqs=4, max_num_batched_tokens=9, max_model_len=MAX_MODEL_LEN, max_behind=max_behind
     )
+    engine.__class__ = EngineWithGrammars  # an attribute would make a cycle, which is freed at another time
     return llm_over(engine)
+
+
+class EngineWithGrammars(nanovllm.engine.llm_engine.LLMEngine):
+    """Gives long prompts a grammar."""
+
+    def make_sequence(self, token_ids: list[int], *args: Any, **kwargs: Any) -> Any:
+        seq = super().make_sequence(token_ids, *args, **kwargs)
+        seq.grammar = AllowsAll() if len(token_ids) > 4 else None
+        return seq
+
+
+class AllowsAll(SimulatedMatcher):
+    """A grammar that changes no token."""
+
+    def __init__(self) -> None:
+        super().__init__(0)
+
+    def accept(self, token_ids: list[int]) -> bool:
+        self.accepted += token_ids
+        return True
+
+    def fill(self, row: Any) -> None:
+        row.fill(-1)
 
 
 def work(llm: LLM, streams: list[Iterator[Any]]) -> None:

@@ -64,10 +64,10 @@ class Schedule:
         self.requests: list[tuple[Sequence, tuple[list[int], str]]] = []
         self.aborted: set[str] = set()
 
-    def arrive(self, prompt: list[int], params: SamplingParams) -> None:
-        seq = add_request(self.engine, prompt, params)
-        engine = self.engine
-        self.requests.append((seq, expected_output(prompt, params, engine.max_model_len, engine.runner.nan_every)))
+    def arrive(self, prompt: list[int], params: SamplingParams, grammar: int | None = None) -> None:
+        seq = add_request(self.engine, prompt, params, grammar)
+        limits = (self.engine.max_model_len, self.engine.runner.nan_every)
+        self.requests.append((seq, expected_output(prompt, params, *limits, grammar)))
 
     def abort(self, index: int) -> None:
         seq = self.requests[index][0]
@@ -116,7 +116,8 @@ def run_random_schedule(rng: random.Random, windows: Windows = (None,)) -> LLMEn
             length = max(1, int(longest * rng.random() ** 2))
             num_shared = rng.randint(0, length)
             tail = [rng.randrange(VOCAB_SIZE) for _ in range(length - num_shared)]
-            schedule.arrive(rng.choice(shared)[:num_shared] + tail, random_params(rng))
+            grammar = rng.getrandbits(32) if rng.random() < 0.3 else None
+            schedule.arrive(rng.choice(shared)[:num_shared] + tail, random_params(rng), grammar)
         if rng.random() < 0.1:
             schedule.abort(rng.randrange(len(schedule.requests))) if schedule.requests else None
         if rng.random() < 0.01:
@@ -195,10 +196,11 @@ class EngineMachine(RuleBasedStateMachine):
         prompt=st.lists(st.integers(0, 1), min_size=1, max_size=8),  # so few tokens that prefixes meet
         max_tokens=st.one_of(st.none(), st.integers(1, 6)),
         ignore_eos=st.booleans(),
+        grammar=st.one_of(st.none(), st.integers(0, 9)),
     )
-    def arrive(self, prompt: list[int], max_tokens: int | None, ignore_eos: bool) -> None:
+    def arrive(self, prompt: list[int], max_tokens: int | None, ignore_eos: bool, grammar: int | None) -> None:
         prompt = prompt[: self.schedule.engine.max_model_len - 1]
-        self.schedule.arrive(prompt, SamplingParams(max_tokens=max_tokens, ignore_eos=ignore_eos))
+        self.schedule.arrive(prompt, SamplingParams(max_tokens=max_tokens, ignore_eos=ignore_eos), grammar)
 
     @precondition(lambda self: self.schedule.engine.has_unfinished_requests)
     @rule(times=st.integers(1, 4))

@@ -70,13 +70,13 @@ def test_another_vllm_that_is_there_already_is_not_replaced(monkeypatch: pytest.
 
 
 def test_what_is_absent_can_be_imported_and_refuses_to_be_used() -> None:
+    from nanovllm.vllm.config import StructuredOutputsConfig
     from nanovllm.vllm.lora.request import LoRARequest
-    from nanovllm.vllm.sampling_params import StructuredOutputsParams
 
     with pytest.raises(NotImplementedError, match="LoRARequest: there are no LoRA adapters"):
         LoRARequest("name", 1, "path")
-    with pytest.raises(NotImplementedError, match="there are no grammars"):
-        StructuredOutputsParams(choice=["a", "b"])
+    with pytest.raises(NotImplementedError, match="each request says itself"):
+        StructuredOutputsConfig(backend="xgrammar")
     with pytest.raises(NotImplementedError, match="nanovllm/models"):
         nanovllm.vllm.ModelRegistry.register_model("name", object)
     assert not isinstance(1, LoRARequest)

@@ -1,0 +1,193 @@
+"""Times structured outputs: `python -m benchmarks.structured`; on a GPU `python -m benchmarks.structured --headline`.
+
+Without --headline: how long it takes to compile grammars, and to make the masks of a step. `--rows` sequences follow a
+grammar at once; each draws any of the tokens that its mask allows. The table has, for each grammar: the compilation
+(median of five), one step's masks for all rows (mean and worst), the microseconds a row, and the acceptance of one
+step's tokens.
+
+--headline: the headline's requests, all on JSON, against the same requests without, by turns in one process: tokens a
+second of each run, and the per cent that JSON costs. The weights are random; the schema has no end before `max_tokens`.
+The last line is JSON.
+"""
+
+import argparse
+import json
+import random
+import statistics
+import tempfile
+from collections.abc import Callable
+from functools import partial
+from pathlib import Path
+from time import perf_counter
+from typing import Any
+
+import numpy as np
+
+from benchmarks.machine import describe_machine, describe_versions
+from benchmarks.report import table_lines
+from benchmarks.wide_tokenizer import base_tokenizer, wide_tokenizer
+from benchmarks.workloads import PRESETS, Workload, draw, shrunk
+from nanovllm import LLM, SamplingParams, StructuredOutputsParams
+from nanovllm.text.grammar import Grammars, Matcher
+
+PERSON = {
+    "type": "object",
+    "properties": {
+        "name": {"type": "string", "maxLength": 40},
+        "age": {"type": "integer", "minimum": 0, "maximum": 150},
+        "email": {"type": "string", "pattern": "^[a-z0-9.]+@[a-z0-9]+\\.(com|org)$"},
+        "role": {"enum": ["admin", "user", "guest"]},
+    },
+    "required": ["name", "age", "email", "role"],
+    "additionalProperties": False,
+}
+ENDLESS = {"type": "array", "items": PERSON, "minItems": 2000}
+GRAMMARS: dict[str, dict[str, Any]] = {
+    "choice": {"choice": ["positive", "negative", "neutral"]},
+    "regex": {"regex": r"[A-Z][a-z]{1,20}, [0-9]{4}-[0-9]{2}-[0-9]{2}(T[0-9:]{8})?"},
+    "json_object": {"json_object": True},
+    "simple": {"json": {"type": "object", "properties": {"a": {"type": "string"}}, "required": ["a"]}},
+    "person": {"json": PERSON},
+    "nested, $ref, anyOf": {
+        "json": {
+            "type": "object",
+            "properties": {"tree": {"$ref": "#/$defs/node"}, "owner": {"anyOf": [PERSON, {"type": "null"}]}},
+            "required": ["tree", "owner"],
+            "$defs": {
+                "node": {
+                    "type": "object",
+                    "properties": {
+                        "label": {"type": "string"},
+                        "children": {"type": "array", "items": {"$ref": "#/$defs/node"}},
+                    },
+                    "required": ["label", "children"],
+                }
+            },
+        }
+    },
+    "50 properties": {
+        "json": {
+            "type": "object",
+            "properties": {f"field_{i}": {"type": ["string", "number", "null"]} for i in range(50)},
+            "required": [f"field_{i}" for i in range(0, 50, 2)],
+        }
+    },
+    "endless array": {"json": ENDLESS},
+    "EBNF": {"grammar": 'root ::= sum\nsum ::= product ("+" product)*\nproduct ::= [0-9]+ | "(" sum ")"'},
+}
+
+
+def milliseconds(function: Callable[[], Any]) -> float:
+    begin = perf_counter()
+    function()
+    return 1e3 * (perf_counter() - begin)
+
+
+def measure_grammar(grammars: Grammars, params: StructuredOutputsParams, rows: int, steps: int) -> list[float]:
+    """Milliseconds: compilation, mean and worst masks of a step, microseconds a row, milliseconds of accepting."""
+    compiling = statistics.median(milliseconds(lambda: grammars.compile(params)) for _ in range(5))
+    matchers = [grammars.matcher(params, ignore_eos=True) for _ in range(rows)]
+    bits = np.empty((rows, grammars.num_words), np.int32)
+    rng, masking, accepting = random.Random(0), [], []
+    for _ in range(steps):
+        masking.append(milliseconds(partial(Matcher.fill_all, matchers, bits)))
+        allowed = [np.unpackbits(row.view(np.uint8), bitorder="little").nonzero()[0] for row in bits]
+        drawn = [int(rng.choice(ids)) for ids in allowed]
+        accepting.append(milliseconds(partial(accept_all, matchers, drawn)))
+        matchers = [
+            grammars.matcher(params, ignore_eos=True) if token in grammars.eos_token_ids else matcher
+            for matcher, token in zip(matchers, drawn, strict=True)
+        ]
+    each = 1e3 * statistics.mean(masking) / rows
+    return [compiling, statistics.mean(masking), max(masking), each, statistics.mean(accepting)]
+
+
+def accept_all(matchers: list[Matcher], token_ids: list[int]) -> None:
+    for matcher, token_id in zip(matchers, token_ids, strict=True):
+        matcher.accept([token_id])
+
+
+def measure_masks(rows: int, steps: int, num_threads: int | None) -> dict[str, Any]:
+    """A table for the chat model's vocabulary, and one for a vocabulary as large as Qwen3's."""
+    report: dict[str, Any] = {}
+    for tokenizer in (base_tokenizer(), wide_tokenizer()):
+        begin = perf_counter()
+        grammars = Grammars(tokenizer, len(tokenizer), {tokenizer.eos_token_id}, num_threads)
+        trie_ms = 1e3 * (perf_counter() - begin)
+        print(f"{len(tokenizer):,} tokens; to read them takes {trie_ms:.0f} ms, once")
+        head = ["grammar", "compile ms", f"masks of {rows} ms", "worst", "µs a row", "accept ms"]
+        found = {
+            name: measure_grammar(grammars, StructuredOutputsParams(**params), rows, steps)
+            for name, params in GRAMMARS.items()
+        }
+        lines = [[name, *(f"{value:.2f}" for value in values)] for name, values in found.items()]
+        print(*table_lines(head, lines), sep="\n")
+        report[f"{len(tokenizer)} tokens"] = found | {"tokenizer_ms": trie_ms}
+    return report
+
+
+def tokens_per_second(llm: LLM, workload: Workload, outputs: StructuredOutputsParams | None) -> float:
+    """Raises RuntimeError unless every request got all its tokens."""
+    params = [
+        SamplingParams(
+            temperature=workload.temperature,
+            max_tokens=n,
+            ignore_eos=True,
+            detokenize=False,
+            structured_outputs=outputs,
+        )
+        for n in workload.max_tokens
+    ]
+    llm.reset_prefix_cache()
+    begin = perf_counter()
+    found = llm.generate(workload.prompts, params, use_tqdm=False)
+    elapsed = perf_counter() - begin
+    if [len(output.outputs[0].token_ids) for output in found] != workload.max_tokens:
+        reasons = {(output.outputs[0].finish_reason, output.outputs[0].stop_reason) for output in found}
+        raise RuntimeError(f"not every request got all its tokens: {reasons}")
+    return workload.num_output_tokens / elapsed
+
+
+def measure_headline(model: str, device: str, max_model_len: int, shrink: int, rounds: int) -> dict[str, Any]:
+    """Runs of the headline with and without JSON, by turns."""
+    with tempfile.TemporaryDirectory() as folder:
+        wide_tokenizer(json.loads((Path(model) / "config.json").read_text())["vocab_size"]).save_pretrained(folder)
+        llm = LLM(model, tokenizer=folder, load_format="dummy", device=device, max_model_len=max_model_len, seed=0)
+        workload = draw("headline", shrunk(PRESETS["headline"], shrink), llm.engine.vocab_size)
+        asked = {"plain": None, "json": StructuredOutputsParams(json=ENDLESS, disable_any_whitespace=True)}
+        for outputs in asked.values():
+            tokens_per_second(llm, workload, outputs)  # compiles kernels and grammar
+        rates: dict[str, list[float]] = {name: [] for name in asked}
+        for _ in range(rounds):
+            for name, outputs in asked.items():
+                rates[name].append(tokens_per_second(llm, workload, outputs))
+        llm.close()
+    lost = 100 * (1 - max(rates["json"]) / max(rates["plain"]))
+    lines = [[name, *(f"{rate:,.0f}" for rate in values)] for name, values in rates.items()]
+    print(*table_lines(["output tokens a second", *(f"run {i + 1}" for i in range(rounds))], lines), sep="\n")
+    print(f"with all requests on JSON the best run loses {lost:.1f} %")
+    return {"rates": rates, "lost_percent": lost}
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--rows", type=int, default=256)
+    parser.add_argument("--steps", type=int, default=50)
+    parser.add_argument("--threads", type=int, help="that make masks; default: all cores but one, at most 16")
+    parser.add_argument("--headline", action="store_true")
+    parser.add_argument("--model", default=str(Path(__file__).parent / "shapes" / "qwen3-0.6b"))
+    parser.add_argument("--device", default="cuda", choices=["cuda", "cpu"], help="of --headline")
+    parser.add_argument("--max-model-len", type=int, default=4096)
+    parser.add_argument("--shrink", type=int, default=1, help="divide the headline's numbers of requests and tokens")
+    parser.add_argument("--rounds", type=int, default=3)
+    args = parser.parse_args()
+    if args.headline:
+        report = measure_headline(args.model, args.device, args.max_model_len, args.shrink, args.rounds)
+    else:
+        report = measure_masks(args.rows, args.steps, args.threads)
+    report |= {"arguments": vars(args), "machine": describe_machine(args.device if args.headline else "cpu")}
+    print(json.dumps(report | describe_versions()))
+
+
+if __name__ == "__main__":
+    main()
