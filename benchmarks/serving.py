@@ -14,6 +14,7 @@ import sys
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -132,18 +133,22 @@ def main() -> None:
     parser.add_argument("--device", default="cuda")
     parser.add_argument("--workload", default="headline", choices=sorted(PRESETS))
     parser.add_argument("--shrink", type=int, default=1)
-    parser.add_argument("--shares", type=lambda text: [float(s) for s in text.split(",")], default=[0.5, 0.8])
+    parser.add_argument("--num-seqs", type=int, help="replaces the workload's number of requests")
+    parser.add_argument("--repeat", type=int, default=2, help="offline runs, of which the best counts")
+    parser.add_argument("--shares", type=lambda text: [float(s) for s in text.split(",") if s], default=[0.5, 0.8])
     parser.add_argument("--poisson-requests", type=int, default=512)
     parser.add_argument("--clients", type=int, default=4, help="processes that send")
     parser.add_argument("--busy", action="store_true", help="once more, with every core busy")
     args = parser.parse_args()
     model = SHAPES / args.shape
     options = {"load_format": "dummy", "device": args.device, "dtype": "auto", "max_model_len": 4096}
-    workload = draw(args.workload, shrunk(PRESETS[args.workload], args.shrink), read_config(model)["vocab_size"])
+    mix = shrunk(PRESETS[args.workload], args.shrink)
+    mix = replace(mix, num_seqs=args.num_seqs or mix.num_seqs)
+    workload = draw(args.workload, mix, read_config(model)["vocab_size"])
     engine = make_engine("nanovllm", EngineOptions(model_dir=model, **options))
     warm_up(engine, workload, num_tokens=16)
     rates = []
-    for _ in range(2):
+    for _ in range(args.repeat):
         engine.reset()
         began = time.perf_counter()
         engine.generate(workload)
@@ -154,7 +159,7 @@ def main() -> None:
     results = []
     with server(options | {"skip_tokenizer_init": True, "enable_prefix_caching": False}, model) as (process, port):
         all_at_once = [{"at": 0.0, "body": body} for body in bodies(workload)]
-        run("warm-up", process, port, all_at_once, args.clients)
+        run("warm-up", process, port, all_at_once[:256], args.clients)
         for is_busy in (False, True)[: 1 + args.busy]:
             with busy_cores(os.cpu_count() if is_busy else 0):
                 name = ", every core busy" if is_busy else ""
