@@ -3,6 +3,8 @@
 transformers reads a GGUF file's tensors itself, so it is the judge of the conversion.
 """
 
+import json
+import os
 import shutil
 import subprocess
 import sys
@@ -10,13 +12,16 @@ from importlib import metadata
 from pathlib import Path
 from typing import Any
 
+import jsonschema
 import pytest
 import torch
 import transformers
+from hypothesis import Phase, given, settings
+from random_schemas import schemas
 from tokenizers import pre_tokenizers
 from transformers.modeling_gguf_pytorch_utils import load_gguf_checkpoint
 
-from nanovllm import LLM, SamplingParams, chat_model, demo
+from nanovllm import LLM, SamplingParams, StructuredOutputsParams, chat_model, demo
 from nanovllm.models.gguf_config import read_config
 from nanovllm.models.gguf_file import read_gguf
 from nanovllm.models.gguf_weights import read_gguf_tensors
@@ -148,6 +153,29 @@ class TestAnswers:
             question = [{"role": "user", "content": QUESTIONS[0]}]
             (output,) = llm.chat(question, SamplingParams(temperature=0.0, max_tokens=24), use_tqdm=False)
         assert "Paris" in output.outputs[0].text and output.outputs[0].finish_reason == "stop"
+
+    def test_random_schemas_are_answered_by_json_that_is_valid(self) -> None:
+        """At temperature 1. NANOVLLM_TEST_SCHEMAS=200 takes as many."""
+        number = int(os.environ.get("NANOVLLM_TEST_SCHEMAS", "8"))
+        drawn: list[dict[str, Any]] = []
+
+        @settings(max_examples=number, derandomize=True, database=None, phases=[Phase.generate])
+        @given(schemas())
+        def draw(schema: dict[str, Any]) -> None:
+            drawn.append(schema)
+
+        draw()
+        params = [
+            SamplingParams(max_tokens=200, seed=i, structured_outputs=StructuredOutputsParams(json=schema))
+            for i, schema in enumerate(drawn)
+        ]
+        asked = [[{"role": "user", "content": f"Answer in JSON: {json.dumps(schema)}"}] for schema in drawn]
+        with LLM(MODEL, device="cpu", num_kvcache_blocks=256, max_model_len=1024) as llm:
+            outputs = llm.chat(asked, params, use_tqdm=False)
+        for schema, output in zip(drawn, outputs, strict=True):
+            (found,) = output.outputs
+            assert found.finish_reason == "stop", (schema, found)
+            jsonschema.validate(json.loads(found.text), schema, format_checker=jsonschema.FormatChecker())
 
     def test_tokens_are_those_of_transformers_from_gguf_and_from_safetensors(
         self, reference: Any, tokenizer: Any, tmp_path: Path

@@ -1,7 +1,9 @@
 """OpenAI's client gets from a server what it expects of OpenAI's."""
 
+import json
 from collections import defaultdict
 
+import jsonschema
 import openai
 import pytest
 from conftest import KEY, Server
@@ -130,6 +132,50 @@ class TestChat:
         for chunk in client.chat.completions.create(**asked, stream=True):
             texts[chunk.choices[0].index] += chunk.choices[0].delta.content or ""
         assert texts == whole and len(set(whole.values())) > 1
+
+
+class TestStructuredOutput:
+    SCHEMA = {
+        "type": "object",
+        "properties": {"name": {"enum": ["ab", "cd"]}, "n": {"type": "integer", "minimum": 0, "maximum": 99}},
+        "required": ["name", "n"],
+        "additionalProperties": False,
+    }
+
+    @pytest.mark.parametrize("stream", [False, True])
+    def test_response_format_holds_the_answer_to_its_schema(self, client: openai.OpenAI, stream: bool) -> None:
+        form = {"type": "json_schema", "json_schema": {"name": "pair", "schema": self.SCHEMA, "strict": True}}
+        for seed in range(3):
+            asked = {"model": "demo", "messages": MESSAGES, "response_format": form, "seed": seed, "max_tokens": 100}
+            answer = client.chat.completions.create(**asked, stream=stream)
+            if stream:
+                text = "".join(chunk.choices[0].delta.content or "" for chunk in answer)
+            else:
+                text = answer.choices[0].message.content
+            jsonschema.validate(json.loads(text), self.SCHEMA)
+
+    def test_vllms_fields_do_too(self, client: openai.OpenAI) -> None:
+        for more in ({"guided_choice": ["yes", "no"]}, {"structured_outputs": {"regex": "yes|no"}}):
+            answer = client.completions.create(model="demo", prompt="x", max_tokens=9, extra_body=more)
+            assert answer.choices[0].text in ("yes", "no")
+
+    @pytest.mark.parametrize("choice", ["required", {"type": "function", "function": {"name": "add"}}])
+    def test_a_forced_call_has_arguments_of_the_functions_schema(self, client: openai.OpenAI, choice) -> None:
+        """The model writes Python, and would never call a function by itself."""
+        tools = [{"type": "function", "function": {"name": "add", "parameters": self.SCHEMA}}]
+        asked = {"model": "demo", "messages": MESSAGES, "tools": tools, "tool_choice": choice, "max_tokens": 100}
+        message = client.chat.completions.create(**asked, parallel_tool_calls=False).choices[0].message
+        (call,) = message.tool_calls
+        assert call.function.name == "add"
+        jsonschema.validate(json.loads(call.function.arguments), self.SCHEMA)
+
+    @pytest.mark.parametrize(
+        "more",
+        [{"guided_regex": "("}, {"guided_json": {"type": "nothing"}}, {"guided_regex": "a", "guided_choice": ["a"]}],
+    )
+    def test_what_cannot_be_held_is_a_bad_request(self, client: openai.OpenAI, more: dict) -> None:
+        with pytest.raises(openai.BadRequestError, match="guided|structured_outputs"):
+            client.completions.create(model="demo", prompt="x", extra_body=more)
 
 
 class TestModelsAndTokens:
