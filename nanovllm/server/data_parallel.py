@@ -30,8 +30,10 @@ PACKAGES = str(Path(__file__).parents[2])  # the folder that has this package
 PROGRAM = """
 import sys
 sys.path[:] = {path!r}
+from nanovllm.distributed.parent import end_with_parent
+end_with_parent({parent})
 from nanovllm.server.engine_process import run
-run({parent}, {lifeline}, {listener})
+run({lifeline}, {listener})
 """
 
 

@@ -12,16 +12,14 @@ import signal
 import socket
 import threading
 
-from nanovllm.distributed.follower import end_with_parent
 from nanovllm.server.launch import serve
 from nanovllm.server.state import ServerState
 
 TICK_S = 0.5  # between two looks at the engine's health
 
 
-def run(parent: int, lifeline_fd: int, listener_fd: int) -> None:
+def run(lifeline_fd: int, listener_fd: int) -> None:
     """The process's main function. SIGTERM finishes its requests first, as with any server."""
-    end_with_parent(parent)
     lifeline, listener = socket.socket(fileno=lifeline_fd), socket.socket(fileno=listener_fd)
     with lifeline.makefile("rb") as orders:
         model, options, settings, log_level = pickle.load(orders)

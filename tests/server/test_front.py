@@ -1,0 +1,112 @@
+"""The front of several engines, in this process: what it answers without an engine, and how engines are started."""
+
+import asyncio
+from types import SimpleNamespace
+from typing import Any
+
+import httpx
+import pytest
+import torch
+from prometheus_client.parser import text_string_to_metric_families
+
+from nanovllm.server import data_parallel
+from nanovllm.server.data_parallel import Engine, Engines, devices_of_engines
+from nanovllm.server.front import Front, merge_metrics
+from nanovllm.server.guard import Guard
+from nanovllm.server.response_store import engine_of, make_response_id
+from nanovllm.server.settings import Limits, ServerSettings
+
+
+def ask(method: str, path: str, prepare: Any = lambda front: None, **options: Any) -> httpx.Response:
+    """The answer of a front with two engines, neither of which serves."""
+    settings = ServerSettings(limits=Limits(queue=1, body_bytes=1000))
+    front = Front(SimpleNamespace(all=[Engine(0), Engine(1)], facts={"max_num_seqs": 2}), settings)
+    prepare(front)
+
+    async def call() -> httpx.Response:
+        transport = httpx.ASGITransport(Guard(front, settings))
+        async with httpx.AsyncClient(transport=transport, base_url="http://front") as client:
+            return await client.request(method, path, **options)
+
+    return asyncio.run(call())
+
+
+class TestWithoutAnEngine:
+    def test_health_is_503_and_metrics_say_which(self) -> None:
+        assert ask("GET", "/health").status_code == 503
+        assert 'nanovllm:engine_up{engine="1"} 0.0' in ask("GET", "/metrics").text
+
+    def test_a_request_gets_503_in_its_apis_shape(self) -> None:
+        answer = ask("POST", "/v1/completions", json={"prompt": "x"})
+        assert answer.status_code == 503 and answer.json()["error"]["code"] == "engine_lost"
+        assert answer.headers["retry-after"]
+        assert ask("POST", "/v1/messages", json={}).json()["error"]["type"] == "overloaded_error"
+
+    def test_the_bounds_are_those_of_the_settings_in_all(self) -> None:
+        assert ask("POST", "/v1/completions", content=b" " * 1001).status_code == 413
+        for active, status in ((4, 503), (5, 429)):  # 2 engines with max_num_seqs=2, and queue=1
+            answer = ask("POST", "/v1/completions", lambda front: setattr(front, "num_active", active), json={})  # noqa: B023
+            assert answer.status_code == status
+
+    def test_a_front_that_drains_lets_nothing_in(self) -> None:
+        answer = ask("POST", "/v1/completions", lambda front: setattr(front, "is_draining", True), json={})
+        assert answer.status_code == 503 and answer.json()["error"]["code"] == "draining"
+
+
+def test_merged_metrics_have_each_metric_once_with_all_samples() -> None:
+    texts = [
+        f'# HELP a A.\n# TYPE a gauge\na{{engine="{i}"}} {i}\n# HELP b B.\n# TYPE b gauge\nb{{engine="{i}"}} 5\n'
+        for i in (0, 1)
+    ]  # noqa: E501
+    found = list(text_string_to_metric_families(merge_metrics([*texts, ""]).decode()))
+    assert [family.name for family in found] == ["a", "b"]
+    assert [[sample.value for sample in family.samples] for family in found] == [[0, 1], [5, 5]]
+
+
+@pytest.mark.parametrize("index", [0, 1, 255])
+def test_the_id_of_a_response_says_which_engine_has_it(index: int) -> None:
+    assert engine_of(make_response_id(index)) == index
+
+
+@pytest.mark.parametrize("name", ["", "resp_1", "resp_" + "g" * 32, "msg_" + "0" * 32])
+def test_an_id_that_no_engine_made_has_no_engine(name: str) -> None:
+    assert engine_of(name) is None
+
+
+class TestDevices:
+    def test_each_engine_has_its_own(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        monkeypatch.setattr(torch.cuda, "device_count", lambda: 4)
+        monkeypatch.delenv("CUDA_VISIBLE_DEVICES", raising=False)
+        assert devices_of_engines(2, {"tensor_parallel_size": 2}) == [
+            {"CUDA_VISIBLE_DEVICES": "0,1"},
+            {"CUDA_VISIBLE_DEVICES": "2,3"},
+        ]
+        monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "7,GPU-5a,3,1")
+        assert [env["CUDA_VISIBLE_DEVICES"] for env in devices_of_engines(3, {})] == ["7", "GPU-5a", "3"]
+
+    def test_too_few_are_refused_with_their_number(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        monkeypatch.setattr(torch.cuda, "device_count", lambda: 3)
+        with pytest.raises(ValueError, match="data_parallel_size=2 with tensor_parallel_size=2 needs 4 devices; 3 are"):
+            devices_of_engines(2, {"tensor_parallel_size": 2})
+
+    def test_a_cpu_has_none(self) -> None:
+        assert devices_of_engines(2, {"device": "cpu"}) == [{}, {}]
+
+
+def test_engines_that_do_not_start_end_the_start(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(data_parallel, "PROGRAM", "raise SystemExit({parent} * 0 + 3)")
+    engines = Engines(2, "model", {"device": "cpu"}, ServerSettings())
+
+    async def start() -> None:
+        async with engines:
+            raise AssertionError("none serves")
+
+    with pytest.raises(ChildProcessError, match=r"engine \d has ended before all engines served"):
+        asyncio.run(start())
+    assert all(engine.process.returncode is not None for engine in engines.all)
+
+
+@pytest.mark.parametrize("size", [0, 1, 257])
+def test_a_number_of_engines_that_is_out_of_bounds_is_refused(size: int) -> None:
+    with pytest.raises(ValueError, match=f"data_parallel_size={size} must be"):
+        Engines(size, "model", {"device": "cpu"}, ServerSettings())
