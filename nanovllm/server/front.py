@@ -131,6 +131,12 @@ class Front:
         await _answer(send, merge_metrics([self.metrics.text(), *texts]))
 
 
+def guarded(front: Front) -> Any:
+    """The front with what stands before it, as `make_app` has it."""
+    origins, app = front.settings.allowed_origins, Guard(front, front.settings)
+    return CORSMiddleware(app, origins, allow_methods=["*"], allow_headers=["*"]) if origins else app
+
+
 async def _relay(connection: Connection, scope: dict[str, Any], body: bytes, send: Send) -> None:
     """Write the engine's answer as it comes. If the engine ends in the middle of a stream, an event says so."""
     query = scope["query_string"]
@@ -206,10 +212,7 @@ class _FrontServer(DrainingServer):
     """Serves once all engines do, and ends them when its own requests have ended."""
 
     def __init__(self, front: Front, engines: Engines, listener: socket.socket, ssl: dict[str, str] | None) -> None:
-        app: Any = Guard(front, front.settings)
-        if front.settings.allowed_origins:
-            app = CORSMiddleware(app, front.settings.allowed_origins, allow_methods=["*"], allow_headers=["*"])
-        super().__init__(uvicorn_config(app, front.settings, ssl), front)
+        super().__init__(uvicorn_config(guarded(front), front.settings, ssl), front)
         self._engines, self._listener, self._ssl = engines, listener, ssl
 
     async def serve(self, sockets: list[socket.socket] | None = None) -> None:

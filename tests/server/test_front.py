@@ -11,8 +11,7 @@ from prometheus_client.parser import text_string_to_metric_families
 
 from nanovllm.server import data_parallel
 from nanovllm.server.data_parallel import Engine, Engines, devices_of_engines
-from nanovllm.server.front import Front, merge_metrics
-from nanovllm.server.guard import Guard
+from nanovllm.server.front import Front, guarded, merge_metrics
 from nanovllm.server.response_store import engine_of, make_response_id
 from nanovllm.server.settings import Limits, ServerSettings
 
@@ -24,7 +23,7 @@ def ask(method: str, path: str, prepare: Any = lambda front: None, **options: An
     prepare(front)
 
     async def call() -> httpx.Response:
-        transport = httpx.ASGITransport(Guard(front, settings))
+        transport = httpx.ASGITransport(guarded(front))
         async with httpx.AsyncClient(transport=transport, base_url="http://front") as client:
             return await client.request(method, path, **options)
 
