@@ -87,17 +87,18 @@ class Engines:
 
     async def __aenter__(self) -> "Engines":
         self._keepers = [asyncio.ensure_future(self._keep(engine)) for engine in self.all]
-        ready = asyncio.gather(*(engine.is_ready.wait() for engine in self.all))
+        ready = asyncio.ensure_future(self._wait_until_ready())
         try:
             await asyncio.wait({ready, *self._keepers}, return_when=asyncio.FIRST_COMPLETED)
             for keeper in self._keepers:
                 if keeper.done():
                     keeper.result()
         except BaseException:
-            ready.cancel()
             self.end_at_once = True
             await self.__aexit__()
             raise
+        finally:
+            ready.cancel()
         self._have_started = True
         return self
 
@@ -110,7 +111,11 @@ class Engines:
             await asyncio.wait(self._keepers, timeout=END_S)
         for keeper in self._keepers:
             keeper.cancel()
-        await asyncio.wait(self._keepers)
+        await asyncio.gather(*self._keepers, return_exceptions=True)  # the first error is raised already
+
+    async def _wait_until_ready(self) -> None:
+        for engine in self.all:
+            await engine.is_ready.wait()
 
     async def _keep(self, engine: Engine) -> None:
         """Start an engine, and again whenever it ends. Raises ChildProcessError if it ends before all serve."""

@@ -28,7 +28,7 @@ def run(lifeline_fd: int, listener_fd: int) -> None:
 
     def ready(state: ServerState) -> None:
         tell(lifeline, {"name": state.names[0], "max_num_seqs": state.llm.config.max_num_seqs})
-        threading.Thread(target=_watch, args=(lifeline, state), daemon=True).start()
+        threading.Thread(target=watch, args=(lifeline, state), daemon=True).start()
 
     try:
         serve(model, options, settings, listener, ready=ready)
@@ -40,7 +40,7 @@ def tell(lifeline: socket.socket, facts: dict[str, str | int]) -> None:
     lifeline.sendall(json.dumps(facts).encode() + b"\n")
 
 
-def _watch(lifeline: socket.socket, state: ServerState) -> None:
+def watch(lifeline: socket.socket, state: ServerState) -> None:
     """End this process with the front, and once its engine has failed for good: the front then starts another."""
     lifeline.settimeout(TICK_S)
     while True:

@@ -1,6 +1,8 @@
 """The front of several engines, in this process: what it answers without an engine, and how engines are started."""
 
 import asyncio
+import signal
+import socket
 from types import SimpleNamespace
 from typing import Any
 
@@ -9,7 +11,7 @@ import pytest
 import torch
 from prometheus_client.parser import text_string_to_metric_families
 
-from nanovllm.server import data_parallel
+from nanovllm.server import data_parallel, engine_process
 from nanovllm.server.data_parallel import Engine, Engines, devices_of_engines
 from nanovllm.server.front import Front, guarded, merge_metrics
 from nanovllm.server.response_store import engine_of, make_response_id
@@ -103,6 +105,25 @@ def test_engines_that_do_not_start_end_the_start(monkeypatch: pytest.MonkeyPatch
     with pytest.raises(ChildProcessError, match=r"engine \d has ended before all engines served"):
         asyncio.run(start())
     assert all(engine.process.returncode is not None for engine in engines.all)
+
+
+def test_an_engine_that_has_failed_for_good_ends_its_process_by_draining(monkeypatch: pytest.MonkeyPatch) -> None:
+    state, sent = SimpleNamespace(llm=SimpleNamespace(errored=True), is_draining=False), []
+    front, lifeline = socket.socketpair()
+
+    def kill(pid: int, signum: int) -> None:
+        sent.append(signum)
+        state.is_draining = True
+        front.close()
+
+    def end(code: int) -> None:
+        raise SystemExit(code)
+
+    monkeypatch.setattr(engine_process, "TICK_S", 0.01)
+    monkeypatch.setattr(engine_process, "os", SimpleNamespace(kill=kill, getpid=lambda: 1, _exit=end))
+    with lifeline, pytest.raises(SystemExit, match="1"):  # once the front has ended
+        engine_process.watch(lifeline, state)  # type: ignore[arg-type]
+    assert sent == [signal.SIGTERM]
 
 
 @pytest.mark.parametrize("size", [0, 1, 257])
