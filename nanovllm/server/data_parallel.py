@@ -148,7 +148,8 @@ class Engines:
             facts = json.loads(line) if line else {"error": "what it wrote stands above"}
             if "error" in facts:
                 return facts["error"]
-            self.facts, engine.address = facts, f"/proc/self/fd/{handle}"
+            self.facts.update(facts)
+            engine.address = f"/proc/self/fd/{handle}"
             engine.is_ready.set()
             await reader.read()  # it says nothing more: this is its end
             return ""

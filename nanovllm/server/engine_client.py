@@ -59,9 +59,14 @@ class Connection:
         self._writer.transport.abort()
 
 
-async def connect(address: str) -> Connection:
-    """Raises OSError if the engine has ended."""
-    return Connection(*await asyncio.open_unix_connection(address, limit=MOST_AT_ONCE))
+async def connect(address: str | None) -> Connection | None:
+    """None if the engine has ended."""
+    if address is None:
+        return None
+    try:
+        return Connection(*await asyncio.open_unix_connection(address, limit=MOST_AT_ONCE))
+    except OSError:
+        return None
 
 
 class _Answer:

@@ -7,7 +7,7 @@ It reads requests as a server of one engine does (`guard.py`), parses a body onc
 import asyncio
 import json
 import socket
-from collections.abc import Iterable
+from collections.abc import Coroutine, Iterable, MutableMapping
 from typing import Any
 
 from prometheus_client import CollectorRegistry, Histogram, generate_latest
@@ -25,6 +25,7 @@ from nanovllm.server.settings import ServerSettings
 from nanovllm.server.sse import error_event
 from nanovllm.server.state import cancelled, gone
 
+Scope = MutableMapping[str, Any]
 _RESPONSES = "/v1/responses/"
 
 
@@ -54,11 +55,11 @@ class Front:
 
     def __init__(self, engines: Engines, settings: ServerSettings) -> None:
         self.settings = settings
-        self.metrics = FrontMetrics(engines)
+        self.engines, self._facts = engines.all, engines.facts
+        self.metrics = FrontMetrics(self.engines)
         self.num_active, self.is_draining, self.became_idle = 0, False, asyncio.Event()
-        self._engines = engines
 
-    async def __call__(self, scope: dict[str, Any], receive: Receive, send: Send) -> None:
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         path, is_post = scope["path"], scope["method"] == "POST"
         if path in ("/health", "/ping") and scope["method"] == "GET":
             return await self._answer_health(send)
@@ -68,13 +69,7 @@ class Front:
         if is_post:
             self._let_in()
         try:
-            engine, connection = await self._connect(path, _json(body) if is_post else None)
-            engine.num_active += 1
-            try:
-                await self._hand_on(connection, scope, body, receive, send)
-            finally:
-                engine.num_active -= 1
-                connection.close()
+            await self._hand_on(scope, body, _json(body) if is_post else None, receive, send)
         finally:
             self.num_active -= is_post
             if self.num_active == 0:
@@ -84,21 +79,25 @@ class Front:
         """Raises ApiError if there are too many requests, or the server ends. Engines count completions besides."""
         if self.is_draining:
             raise ApiError(503, "the server is about to end", code="draining")
-        most = len(self._engines.all) * self._engines.facts["max_num_seqs"] + self.settings.limits.queue
+        most = len(self.engines) * self._facts["max_num_seqs"] + self.settings.limits.queue
         if self.num_active >= most:
             raise ApiError(429, f"{self.num_active} requests run or wait; try again later", code="queue_full")
         self.num_active += 1
 
-    async def _connect(self, path: str, body: Any) -> tuple[Engine, Connection]:
-        """The engine that a request belongs to. Raises ApiError if it does not serve; then nothing was sent."""
-        engines, first = self._engines.all, beginning(body)
-        holder = self._holder(path, body)
-        loads = [engine.num_active if engine.address and holder in (None, engine) else None for engine in engines]
+    async def _hand_on(self, scope: Scope, body: bytes, parsed: Any, receive: Receive, send: Send) -> None:
+        """Give a request to the engine where it belongs. Raises ApiError if that does not serve, or ends early."""
+        first, holder = beginning(parsed), self._holder(scope["path"], parsed)
+        loads = [engine.num_active if engine.address and holder in (None, engine) else None for engine in self.engines]
         while (index := choose(first, loads)) is not None:
+            engine = self.engines[index]
+            engine.num_active += 1
             try:
-                return engines[index], await connect(engines[index].address or "")
-            except OSError:  # it has just ended, and its keeper does not know yet
-                loads[index] = None
+                connection = await connect(engine.address)
+                if connection is not None:
+                    return await _unless_gone(connection, _relay(connection, scope, body, send), receive)
+                loads[index] = None  # it has just ended, and its keeper does not know yet
+            finally:
+                engine.num_active -= 1
         raise ApiError(503, "the engine is being started again", code="engine_lost")
 
     def _holder(self, path: str, body: Any) -> Engine | None:
@@ -107,27 +106,15 @@ class Front:
         if path.startswith(_RESPONSES):
             name = path[len(_RESPONSES) :].partition("/")[0]
         index = engine_of(name) if isinstance(name, str) else None
-        return self._engines.all[index] if index is not None and index < len(self._engines.all) else None
-
-    async def _hand_on(
-        self, connection: Connection, scope: dict[str, Any], body: bytes, receive: Receive, send: Send
-    ) -> None:
-        relay = asyncio.ensure_future(_relay(connection, scope, body, send))
-        watch = asyncio.ensure_future(gone(receive))
-        try:
-            await asyncio.wait({relay, watch}, return_when=asyncio.FIRST_COMPLETED)
-            if relay.done():
-                relay.result()
-        finally:
-            await cancelled(relay, watch)
+        return self.engines[index] if index is not None and index < len(self.engines) else None
 
     async def _answer_health(self, send: Send) -> None:
-        if not any(engine.address for engine in self._engines.all):
+        if not any(engine.address for engine in self.engines):
             raise ApiError(503, "no engine serves", code="engine_lost")
         await _answer(send, b"")
 
     async def _answer_metrics(self, send: Send) -> None:
-        texts = await asyncio.gather(*(_metrics_of(engine.address) for engine in self._engines.all if engine.address))
+        texts = await asyncio.gather(*(_metrics_of(engine.address) for engine in self.engines))
         await _answer(send, merge_metrics([self.metrics.text(), *texts]))
 
 
@@ -137,7 +124,19 @@ def guarded(front: Front) -> Any:
     return CORSMiddleware(app, origins, allow_methods=["*"], allow_headers=["*"]) if origins else app
 
 
-async def _relay(connection: Connection, scope: dict[str, Any], body: bytes, send: Send) -> None:
+async def _unless_gone(connection: Connection, relay: Coroutine[Any, Any, None], receive: Receive) -> None:
+    """Relay an answer until it ends or the client leaves, and close the connection."""
+    task, watch = asyncio.ensure_future(relay), asyncio.ensure_future(gone(receive))
+    try:
+        await asyncio.wait({task, watch}, return_when=asyncio.FIRST_COMPLETED)
+        if task.done():
+            task.result()
+    finally:
+        await cancelled(task, watch)
+        connection.close()
+
+
+async def _relay(connection: Connection, scope: Scope, body: bytes, send: Send) -> None:
     """Write the engine's answer as it comes. If the engine ends in the middle of a stream, an event says so."""
     query = scope["query_string"]
     target = scope["raw_path"] + (b"?" + query if query else b"")
@@ -148,6 +147,8 @@ async def _relay(connection: Connection, scope: dict[str, Any], body: bytes, sen
         ):
             start = start or message
             await send(message)
+    except OSError:
+        return  # the client has left
     except EngineLostError:
         error = ApiError(503, "the engine has ended before its answer was complete", code="engine_lost")
         if start is None:
@@ -157,11 +158,10 @@ async def _relay(connection: Connection, scope: dict[str, Any], body: bytes, sen
         # Any other answer stays incomplete, and uvicorn closes the connection.
 
 
-async def _metrics_of(address: str) -> str:
-    """An engine's metrics; empty if it has just ended."""
-    try:
-        connection = await connect(address)
-    except OSError:
+async def _metrics_of(address: str | None) -> str:
+    """An engine's metrics; empty if it does not serve, or ends meanwhile."""
+    connection = await connect(address)
+    if connection is None:
         return ""
     try:
         messages = connection.ask("GET", b"/metrics", [(b"host", b"engine")], "metrics")
@@ -188,7 +188,7 @@ def merge_metrics(texts: Iterable[str]) -> bytes:
 class FrontMetrics:
     """What the front itself counts."""
 
-    def __init__(self, engines: Engines) -> None:
+    def __init__(self, engines: list[Engine]) -> None:
         self._engines = engines
         self._registry = CollectorRegistry()
         self._registry.register(self)
@@ -199,7 +199,7 @@ class FrontMetrics:
         """`prometheus_client` calls this."""
         serves = GaugeMetricFamily("nanovllm:engine_up", "Whether the engine serves.", labels=["engine"])
         restarts = CounterMetricFamily("nanovllm:engine_restarts", "How often it was started again.", labels=["engine"])
-        for engine in self._engines.all:
+        for engine in self._engines:
             serves.add_metric([str(engine.index)], engine.address is not None)
             restarts.add_metric([str(engine.index)], engine.num_restarts)
         return [serves, restarts]

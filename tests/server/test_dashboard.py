@@ -30,7 +30,7 @@ def exposition() -> dict[str, set[str]]:
     watch = engine.watch()
     watch.see(an_output())
     watch.end()
-    front = FrontMetrics(SimpleNamespace(all=[Engine(0)]))  # type: ignore[arg-type]
+    front = FrontMetrics([Engine(0)])
     families = text_string_to_metric_families(merge_metrics([front.text(), engine.text().decode()]).decode())
     return {sample.name: set(sample.labels) for family in families for sample in family.samples}
 

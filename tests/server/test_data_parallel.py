@@ -60,15 +60,15 @@ def wait_for(condition: Any, seconds: float = 30.0) -> None:
 class Streams:
     """Streams that are read in threads until they end, however they end."""
 
-    def __init__(self, client: openai.OpenAI, number: int) -> None:
-        self.begun, self.ends, self._client = 0, [], client
+    def __init__(self, client: openai.OpenAI, number: int, **options: Any) -> None:
+        self.begun, self.ends, self._client, self._options = 0, [], client, ENDLESS | options
         self.threads = [threading.Thread(target=self._read, args=(i,)) for i in range(number)]
         for thread in self.threads:
             thread.start()
 
     def _read(self, i: int) -> None:
         try:
-            chunks = iter(self._client.completions.create(prompt=f"# {i}", stream=True, **ENDLESS))
+            chunks = iter(self._client.completions.create(prompt=f"# {i}", stream=True, **self._options))
             next(chunks)
             self.begun += 1
             self.ends.append([chunk.choices[0].finish_reason for chunk in chunks][-1])
@@ -167,7 +167,7 @@ def test_an_engine_that_dies_takes_only_its_own_requests_and_comes_back(two: Ser
 
 def test_a_signal_drains_all_engines_and_leaves_nothing(two: Server) -> None:
     engines = engines_of(two)
-    streams = Streams(two.client(), 4)
+    streams = Streams(two.client(), 4, max_tokens=60)
     wait_for(lambda: streams.begun == 4)
     two.process.send_signal(signal.SIGTERM)
     with pytest.raises(openai.InternalServerError, match="about to end"):

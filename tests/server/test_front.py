@@ -1,6 +1,8 @@
 """The front of several engines, in this process: what it answers without an engine, and how engines are started."""
 
 import asyncio
+import json
+import os
 import signal
 import socket
 from types import SimpleNamespace
@@ -12,24 +14,126 @@ import torch
 from prometheus_client.parser import text_string_to_metric_families
 
 from nanovllm.server import data_parallel, engine_process
-from nanovllm.server.data_parallel import Engine, Engines, devices_of_engines
+from nanovllm.server.data_parallel import Engine, Engines, devices_of_engines, private_listener
 from nanovllm.server.front import Front, guarded, merge_metrics
 from nanovllm.server.response_store import engine_of, make_response_id
 from nanovllm.server.settings import Limits, ServerSettings
 
 
+def front_of(*engines: Engine) -> Front:
+    settings = ServerSettings(limits=Limits(queue=1, body_bytes=1000))
+    return Front(SimpleNamespace(all=list(engines), facts={"max_num_seqs": 2}), settings)  # type: ignore[arg-type]
+
+
+async def send(front: Front, method: str, path: str, **options: Any) -> httpx.Response:
+    async with httpx.AsyncClient(transport=httpx.ASGITransport(guarded(front)), base_url="http://front") as client:
+        return await client.request(method, path, **options)
+
+
 def ask(method: str, path: str, prepare: Any = lambda front: None, **options: Any) -> httpx.Response:
     """The answer of a front with two engines, neither of which serves."""
-    settings = ServerSettings(limits=Limits(queue=1, body_bytes=1000))
-    front = Front(SimpleNamespace(all=[Engine(0), Engine(1)], facts={"max_num_seqs": 2}), settings)
+    front = front_of(Engine(0), Engine(1))
     prepare(front)
+    return asyncio.run(send(front, method, path, **options))
+
+
+STREAM = b"HTTP/1.1 200 OK\r\ncontent-type: text/event-stream; charset=utf-8\r\ntransfer-encoding: chunked\r\n\r\n"
+EVENT = b'f\r\ndata: {"a":1}\n\n\r\n'
+
+
+class FakeEngine:
+    """Answers each request with the same bytes, and then ends.
+
+        async with FakeEngine(answer) as address:
+
+    Attributes:
+        seen: the requests' bytes.
+    """
+
+    def __init__(self, answer: bytes) -> None:
+        self.seen, self._answer = b"", answer
+
+    async def __aenter__(self) -> str:
+        listener, self._handle = private_listener()
+        self._server = await asyncio.start_unix_server(self._serve, sock=listener)
+        return f"/proc/self/fd/{self._handle}"
+
+    async def _serve(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        self.seen += await reader.read(1 << 16)
+        writer.write(self._answer)
+        writer.close()
+
+    async def __aexit__(self, *_: object) -> None:
+        self._server.close()
+        os.close(self._handle)
+
+
+def ask_engine(engine: FakeEngine, method: str, path: str, **options: Any) -> httpx.Response:
+    """The answer of a front with this engine, beside one that has ended without the front's knowledge."""
 
     async def call() -> httpx.Response:
-        transport = httpx.ASGITransport(guarded(front))
-        async with httpx.AsyncClient(transport=transport, base_url="http://front") as client:
-            return await client.request(method, path, **options)
+        async with engine as address:
+            front = front_of(Engine(0, "/nobody/listens/here"), Engine(1, address))
+            answer = await send(front, method, path, **options)
+            assert front.num_active == 0 and [engine.num_active for engine in front.engines] == [0, 0]
+            return answer
 
     return asyncio.run(call())
+
+
+class TestAnEngine:
+    def test_gets_the_request_as_it_came(self) -> None:
+        engine = FakeEngine(b"HTTP/1.1 201 Made\r\nx-a: b\r\ncontent-length: 2\r\nconnection: close\r\n\r\nhi")
+        answer = ask_engine(engine, "PUT", "/a%2Fb?c=d%20e", content=b"body", headers={"x-request-id": "me", "te": "x"})
+        assert (answer.status_code, answer.content, answer.headers["x-a"]) == (201, b"hi", "b")
+        assert "connection" not in answer.headers
+        head, _, body = engine.seen.partition(b"\r\n\r\n")
+        assert head.startswith(b"PUT /a%2Fb?c=d%20e HTTP/1.1\r\n") and body == b"body"
+        lines = head.lower().split(b"\r\n")[1:]
+        assert {b"content-length: 4", b"x-request-id: me", b"host: front", b"connection: close"} <= set(lines)
+        assert len({line.partition(b":")[0] for line in lines}) == len(lines) and not any(b"te:" in li for li in lines)
+
+    @pytest.mark.parametrize(
+        ("path", "name"),
+        [("/v1/chat/completions", b""), ("/v1/messages", b"event: error\n"), ("/v1/responses", b"event: error\n")],
+    )
+    def test_that_ends_in_a_stream_leaves_an_error_event(self, path: str, name: bytes) -> None:
+        answer = ask_engine(FakeEngine(STREAM + EVENT), "POST", path, json={})
+        first, last = answer.content.strip().split(b"\n\n")
+        assert first == b'data: {"a":1}' and last.startswith(name + b"data: ")
+        assert "engine has ended" in json.loads(last.removeprefix(name + b"data: "))["error"]["message"]
+
+    @pytest.mark.parametrize("answer", [b"", STREAM[:30]])
+    def test_that_ends_before_its_answer_is_a_503(self, answer: bytes) -> None:
+        answer = ask_engine(FakeEngine(answer), "POST", "/v1/completions", json={})
+        assert answer.status_code == 503 and answer.json()["error"]["code"] == "engine_lost"
+
+    def test_that_ends_in_an_answer_without_events_leaves_it_incomplete(self) -> None:
+        half = b"HTTP/1.1 200 OK\r\ncontent-type: application/json\r\ncontent-length: 9\r\n\r\n{1"
+        messages: list[Any] = []
+
+        async def receive() -> dict[str, Any]:
+            return {"type": "http.request", "body": b"", "more_body": False}
+
+        async def keep(message: Any) -> None:
+            messages.append(message)
+
+        async def call() -> None:
+            async with FakeEngine(half) as address:
+                scope = {
+                    "type": "http",
+                    "method": "GET",
+                    "path": "/x",
+                    "raw_path": b"/x",
+                    "query_string": b"",
+                    "headers": [],
+                }
+                receives = iter([receive, asyncio.Event().wait])
+                await guarded(front_of(Engine(0, address)))(scope, lambda: next(receives)(), keep)
+
+        asyncio.run(call())  # uvicorn then closes the connection
+        assert [message["type"] for message in messages] == ["http.response.start", "http.response.body"]
+        assert messages[1]["body"] == b"{1" and messages[1]["more_body"]
 
 
 class TestWithoutAnEngine:
