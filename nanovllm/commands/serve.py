@@ -54,7 +54,7 @@ def serve(
             max=256,
             help="Engines behind the port, each with --tensor-parallel-size devices; requests that begin alike meet.",
         ),
-    ] = 1,  # fmt: skip
+    ] = 1,
     log_requests: Annotated[bool, typer.Option(help="A line for each request, without its text.")] = True,
     *,
     engine: dict[str, Any],

@@ -104,11 +104,12 @@ class Engines:
 
     async def __aexit__(self, *_: object) -> None:
         self._is_ending = True
-        if not self.end_at_once:
-            for engine in self.all:
-                if engine.process is not None:
-                    engine.process.terminate()
-            await asyncio.wait(self._keepers, timeout=END_S)
+        for engine, keeper in zip(self.all, self._keepers, strict=True):
+            if engine.address is None or engine.process is None or self.end_at_once:
+                keeper.cancel()
+            else:
+                engine.process.terminate()
+        await asyncio.wait(self._keepers, timeout=END_S)
         for keeper in self._keepers:
             keeper.cancel()
         await asyncio.gather(*self._keepers, return_exceptions=True)  # the first error is raised already
@@ -121,7 +122,10 @@ class Engines:
         """Start an engine, and again whenever it ends. Raises ChildProcessError if it ends before all serve."""
         pause_s = 1.0
         while True:
-            reason = await self._live(engine)
+            try:
+                reason = await self._live(engine)
+            except OSError as error:
+                reason = str(error)
             if self._is_ending:
                 return
             if not self._have_started:
@@ -135,7 +139,10 @@ class Engines:
             engine.num_restarts += 1
 
     async def _live(self, engine: Engine) -> str:
-        """One life of an engine's process, until it ends. Returns why it did not serve; empty if it did."""
+        """One life of an engine's process, until it ends. Returns why it did not serve; empty if it did.
+
+        Raises OSError if it cannot be started.
+        """
         listener, handle = private_listener()
         ours, theirs = socket.socketpair()
         writer = None
@@ -153,8 +160,6 @@ class Engines:
             engine.is_ready.set()
             await reader.read()  # it says nothing more: this is its end
             return ""
-        except ConnectionError as error:
-            return str(error)
         finally:
             engine.address = None
             os.close(handle)

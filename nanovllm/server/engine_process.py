@@ -26,13 +26,19 @@ def run(lifeline_fd: int, listener_fd: int) -> None:
     logging.basicConfig(level=log_level, format=f"%(asctime)s engine {settings.engine_index}: %(message)s")
     logging.getLogger("nanovllm.access").setLevel(logging.WARNING)  # the front has a line for each request
 
+    has_served = False
+
     def ready(state: ServerState) -> None:
+        nonlocal has_served
+        has_served = True
         tell(lifeline, {"name": state.names[0], "max_num_seqs": state.llm.config.max_num_seqs})
         threading.Thread(target=watch, args=(lifeline, state), daemon=True).start()
 
     try:
         serve(model, options, settings, listener, ready=ready)
     except (TypeError, ValueError, OSError) as error:  # the command's user sees it as one line
+        if has_served:
+            raise
         tell(lifeline, {"error": str(error)})
 
 
