@@ -45,8 +45,8 @@ def metrics(port: int) -> dict[str, float]:
 def lag_percentile(values: dict[str, float], share: float) -> float:
     """The upper bound of the histogram's bucket that holds this share, in seconds."""
     name = "nanovllm:event_loop_lag_seconds"
-    total = values[f"{name}_count"]
-    bounds = [(float(key.split('"')[1]), n) for key, n in values.items() if key.startswith(f"{name}_bucket")]
+    total = values[f'{name}_count{{engine="0"}}']
+    bounds = [(float(key.split('le="')[1].split('"')[0]), n) for key, n in values.items() if f"{name}_bucket" in key]
     return min(bound for bound, n in bounds if n >= share * total)
 
 

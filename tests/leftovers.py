@@ -47,7 +47,12 @@ def are_gone(pids: list[int], seconds: float = 5.0) -> bool:
 
 
 def rank_processes() -> set[int]:
-    """The ranks that were started by this process, by the kernel's books and not by ours."""
+    """The ranks that were started by this process."""
+    return children_of(os.getpid(), "nanovllm.distributed.follower")
+
+
+def children_of(pid: int, word: str) -> set[int]:
+    """A process's children with this word in their command, by the kernel's books and not by ours."""
     found = set()
     for stat in Path("/proc").glob("[0-9]*/stat"):
         try:
@@ -55,7 +60,7 @@ def rank_processes() -> set[int]:
             command = (stat.parent / "cmdline").read_text()
         except (FileNotFoundError, ProcessLookupError):
             continue
-        if parent == os.getpid() and "nanovllm.distributed.follower" in command:
+        if parent == pid and word in command:
             found.add(int(stat.parent.name))
     return found
 

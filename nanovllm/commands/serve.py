@@ -45,6 +45,16 @@ def serve(
         int, typer.Option(help="Completions beyond --max-num-seqs; then 429.", rich_help_panel=_LIMITS)
     ] = 1024,
     max_body_bytes: Annotated[int, typer.Option(help="Then 413.", rich_help_panel=_LIMITS)] = 16 << 20,
+    data_parallel_size: Annotated[
+        int,
+        typer.Option(
+            "--data-parallel-size",
+            "-dp",
+            min=1,
+            max=256,
+            help="Engines behind the port, each with --tensor-parallel-size devices; requests that begin alike meet.",
+        ),
+    ] = 1,
     log_requests: Annotated[bool, typer.Option(help="A line for each request, without its text.")] = True,
     *,
     engine: dict[str, Any],
@@ -55,6 +65,7 @@ def serve(
     SIGTERM or Ctrl-C finishes the running requests first, and refuses new ones.
     """
     try:
+        from nanovllm.server.front import serve_engines
         from nanovllm.server.launch import listen
         from nanovllm.server.launch import serve as run
         from nanovllm.server.parsing.reasoning import REASONING_PARSERS
@@ -82,7 +93,10 @@ def serve(
             path, options = model_and_options(model, engine)
             if model is None and not settings.served_model_names:
                 settings.served_model_names = [Path(path).stem]
-            run(path, options, settings, listener, ssl)
+            if data_parallel_size == 1:
+                run(path, options, settings, listener, ssl)
+            else:
+                serve_engines(data_parallel_size, path, options, settings, listener, ssl)
 
 
 def _parser(option: str, name: str, known: dict[str, Any]) -> str | None:

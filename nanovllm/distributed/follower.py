@@ -4,13 +4,10 @@ After a command that rank 0 waits for, it reports that it is done. When a comman
 ends.
 """
 
-import ctypes
 import logging
 import os
 import pickle
 import queue
-import signal
-import sys
 import threading
 import traceback
 from collections.abc import Iterator
@@ -21,6 +18,7 @@ import torch
 
 from nanovllm.config import Config
 from nanovllm.distributed.groups import join_group
+from nanovllm.distributed.parent import end_with_parent
 from nanovllm.distributed.tensor_parallel import PeerLostError, TensorParallel
 from nanovllm.models.sharded_state import save_shard
 from nanovllm.worker.model_runner import ModelRunner
@@ -28,7 +26,6 @@ from nanovllm.worker.resolve import resolve_device
 from nanovllm.worker.sleep import load_weights, sleep, wake_up
 
 MAX_REPORT = 20_000  # characters: less than a socket's buffer, so that sending a report never blocks
-PR_SET_PDEATHSIG = 1
 
 Inbox = queue.SimpleQueue[tuple[str, tuple, bool]]  # command, arguments, whether rank 0 waits for the report
 
@@ -84,14 +81,6 @@ def _tensors(inbox: Inbox, runner: ModelRunner) -> Iterator[tuple[str, torch.Ten
             return
         name, shape, dtype = args
         yield name, runner.tp.broadcast(torch.empty(shape, dtype=dtype, device=runner.device))
-
-
-def end_with_parent(parent: int) -> None:
-    """Have Linux kill this process when the thread that started it ends; if the parent has ended already, end now."""
-    if sys.platform == "linux":
-        ctypes.CDLL(None).prctl(PR_SET_PDEATHSIG, signal.SIGKILL)
-    if os.getppid() != parent:
-        os._exit(1)
 
 
 def _receive(link: Connection, inbox: Inbox) -> None:

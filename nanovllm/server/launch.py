@@ -5,8 +5,9 @@ import logging
 import signal
 import socket
 import sys
+from collections.abc import Callable
 from types import FrameType
-from typing import Any
+from typing import Any, Protocol
 
 import uvicorn
 
@@ -37,6 +38,7 @@ def serve(
     settings: ServerSettings,
     listener: socket.socket,
     ssl: dict[str, str] | None = None,
+    ready: Callable[[ServerState], None] | None = None,
 ) -> None:
     """Make an engine and serve it until SIGINT or SIGTERM.
 
@@ -44,6 +46,7 @@ def serve(
         options: of the engine, see `nanovllm.config.Config`.
         listener: closed at the end.
         ssl: `ssl_keyfile`, `ssl_certfile`, … as `uvicorn.Config` has them.
+        ready: called once the engine is made; by default a line on stdout says where it serves.
 
     Raises: as `AsyncLLM`.
     """
@@ -52,22 +55,44 @@ def serve(
         llm = AsyncLLM(model, **options)
         try:
             app = make_app(llm, settings)
-            config = uvicorn.Config(
-                app, http=bounded_protocol(settings.limits), ws="none", lifespan="off", access_log=False,
-                log_level="warning", server_header=False, timeout_graceful_shutdown=1, **(ssl or {}),
-            )  # fmt: skip
-            host, port = listener.getsockname()[:2]
-            logger.info("serving %s on %s://%s:%d", app.state.server.names[0], "https" if ssl else "http", host, port)
-            print(f"nano-vLLM serves {app.state.server.names[0]} on {host}:{port}", flush=True)
-            DrainingServer(config, app.state.server).run(sockets=[listener])
+            state: ServerState = app.state.server
+            if ready is None:
+                announce(state.names[0], listener, ssl)
+            else:
+                ready(state)
+            DrainingServer(uvicorn_config(app, settings, ssl), state).run(sockets=[listener])
         finally:
             llm.close()
+
+
+def uvicorn_config(app: Any, settings: ServerSettings, ssl: dict[str, str] | None) -> uvicorn.Config:
+    """How an ASGI application is served."""
+    return uvicorn.Config(
+        app, http=bounded_protocol(settings.limits), ws="none", lifespan="off", access_log=False,
+        log_level="warning", server_header=False, timeout_graceful_shutdown=1, **(ssl or {}),
+    )  # fmt: skip
+
+
+def announce(name: str, listener: socket.socket, ssl: dict[str, str] | None) -> None:
+    host, port = listener.getsockname()[:2]
+    logger.info("serving %s on %s://%s:%d", name, "https" if ssl else "http", host, port)
+    print(f"nano-vLLM serves {name} on {host}:{port}", flush=True)
+
+
+class Drainable(Protocol):
+    """What a server knows of the requests it has let in: `ServerState`, or the front of several engines."""
+
+    settings: ServerSettings
+    metrics: Any  # has `see_loop_lag(seconds)`
+    num_active: int
+    is_draining: bool
+    became_idle: asyncio.Event
 
 
 class DrainingServer(uvicorn.Server):
     """A uvicorn server that finishes its requests before it ends. Meanwhile it refuses new ones with status 503."""
 
-    def __init__(self, config: uvicorn.Config, state: ServerState) -> None:
+    def __init__(self, config: uvicorn.Config, state: Drainable) -> None:
         super().__init__(config)
         self._state = state
         self._drain: asyncio.Task[None] | None = None

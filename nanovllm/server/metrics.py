@@ -33,9 +33,9 @@ _COUNTERS = {
 class Metrics:
     """One a server, with its own registry."""
 
-    def __init__(self, llm: AsyncLLM, model_name: str) -> None:
+    def __init__(self, llm: AsyncLLM, model_name: str, engine_index: int = 0) -> None:
         self._llm = llm
-        self._labels = {"model_name": model_name, "engine": "0"}
+        self._labels = {"model_name": model_name, "engine": str(engine_index)}
         self.registry = CollectorRegistry()
         self.registry.register(self)
         self._prompt_tokens = self._counter("prompt_tokens", "Tokens of prompts.")
@@ -46,8 +46,8 @@ class Metrics:
         self._queue = self._histogram("request_queue_time_seconds", "From arrival to the first step.", _REQUEST_SECONDS)
         self._prompt = self._histogram("request_prompt_tokens", "Tokens of a prompt.", _TOKENS)
         self._generation = self._histogram("request_generation_tokens", "Generated tokens of a request.", _TOKENS)
-        lag = Histogram("nanovllm:event_loop_lag_seconds", "How late timers are.", registry=self.registry)
-        self.see_loop_lag = lag.observe
+        lag = Histogram("nanovllm:event_loop_lag_seconds", "How late timers are.", ["engine"], registry=self.registry)
+        self.see_loop_lag = lag.labels(str(engine_index)).observe
         self._success = Counter(
             "vllm:request_success", "Requests that ended.", [*self._labels, "finished_reason"], registry=self.registry
         )

@@ -15,7 +15,6 @@ from nanovllm.server.openai_fields import Fields, JsonSchema, ResponseFormat, Sa
 
 LOGPROBS = "message.output_text.logprobs"
 _PREFIXES = {
-    "response": "resp",
     "message": "msg",
     "reasoning": "rs",
     "function_call": "fc",
@@ -25,7 +24,7 @@ Short = Annotated[str, Field(max_length=64)]
 
 
 def fresh_id(kind: str) -> str:
-    """A new id for a response, or an item of this type."""
+    """A new id for an item of this type."""
     return f"{_PREFIXES[kind]}_{uuid4().hex}"
 
 

@@ -20,9 +20,9 @@ from nanovllm.server.response_context import (
     messages_of,
     template_of,
 )
-from nanovllm.server.response_fields import ResponseFields, echo, fresh_id, params
+from nanovllm.server.response_fields import ResponseFields, echo, params
 from nanovllm.server.response_items import OutputItems, pieces_of
-from nanovllm.server.response_store import ResponseStore, StoredResponse
+from nanovllm.server.response_store import ResponseStore, StoredResponse, make_response_id
 from nanovllm.server.sse import DONE, event, stream
 from nanovllm.server.state import ServerState, state_of, unless_gone
 from nanovllm.server.token_logprobs import token_logprobs
@@ -93,7 +93,7 @@ class _Call:
         state.check_limit("top_logprobs", fields.top_logprobs or 0, state.limits.logprobs)
         state.check_limit("stop", len(fields.stop) if isinstance(fields.stop, list) else 0, state.limits.stop_strings)
         self.fields, self.state, self.store = fields, state, store
-        self.id, self.created = fresh_id("response"), state.now()
+        self.id, self.created = make_response_id(state.settings.engine_index), state.now()
         self.params = params(fields, state.llm.get_default_sampling_params())
         before: Items = []
         if fields.previous_response_id is not None:

@@ -25,6 +25,12 @@ def event(data: Any, name: str | None = None) -> bytes:
     return b"data: %b\n\n" % text if name is None else b"event: %b\ndata: %b\n\n" % (name.encode(), text)
 
 
+def error_event(error: BaseException, path: str) -> bytes:
+    """An error that comes after a stream has begun, as the API of this path tells of it."""
+    name = b"event: error\n" if path.startswith(("/v1/messages", "/v1/responses")) else b""
+    return b"%bdata: %b\n\n" % (name, encode_error(error, path))
+
+
 class Chunks:
     """Events of OpenAI's streams, which differ in their choices: the rest is encoded once."""
 
@@ -109,9 +115,7 @@ class EventStream(Response):
         except OSError:
             return  # the client has left
         except Exception as error:
-            name = b"event: error\n" if path.startswith(("/v1/messages", "/v1/responses")) else b""
-            body = b"%bdata: %b\n\n" % (name, encode_error(error, path))
-            await send({"type": "http.response.body", "body": body, "more_body": True})
+            await send({"type": "http.response.body", "body": error_event(error, path), "more_body": True})
         finally:
             await cancelled(pings)
         await send({"type": "http.response.body", "body": b"", "more_body": False})

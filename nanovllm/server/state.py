@@ -32,7 +32,7 @@ class ServerState:
         self.names = settings.served_model_names or [config.model]
         self.max_model_len = llm.max_model_len
         self.created = self.now()
-        self.metrics = Metrics(llm, self.names[0])
+        self.metrics = Metrics(llm, self.names[0], settings.engine_index)
         self.num_active = 0
         self.is_draining = False
         self.became_idle = asyncio.Event()
