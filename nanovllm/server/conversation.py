@@ -133,4 +133,4 @@ def _force(params: SamplingParams, schema: dict[str, Any]) -> None:
         raise ValueError("tool_choice asks for a call, and response_format for something else: give one")
     from nanovllm import StructuredOutputsParams
 
-    params.structured_outputs = StructuredOutputsParams(json=schema)
+    params.structured_outputs = StructuredOutputsParams(json=schema, disable_any_whitespace=True)
