@@ -6,16 +6,17 @@ from collections.abc import AsyncGenerator
 from typing import Any
 
 from fastapi import APIRouter, Request
-from fastapi.responses import JSONResponse, Response
+from fastapi.responses import Response
 
 from nanovllm.outputs import CompletionOutput, RequestOutput
 from nanovllm.sampling_params import SamplingParams
 from nanovllm.server.anthropic_fields import MessagesFields, PromptFields, conversation, params
+from nanovllm.server.calls import respond_to
 from nanovllm.server.conversation import answer, prompt_of, stream_answer
 from nanovllm.server.errors import ApiError
 from nanovllm.server.parsing.pieces import CallArguments, CallBegin, Content, Message, Piece, Reasoning
-from nanovllm.server.sse import event, stream
-from nanovllm.server.state import ServerState, state_of, unless_gone
+from nanovllm.server.sse import event
+from nanovllm.server.state import ServerState, state_of
 
 router = APIRouter()
 
@@ -32,14 +33,7 @@ async def create_message(fields: MessagesFields, request: Request) -> Response:
     """Answer a conversation. The header anthropic-version may be there, and changes nothing."""
     state = state_of(request)
     state.check_model(fields.model)
-    call = _Call(fields, state, request.state.request_id)
-    state.enter(1)
-    if not fields.stream:
-        try:
-            return JSONResponse(await unless_gone(request, call.answer()))
-        finally:
-            state.leave(1)
-    return await stream(request, call.events(), lambda: state.leave(1), PING, state.settings.ping_interval_s)
+    return await respond_to(request, _Call(fields, state, request.state.request_id), fields.stream, PING)
 
 
 @router.post("/v1/messages/count_tokens")
@@ -54,6 +48,8 @@ async def count_tokens(fields: PromptFields, request: Request) -> dict[str, int]
 
 class _Call:
     """One request to /v1/messages, and its answer in Anthropic's form."""
+
+    num_completions = 1
 
     def __init__(self, fields: MessagesFields, state: ServerState, request_id: str) -> None:
         state.check_limit("stop_sequences", len(fields.stop_sequences or ()), state.limits.stop_strings)

@@ -4,16 +4,17 @@ from collections.abc import AsyncGenerator
 from typing import Any
 
 from fastapi import APIRouter, Request
-from fastapi.responses import JSONResponse, Response
+from fastapi.responses import Response
 
 from nanovllm.outputs import CompletionOutput
 from nanovllm.sampling_params import SamplingParams
+from nanovllm.server.calls import respond_to
 from nanovllm.server.completions import by_id
 from nanovllm.server.conversation import Conversation, News, answer, stream_answer
 from nanovllm.server.openai_fields import ChatFields, StreamOptions, sampling_params
 from nanovllm.server.parsing.pieces import CallArguments, CallBegin, Content, Message, Piece, Reasoning
-from nanovllm.server.sse import DONE, Chunks, stream
-from nanovllm.server.state import ServerState, state_of, unless_gone
+from nanovllm.server.sse import DONE, Chunks
+from nanovllm.server.state import ServerState, state_of
 from nanovllm.server.token_logprobs import token_logprobs
 from nanovllm.server.usage import Usage
 
@@ -26,13 +27,7 @@ async def create_chat_completion(fields: ChatFields, request: Request) -> Respon
     state = state_of(request)
     state.check_model(fields.model)
     call = _Call(fields, state, fields.request_id or request.state.request_id)
-    state.enter(call.n)
-    if not fields.stream:
-        try:
-            return JSONResponse(await unless_gone(request, call.answer()))
-        finally:
-            state.leave(call.n)
-    return await stream(request, call.events(), lambda: state.leave(call.n))
+    return await respond_to(request, call, fields.stream)
 
 
 class _Call:
@@ -40,7 +35,7 @@ class _Call:
 
     def __init__(self, fields: ChatFields, state: ServerState, request_id: str) -> None:
         self.fields, self.state = fields, state
-        self.n = fields.n or 1
+        self.n = self.num_completions = fields.n or 1
         self.id = f"chatcmpl-{request_id}"
         self.asked = Conversation(
             messages=fields.messages,
@@ -155,11 +150,7 @@ class _Call:
 
 def _params(fields: ChatFields, state: ServerState) -> SamplingParams:
     """Raises ApiError, ValueError or TypeError, naming the field."""
-    limits = state.limits
-    state.check_limit("n", fields.n or 1, limits.n)
-    state.check_limit("top_logprobs", fields.top_logprobs or 0, limits.logprobs)
-    state.check_limit("prompt_logprobs", fields.prompt_logprobs or 0, limits.logprobs)
-    state.check_limit("stop", len(fields.stop) if isinstance(fields.stop, list) else 0, limits.stop_strings)
+    state.check_sampling(fields)
     values: dict[str, Any] = {"max_tokens": fields.max_completion_tokens or fields.max_tokens}
     if fields.logprobs:
         values["logprobs"] = fields.top_logprobs or 0

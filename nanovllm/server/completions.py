@@ -5,14 +5,15 @@ from collections.abc import AsyncGenerator, AsyncIterator
 from typing import Any
 
 from fastapi import APIRouter, Request
-from fastapi.responses import JSONResponse, Response
+from fastapi.responses import Response
 
 from nanovllm.outputs import CompletionOutput, Logprob, RequestOutput
 from nanovllm.sampling_params import RequestOutputKind, SamplingParams
+from nanovllm.server.calls import respond_to
 from nanovllm.server.merge import merged
 from nanovllm.server.openai_fields import CompletionFields, StreamOptions, sampling_params
-from nanovllm.server.sse import DONE, Chunks, stream
-from nanovllm.server.state import ServerState, state_of, unless_gone
+from nanovllm.server.sse import DONE, Chunks
+from nanovllm.server.state import ServerState, state_of
 from nanovllm.server.usage import Usage
 
 router = APIRouter()
@@ -25,13 +26,7 @@ async def create_completion(fields: CompletionFields, request: Request) -> Respo
     state = state_of(request)
     state.check_model(fields.model)
     call = _Call(fields, state, fields.request_id or request.state.request_id)
-    state.enter(call.num_completions)
-    if not fields.stream:
-        try:
-            return JSONResponse(await unless_gone(request, call.answer()))
-        finally:
-            state.leave(call.num_completions)
-    return await stream(request, call.events(), lambda: state.leave(call.num_completions))
+    return await respond_to(request, call, fields.stream)
 
 
 class _Call:
@@ -43,12 +38,8 @@ class _Call:
         self.prompts = _prompts(fields)
         self.n = fields.n or 1
         self.num_completions = len(self.prompts) * self.n
-        limits = state.limits
-        state.check_limit("prompt", len(self.prompts), limits.prompts)
-        state.check_limit("n", self.n, limits.n)
-        state.check_limit("logprobs", fields.logprobs or 0, limits.logprobs)
-        state.check_limit("prompt_logprobs", fields.prompt_logprobs or 0, limits.logprobs)
-        state.check_limit("stop", len(fields.stop) if isinstance(fields.stop, list) else 0, limits.stop_strings)
+        state.check_limit("prompt", len(self.prompts), state.limits.prompts)
+        state.check_sampling(fields)
         if fields.max_tokens == 0 and not fields.echo:
             raise ValueError("max_tokens=0 must be at least 1 unless echo is true")
         if fields.echo and fields.stream:

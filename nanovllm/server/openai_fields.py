@@ -10,8 +10,8 @@ from pydantic import BaseModel, ConfigDict, Field, field_validator, model_valida
 
 from nanovllm.sampling_params import SamplingParams
 
-# Between JSON's tokens in an answer to `response_format`: room to indent, but none for the endless blank lines that weak
-# models fall into.
+# Between JSON's tokens in an answer to `response_format`: room to indent, but none for endless blank lines, into which
+# weak models fall.
 WHITESPACE = r"\n? {0,24}"
 TokenIds = list[Annotated[int, Field(ge=0, lt=2**31)]]
 

@@ -6,9 +6,10 @@ from itertools import count
 from typing import Any, Literal
 
 from fastapi import APIRouter, Query, Request
-from fastapi.responses import JSONResponse, Response
+from fastapi.responses import Response
 
 from nanovllm.outputs import CompletionOutput
+from nanovllm.server.calls import respond_to
 from nanovllm.server.conversation import Conversation, answer, prompt_of, stream_answer
 from nanovllm.server.errors import ApiError, as_api_error, error_body
 from nanovllm.server.response_context import (
@@ -23,8 +24,8 @@ from nanovllm.server.response_context import (
 from nanovllm.server.response_fields import ResponseFields, echo, params
 from nanovllm.server.response_items import OutputItems, pieces_of
 from nanovllm.server.response_store import ResponseStore, StoredResponse, make_response_id
-from nanovllm.server.sse import DONE, event, stream
-from nanovllm.server.state import ServerState, state_of, unless_gone
+from nanovllm.server.sse import DONE, event
+from nanovllm.server.state import ServerState, state_of
 from nanovllm.server.token_logprobs import token_logprobs
 from nanovllm.server.usage import Usage
 
@@ -36,14 +37,7 @@ async def create_response(fields: ResponseFields, request: Request) -> Response:
     """Answer items, and those of an earlier response before them."""
     state = state_of(request)
     state.check_model(fields.model)
-    call = _Call(fields, state, store_of(request))
-    state.enter(1)
-    if not fields.stream:
-        try:
-            return JSONResponse(await unless_gone(request, call.answer()))
-        finally:
-            state.leave(1)
-    return await stream(request, call.events(), lambda: state.leave(1))
+    return await respond_to(request, _Call(fields, state, store_of(request)), fields.stream)
 
 
 @router.get("/v1/responses/{response_id}")
@@ -89,9 +83,10 @@ class _Call:
     Raises ApiError, ValueError or TypeError if the body is wrong, or the earlier response is not there.
     """
 
+    num_completions = 1
+
     def __init__(self, fields: ResponseFields, state: ServerState, store: ResponseStore) -> None:
-        state.check_limit("top_logprobs", fields.top_logprobs or 0, state.limits.logprobs)
-        state.check_limit("stop", len(fields.stop) if isinstance(fields.stop, list) else 0, state.limits.stop_strings)
+        state.check_sampling(fields)
         self.fields, self.state, self.store = fields, state, store
         self.id, self.created = make_response_id(state.settings.engine_index), state.now()
         self.params = params(fields, state.llm.get_default_sampling_params())

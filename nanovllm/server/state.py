@@ -13,6 +13,7 @@ from nanovllm.outputs import RequestOutput
 from nanovllm.sampling_params import SamplingParams
 from nanovllm.server.errors import ApiError
 from nanovllm.server.metrics import Metrics
+from nanovllm.server.openai_fields import SamplingFields
 from nanovllm.server.settings import Limits, ServerSettings
 
 T = TypeVar("T")
@@ -55,6 +56,13 @@ class ServerState:
         """Raises ApiError if a request asks for more than the server allows."""
         if value > most:
             raise ApiError(400, f"{name}: {value} is more than this server allows, {most}", name)
+
+    def check_sampling(self, fields: SamplingFields) -> None:
+        """`check_limit` of what a body may ask any number of."""
+        self.check_limit("n", fields.n or 1, self.limits.n)
+        for name in ("logprobs", "top_logprobs", "prompt_logprobs"):
+            self.check_limit(name, getattr(fields, name, None) or 0, self.limits.logprobs)
+        self.check_limit("stop", len(fields.stop) if isinstance(fields.stop, list) else 0, self.limits.stop_strings)
 
     def enter(self, num_completions: int) -> None:
         """Count a request in; `leave` counts it out. Raises ApiError if there are too many, or the server ends."""
