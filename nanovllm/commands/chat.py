@@ -60,7 +60,7 @@ def chat(
     with usage_errors():
         if sampling.get("n", 1) != 1:
             raise ValueError(f"n={sampling['n']} must be 1: a conversation goes on with one answer")
-        SamplingParams(**sampling)  # before the model is loaded, which takes its time
+        request_params({}, sampling)  # before the model is loaded, which takes its time
         model, options = model_and_options(model, engine)
         llm = LLM(model, **options)
         params = request_params(llm.engine.default_sampling, sampling, **DEFAULTS)

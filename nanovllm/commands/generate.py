@@ -58,7 +58,7 @@ def generate(
 
     with usage_errors():
         source = _source(prompts, input)
-        SamplingParams(**DEFAULTS | sampling)  # before the model is loaded, which takes its time
+        request_params({}, sampling, **DEFAULTS)  # before the model is loaded, which takes its time
         model, options = model_and_options(model, engine)
         key = blake2b(json.dumps([model, sampling], sort_keys=True).encode()).digest()
         results = ResultsFile(output)

@@ -10,7 +10,7 @@ import inspect
 import json
 import re
 from collections.abc import Callable
-from dataclasses import fields
+from dataclasses import fields, is_dataclass
 from inspect import Parameter
 from types import UnionType
 from typing import Annotated, Any, Literal, Union, get_args, get_origin
@@ -171,7 +171,7 @@ def _kind(type_: Any) -> tuple[Any, str | None, Callable[[str], Any] | None]:
     if get_origin(type_) is list:
         element = get_args(type_)[0]
         return list[str if element is Any else element], None, None
-    if get_origin(type_) is dict:
+    if get_origin(type_) is dict or is_dataclass(type_):  # `request_params` makes the dataclass
         return dict, "JSON", _json_object
     return type_, None, None
 

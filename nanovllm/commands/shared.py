@@ -8,6 +8,7 @@ import typer
 
 from nanovllm.demo import chat_model, demo_model
 from nanovllm.sampling_params import SamplingParams
+from nanovllm.structured_outputs import StructuredOutputsParams
 
 # So small a model is often wrong where it draws: at its card's temperature of 0.2 France's capital is not always Paris.
 # A GGUF file has no place for sampling parameters.
@@ -40,6 +41,9 @@ def request_params(model_says: dict[str, Any], given: dict[str, Any], **defaults
     Raises:
         TypeError, ValueError: as `SamplingParams`.
     """
+    asked = given.get("structured_outputs")
+    if isinstance(asked, dict):
+        given = {**given, "structured_outputs": StructuredOutputsParams(**asked)}
     return SamplingParams(**{**defaults, **model_says, **given})
 
 

@@ -1,7 +1,7 @@
 """Every option of the engine and of a request reaches it from the command line, under its own name and under vLLM's."""
 
 import json
-from dataclasses import fields
+from dataclasses import fields, is_dataclass
 from types import UnionType
 from typing import Any, Literal, Union, get_args, get_origin
 
@@ -55,7 +55,7 @@ def values_of(kind: Any) -> st.SearchStrategy[Any]:
     if get_origin(kind) is list:
         element = get_args(kind)[0]
         return st.lists(TEXTS if element is Any else values_of(element), min_size=1, max_size=3)
-    if get_origin(kind) is dict:
+    if get_origin(kind) is dict or is_dataclass(kind):
         return st.dictionaries(TEXTS, st.integers() | TEXTS, max_size=3)
     simple = {bool: st.booleans(), int: st.integers(), str: TEXTS, float: st.floats(allow_nan=False)}
     return simple[kind]
