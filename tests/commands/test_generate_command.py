@@ -61,6 +61,13 @@ def test_prompts_of_arguments_pipe_and_file_get_the_engine_s_answers(tmp_path: P
     assert code == 0 and texts(records(stdout)) == answers
 
 
+def test_a_line_or_the_command_line_may_hold_texts_to_a_form() -> None:
+    lines = '{"prompt": "a"}\n{"prompt": "a", "structured_outputs": {"regex": "[0-9]{3}"}}\n'
+    code, stdout, _ = run("--structured-outputs", '{"choice": ["yes", "no"]}', "--input", "-", stdin=lines)
+    first, second = texts(records(stdout))
+    assert code == 0 and first in ("yes", "no") and re.fullmatch("[0-9]{3}", second)
+
+
 def test_bad_lines_have_errors_and_the_others_run(tmp_path: Path) -> None:
     lines = [
         '{"prompt": "import os", "max_tokens": 3, "name": "first"}',
