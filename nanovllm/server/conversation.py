@@ -107,7 +107,9 @@ async def _prepare(state: ServerState, asked: Conversation, kind: RequestOutputK
     schema = forced_schema(functions, choice, asked.parallel_tool_calls)
     if schema is not None:
         _force(asked.params, schema)
-    reasoning = _named(state.settings.reasoning_parser, detect_reasoning_parser, tokenizer, template)
+    reasoning = None
+    if asked.params.structured_outputs is None:  # otherwise all of the text is what was asked for
+        reasoning = _named(state.settings.reasoning_parser, detect_reasoning_parser, tokenizer, template)
     calls = _named(state.settings.tool_call_parser, detect_tool_call_parser, tokenizer, template)
     if {reasoning, calls if choice == "auto" else None} & TAGS_ARE_SPECIAL:
         asked.params.skip_special_tokens = False

@@ -5,11 +5,6 @@ from typing import Any
 import pytest
 from scripted import ScriptedServer
 
-import nanovllm
-
-if not hasattr(nanovllm, "StructuredOutputsParams"):
-    pytest.skip("no structured output", allow_module_level=True)
-
 SCHEMA = {"type": "object", "properties": {"city": {"type": "string"}}, "required": ["city"]}
 USER = {"role": "user", "content": "Rome?"}
 TOOLS = {
@@ -90,3 +85,14 @@ def test_a_schema_beside_a_forced_call_is_refused(scripted: ScriptedServer, api:
     asked = {"model": "demo", **common, **config[api], "tools": TOOLS[api], "tool_choice": NAMED[api]}
     answer = scripted.http.post(f"/v1/{api}", json=asked)
     assert answer.status_code == 400 and "tool_choice" in answer.json()["error"]["message"]
+
+
+def test_json_that_is_asked_for_is_no_reasoning_even_if_the_prompt_ends_with_think(scripted: ScriptedServer) -> None:
+    scripted.say(ARGUMENTS)
+    asked = {"messages": [USER], "chat_template": "{{ messages[0].content }}<think>\n", "model": "demo"}
+    form = {"type": "json_object"}
+    answer = scripted.http.post("/v1/chat/completions", json=asked | {"response_format": form}).json()
+    assert answer["choices"][0]["message"]["content"] == ARGUMENTS
+    scripted.say(ARGUMENTS)
+    answer = scripted.http.post("/v1/chat/completions", json=asked).json()
+    assert answer["choices"][0]["message"]["reasoning_content"] == ARGUMENTS
