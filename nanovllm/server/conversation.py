@@ -15,6 +15,7 @@ from nanovllm.server.parsing.reasoning import detect_reasoning_parser
 from nanovllm.server.parsing.tool_calls import detect_tool_call_parser
 from nanovllm.server.parsing.tool_schema import Function, check_tool_choice, check_tools, forced_schema
 from nanovllm.server.state import ServerState
+from nanovllm.structured_outputs import StructuredOutputsParams
 
 TAGS_ARE_SPECIAL = {"mistral", "llama3_json"}  # parsers that look for special tokens, which text leaves out
 
@@ -133,6 +134,4 @@ def _force(params: SamplingParams, schema: dict[str, Any]) -> None:
     """Hold an answer that has to call a tool to its schema. Raises ValueError if it must be something else, too."""
     if params.structured_outputs is not None:
         raise ValueError("tool_choice asks for a call, and response_format for something else: give one")
-    from nanovllm import StructuredOutputsParams
-
     params.structured_outputs = StructuredOutputsParams(json=schema, disable_any_whitespace=True)

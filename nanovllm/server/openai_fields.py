@@ -9,6 +9,7 @@ from typing import Annotated, Any, Literal
 from pydantic import BaseModel, ConfigDict, Field, field_validator, model_validator
 
 from nanovllm.sampling_params import SamplingParams
+from nanovllm.structured_outputs import StructuredOutputsParams
 
 # Between JSON's tokens in an answer to `response_format`: room to indent, but none for endless blank lines, into which
 # weak models fall.
@@ -87,7 +88,6 @@ class SamplingFields(Fields):
     user: str | None = None
     metadata: dict[str, str] | None = None
     priority: Literal[0] = 0
-    add_special_tokens: bool | None = None
     cache_salt: None = None
 
     @field_validator("logit_bias")
@@ -118,6 +118,7 @@ class CompletionFields(SamplingFields):
     max_tokens: int | None = Field(default=16, ge=0)
     logprobs: int | None = Field(default=None, ge=0)
     echo: bool = False
+    add_special_tokens: Literal[True, None] = None
     best_of: Literal[1, None] = None
     suffix: Literal["", None] = None
 
@@ -136,6 +137,7 @@ class ChatFields(SamplingFields):
     reasoning_effort: str | None = None
     include_reasoning: bool = True
     echo: Literal[False] = False
+    add_special_tokens: Literal[False, None] = None  # the chat template writes them
     add_generation_prompt: bool = True
     continue_final_message: bool = False
     chat_template: str | None = None
@@ -195,6 +197,4 @@ def _structured(fields: SamplingFields) -> Any:
         raise ValueError(f"{' and '.join(asked)} both say what the answer must be: give one")
     if not asked:
         return None
-    from nanovllm import StructuredOutputsParams
-
     return StructuredOutputsParams(**next(iter(asked.values())))

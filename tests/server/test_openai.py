@@ -228,6 +228,7 @@ class TestErrors:
             ({"stream_options": {"include_usage": True}}, "stream_options"),
             ({"logit_bias": {"5": 200}}, "logit_bias"),
             ({"extra_body": {"unheard_of": 1}}, "unheard_of"),
+            ({"extra_body": {"add_special_tokens": False}}, "add_special_tokens"),
             ({"extra_body": {"top_k": "many"}}, "top_k"),
         ],
     )
