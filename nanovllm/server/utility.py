@@ -1,5 +1,7 @@
 """The small endpoints: models, tokenizing, health, version, metrics."""
 
+import asyncio
+from functools import partial
 from importlib.metadata import version
 from typing import Any
 
@@ -61,21 +63,18 @@ async def tokenize(fields: TokenizeFields, request: Request) -> dict[str, Any]:
     state = state_of(request)
     state.check_model(fields.model)
     tokenizer = await state.llm.get_tokenizer()
-    prompt: Any = fields.prompt
     if fields.messages is not None:
         given = ("chat_template", "chat_template_kwargs", "tools", "continue_final_message", "add_generation_prompt")
         options = {name: getattr(fields, name) for name in given}
         options["chat_template"] = options["chat_template"] or state.settings.chat_template
-        prompt = await state.llm.chat_prompt(fields.messages, **options)
-        special = fields.add_special_tokens is True
+        prompt: Any = await state.llm.chat_prompt(fields.messages, **options)
+        prompt = prompt["prompt"] if fields.add_special_tokens else prompt
+    elif fields.add_special_tokens is False:
+        encode = partial(tokenizer.encode, fields.prompt, add_special_tokens=False)
+        prompt = {"prompt_token_ids": await asyncio.to_thread(encode)}  # a long text must not hold up the loop
     else:
-        special = fields.add_special_tokens is not False
-    if fields.messages is not None and special:
-        prompt = prompt["prompt"]
-    if isinstance(prompt, str) and not special:
-        ids = await state.llm.encode_prompt({"prompt_token_ids": tokenizer.encode(prompt, add_special_tokens=False)})
-    else:
-        ids = await state.llm.encode_prompt(prompt)
+        prompt = fields.prompt
+    ids = await state.llm.encode_prompt(prompt)
     body = {"count": len(ids), "max_model_len": state.max_model_len, "tokens": ids}
     return body | {"token_strs": tokenizer.convert_ids_to_tokens(ids) if fields.return_token_strs else None}
 

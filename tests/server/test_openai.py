@@ -190,6 +190,9 @@ class TestModelsAndTokens:
         assert body["count"] == len(body["tokens"]) == len(body["token_strs"])
         assert body["max_model_len"] == 2048
         assert http.post("/detokenize", json={"tokens": body["tokens"]}).json() == {"prompt": PROMPT}
+        for special in (True, False):  # this tokenizer adds none
+            more = http.post("/tokenize", json={"prompt": PROMPT, "add_special_tokens": special}).json()
+            assert more["tokens"] == body["tokens"]
         chat = http.post("/tokenize", json={"messages": MESSAGES}).json()
         assert (
             http.post("/detokenize", json={"tokens": chat["tokens"]}).json()["prompt"] == "# user\nimport os\n\n# a\n"
