@@ -71,15 +71,18 @@ def bodies(workload: Workload) -> list[dict[str, Any]]:
 
 def send(port: int, requests: list[dict[str, Any]], num_clients: int) -> list[dict[str, Any]]:
     """Send the requests from several processes. Returns what each client saw."""
-    start = time.time() + 1.5  # until the clients have started
-    processes = []
+    command, processes = [sys.executable, "-m", "benchmarks.serving_clients"], []
     for i in range(num_clients):
-        work = json.dumps({"port": port, "start": start, "requests": requests[i::num_clients]})
-        command = [sys.executable, "-m", "benchmarks.serving_clients"]
         process = subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
-        process.stdin.write(work)
-        process.stdin.close()
+        process.stdin.write(json.dumps({"port": port, "requests": requests[i::num_clients]}) + "\n")
+        process.stdin.flush()
         processes.append(process)
+    for process in processes:
+        process.stdout.readline()  # it has started, which takes long on busy cores
+    start = time.time() + 0.2
+    for process in processes:
+        process.stdin.write(f"{start}\n")
+        process.stdin.close()
     return [one for process in processes for one in json.load(process.stdout)]
 
 

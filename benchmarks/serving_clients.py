@@ -1,7 +1,7 @@
 """Clients of a server that measure it: a process with an event loop and plain sockets, which cost little per token.
 
-Run by `benchmarks/serving.py`: reads a JSON list of requests from stdin, each with the time at which to send it, and
-writes a JSON list of what came back.
+Run by `benchmarks/serving.py`: reads a JSON list of requests from stdin, each with the time at which to send it, says
+"ready", reads the time that theirs count from, and writes a JSON list of what came back.
 """
 
 import asyncio
@@ -43,8 +43,10 @@ async def ask(port: int, start: float, request: dict[str, Any]) -> dict[str, Any
 
 
 async def main() -> None:
-    work = json.load(sys.stdin)
-    asked = [ask(work["port"], work["start"], request) for request in work["requests"]]
+    work = json.loads(sys.stdin.readline())
+    print("ready", flush=True)
+    start = float(sys.stdin.readline())
+    asked = [ask(work["port"], start, request) for request in work["requests"]]
     json.dump(await asyncio.gather(*asked), sys.stdout)
 
 

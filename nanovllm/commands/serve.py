@@ -65,7 +65,6 @@ def serve(
     SIGTERM or Ctrl-C finishes the running requests first, and refuses new ones.
     """
     try:
-        from nanovllm.server.front import serve_engines
         from nanovllm.server.launch import listen
         from nanovllm.server.launch import serve as run
         from nanovllm.server.parsing.reasoning import REASONING_PARSERS
@@ -93,10 +92,7 @@ def serve(
             path, options = model_and_options(model, engine)
             if model is None and not settings.served_model_names:
                 settings.served_model_names = [Path(path).stem]
-            if data_parallel_size == 1:
-                run(path, options, settings, listener, ssl)
-            else:
-                serve_engines(data_parallel_size, path, options, settings, listener, ssl)
+            run(path, options, settings, listener, ssl, data_parallel_size)
 
 
 def _parser(option: str, name: str, known: dict[str, Any]) -> str | None:

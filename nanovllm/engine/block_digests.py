@@ -3,13 +3,11 @@
 from array import array
 from hashlib import blake2b
 
-from nanovllm.engine.sequence import Sequence
 
-
-def extend_digests(seq: Sequence, block_size: int) -> None:
-    """Compute the digests of full blocks that `seq` lacks: BLAKE2b-128(parent's digest, token ids)."""
-    parent = seq.block_digests[-1] if seq.block_digests else b""
-    for start in range(len(seq.block_digests) * block_size, len(seq.token_ids) - block_size + 1, block_size):
-        content = array("I", seq.token_ids[start : start + block_size]).tobytes()
+def extend_digests(digests: list[bytes], token_ids: list[int], block_size: int) -> None:
+    """Append the digests that the full blocks of `token_ids` lack: BLAKE2b-128(parent's digest, token ids)."""
+    parent = digests[-1] if digests else b""
+    for start in range(len(digests) * block_size, len(token_ids) - block_size + 1, block_size):
+        content = array("I", token_ids[start : start + block_size]).tobytes()
         parent = blake2b(parent + content, digest_size=16).digest()
-        seq.block_digests.append(parent)
+        digests.append(parent)

@@ -66,7 +66,7 @@ class BlockManager:
         """
         if seq.must_score_prompt or not self.enable_prefix_caching:
             return [[] for _ in self.windows]
-        extend_digests(seq, self.block_size)
+        extend_digests(seq.block_digests, seq.token_ids, self.block_size)
         size, block_with = self.block_size, self._block_with
         digests = seq.block_digests[: (len(seq.token_ids) - 1) // size]
         hit = longest_hit(self.windows, size, digests, block_with)
@@ -129,7 +129,7 @@ class BlockManager:
         num_full = num_known // self.block_size
         if num_full <= seq.num_published_blocks:
             return
-        extend_digests(seq, self.block_size)
+        extend_digests(seq.block_digests, seq.token_ids, self.block_size)
         for group, (table, block_with) in enumerate(zip(seq.block_tables, self._block_with, strict=True)):
             for i in range(seq.num_published_blocks, num_full):
                 block, digest = table[i], seq.block_digests[i]

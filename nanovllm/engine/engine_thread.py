@@ -33,8 +33,10 @@ class EngineThread:
         is_paused: the thread runs commands, but no steps.
     """
 
-    def __init__(self, text_engine: TextEngine) -> None:
+    def __init__(self, text_engine: TextEngine, after_news: Callable[[], None] = lambda: None) -> None:
+        """`after_news` is called in the thread when listeners have got what a step or command has brought."""
         self.text_engine: TextEngine | None = text_engine
+        self._after_news = after_news
         self._death: BaseException | None = None  # the error that ended the thread, if it was not closed
         self._pid = os.getpid()
         self._commands: deque[Callable[[], None]] = deque()
@@ -164,9 +166,11 @@ class EngineThread:
                     self._commands.popleft()()
                 if self._has_steps_to_do():
                     self._step()
+                self._after_news()
         except BaseException as error:
             logger.exception("the engine's thread has died")
             self._die(error)
+            self._after_news()
 
     def _die(self, error: BaseException) -> None:
         """Fail all requests, including those whose commands have not run yet."""

@@ -50,7 +50,7 @@ class LLMEngine:
         from nanovllm.distributed.ranks import Followers
         from nanovllm.models.checkpoint_config import load_hf_config
         from nanovllm.models.generation_config import load_default_sampling, load_eos_token_ids
-        from nanovllm.models.loader import resolve_model_path
+        from nanovllm.models.model_path import resolve_model_path
         from nanovllm.models.tied_head import TiedHead
         from nanovllm.worker.model_runner import MAX_STEPS_IN_FLIGHT, ModelRunner
         from nanovllm.worker.resolve import resolve_by_weights

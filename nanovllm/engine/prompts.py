@@ -55,6 +55,12 @@ def text_and_ids(prompt: Prompt, name: str) -> tuple[str | None, list[int] | Non
     return text, list(token_ids) if kinds <= {int} else list(map(int, token_ids))
 
 
+def truncated(token_ids: list[int], params: SamplingParams, max_model_len: int) -> list[int]:
+    """The prompt's last `truncate_prompt_tokens` ids; with -1 as many as leave room for one token."""
+    num_kept = params.truncate_prompt_tokens
+    return token_ids if num_kept is None else token_ids[-(max_model_len - 1 if num_kept == -1 else num_kept) :]
+
+
 def copy_params(params: Any, name: str = "sampling_params") -> SamplingParams:
     """A checked copy, which stays as it is when the caller later assigns to `params`.
 

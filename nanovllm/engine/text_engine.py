@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any
 
 from nanovllm.config import Config
 from nanovllm.engine.llm_engine import LLMEngine
-from nanovllm.engine.prompts import Prompt, check_strings, text_and_ids
+from nanovllm.engine.prompts import Prompt, check_strings, text_and_ids, truncated
 from nanovllm.engine.request import Completion, Request
 from nanovllm.engine.sequence import Sequence
 from nanovllm.outputs import RequestMetrics
@@ -90,10 +90,7 @@ class TextEngine:
         arrival_time = time.monotonic()
         text, token_ids = self.encode(prompt, name)
         check_strings(params, request_id)
-        if params.truncate_prompt_tokens is not None:
-            longest = self.engine.max_model_len - 1
-            num_kept = longest if params.truncate_prompt_tokens == -1 else params.truncate_prompt_tokens
-            token_ids = token_ids[-num_kept:]
+        token_ids = truncated(token_ids, params, self.engine.max_model_len)
         if params.stop and self._tokenizer is None:
             raise ValueError(f"stop={params.stop!r} needs a tokenizer, and skip_tokenizer_init=True loads none")
         seqs = self._make_sequences(token_ids, params, name, request_id)

@@ -5,7 +5,7 @@ from fastapi.exceptions import RequestValidationError
 from fastapi.middleware.cors import CORSMiddleware
 from starlette.exceptions import HTTPException
 
-from nanovllm.async_llm import AsyncLLM
+from nanovllm.remote.engines import Engines
 from nanovllm.server import anthropic, chat, completions, responses, utility
 from nanovllm.server.errors import ApiError, respond
 from nanovllm.server.guard import Guard
@@ -14,8 +14,8 @@ from nanovllm.server.settings import ServerSettings
 from nanovllm.server.state import ServerState
 
 
-def make_app(llm: AsyncLLM, settings: ServerSettings) -> FastAPI:
-    """An ASGI application over an engine, which stays its caller's: the application does not close it."""
+def make_app(llm: Engines, settings: ServerSettings) -> FastAPI:
+    """An ASGI application over engines, which stay their caller's: the application does not end them."""
     app = FastAPI(title="nano-vLLM", redoc_url=None)
     app.state.server = ServerState(llm, settings)
     app.state.responses = ResponseStore(settings.limits.stored_responses)

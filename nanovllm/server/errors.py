@@ -46,7 +46,7 @@ def as_api_error(error: BaseException) -> ApiError:
     if isinstance(error, HTTPException):
         return ApiError(error.status_code, str(error.detail))
     if isinstance(error, EngineDeadError):
-        return ApiError(503, "the engine does not serve any more", code="engine_dead")
+        return ApiError(503, "the engine has ended, and is being started again", code="engine_lost")
     if isinstance(error, ValueError | TypeError):
         named = re.match(r"(\w+)=", str(error))
         return ApiError(400, str(error), named and named[1])

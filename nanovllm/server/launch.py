@@ -4,22 +4,19 @@ import asyncio
 import logging
 import signal
 import socket
-import sys
-from collections.abc import Callable
 from types import FrameType
-from typing import Any, Protocol
+from typing import Any
 
 import uvicorn
+from uvicorn.loops.auto import auto_loop_factory
 
-from nanovllm.async_llm import AsyncLLM
+from nanovllm.remote.engines import Engines
 from nanovllm.server.app import make_app
 from nanovllm.server.http_protocol import bounded_protocol
 from nanovllm.server.settings import ServerSettings
 from nanovllm.server.state import ServerState
 
 logger = logging.getLogger(__name__)
-# How long the engine's thread waits for Python's lock while the event loop has work. Python's own 5 ms are a step.
-SWITCH_INTERVAL_S = 0.0002
 TICK_S = 0.1
 
 
@@ -38,61 +35,48 @@ def serve(
     settings: ServerSettings,
     listener: socket.socket,
     ssl: dict[str, str] | None = None,
-    ready: Callable[[ServerState], None] | None = None,
+    data_parallel_size: int = 1,
 ) -> None:
-    """Make an engine and serve it until SIGINT or SIGTERM.
+    """Start engines and serve them until SIGINT or SIGTERM. When they serve, a line on stdout says where.
 
     Args:
-        options: of the engine, see `nanovllm.config.Config`.
+        options: of each engine, see `nanovllm.config.Config`.
         listener: closed at the end.
         ssl: `ssl_keyfile`, `ssl_certfile`, … as `uvicorn.Config` has them.
-        ready: called once the engine is made; by default a line on stdout says where it serves.
 
-    Raises: as `AsyncLLM`.
+    Raises: as `Engines`.
     """
-    sys.setswitchinterval(SWITCH_INTERVAL_S)
-    with listener:
-        llm = AsyncLLM(model, **options)
-        try:
-            app = make_app(llm, settings)
-            state: ServerState = app.state.server
-            if ready is None:
-                announce(state.names[0], listener, ssl)
-            else:
-                ready(state)
-            DrainingServer(uvicorn_config(app, settings, ssl), state).run(sockets=[listener])
-        finally:
-            llm.close()
+    with listener, asyncio.Runner(loop_factory=auto_loop_factory()) as runner:
+        engines = Engines(model, options, data_parallel_size, logging.getLogger().getEffectiveLevel())
+        runner.run(_serve(engines, settings, listener, ssl or {}))
 
 
-def uvicorn_config(app: Any, settings: ServerSettings, ssl: dict[str, str] | None) -> uvicorn.Config:
+async def _serve(engines: Engines, settings: ServerSettings, listener: socket.socket, ssl: dict[str, str]) -> None:
+    async with engines:
+        app = make_app(engines, settings)
+        state: ServerState = app.state.server
+        announce(state.names[0], listener, bool(ssl))
+        await DrainingServer(uvicorn_config(app, settings, ssl), state).serve(sockets=[listener])
+
+
+def uvicorn_config(app: Any, settings: ServerSettings, ssl: dict[str, str]) -> uvicorn.Config:
     """How an ASGI application is served."""
     return uvicorn.Config(
         app, http=bounded_protocol(settings.limits), ws="none", lifespan="off", access_log=False,
-        log_level="warning", server_header=False, timeout_graceful_shutdown=1, **(ssl or {}),
+        log_level="warning", server_header=False, timeout_graceful_shutdown=1, **ssl,
     )  # fmt: skip
 
 
-def announce(name: str, listener: socket.socket, ssl: dict[str, str] | None) -> None:
+def announce(name: str, listener: socket.socket, is_https: bool) -> None:
     host, port = listener.getsockname()[:2]
-    logger.info("serving %s on %s://%s:%d", name, "https" if ssl else "http", host, port)
+    logger.info("serving %s on %s://%s:%d", name, "https" if is_https else "http", host, port)
     print(f"nano-vLLM serves {name} on {host}:{port}", flush=True)
-
-
-class Drainable(Protocol):
-    """What a server knows of the requests it has let in: `ServerState`, or the front of several engines."""
-
-    settings: ServerSettings
-    metrics: Any  # has `see_loop_lag(seconds)`
-    num_active: int
-    is_draining: bool
-    became_idle: asyncio.Event
 
 
 class DrainingServer(uvicorn.Server):
     """A uvicorn server that finishes its requests before it ends. Meanwhile it refuses new ones with status 503."""
 
-    def __init__(self, config: uvicorn.Config, state: Drainable) -> None:
+    def __init__(self, config: uvicorn.Config, state: ServerState) -> None:
         super().__init__(config)
         self._state = state
         self._drain: asyncio.Task[None] | None = None

@@ -1,27 +1,12 @@
 """Remembers responses of /v1/responses, so that a request can go on where an earlier one ended."""
 
 import json
-import re
 from dataclasses import dataclass
 from typing import Any
-from uuid import uuid4
 
 from nanovllm.server.errors import ApiError
 
 MOST_BYTES = 256 << 20
-MOST_ENGINES = 256  # that ids can tell apart
-_ID = re.compile(r"resp_[0-9a-f]{30}([0-9a-f]{2})")
-
-
-def make_response_id(engine_index: int) -> str:
-    """A new id, which says which of several engines behind one port has the response."""
-    return f"resp_{uuid4().hex[:-2]}{engine_index:02x}"
-
-
-def engine_of(response_id: str) -> int | None:
-    """The index of the engine that made this id; None if none did."""
-    found = _ID.fullmatch(response_id)
-    return int(found[1], 16) if found else None
 
 
 @dataclass(frozen=True, slots=True)

@@ -4,6 +4,7 @@ import asyncio
 from collections.abc import AsyncGenerator
 from itertools import count
 from typing import Any, Literal
+from uuid import uuid4
 
 from fastapi import APIRouter, Query, Request
 from fastapi.responses import Response
@@ -23,7 +24,7 @@ from nanovllm.server.response_context import (
 )
 from nanovllm.server.response_fields import ResponseFields, echo, params
 from nanovllm.server.response_items import OutputItems, pieces_of
-from nanovllm.server.response_store import ResponseStore, StoredResponse, make_response_id
+from nanovllm.server.response_store import ResponseStore, StoredResponse
 from nanovllm.server.sse import DONE, event
 from nanovllm.server.state import ServerState, state_of
 from nanovllm.server.token_logprobs import token_logprobs
@@ -88,7 +89,7 @@ class _Call:
     def __init__(self, fields: ResponseFields, state: ServerState, store: ResponseStore) -> None:
         state.check_sampling(fields)
         self.fields, self.state, self.store = fields, state, store
-        self.id, self.created = make_response_id(state.settings.engine_index), state.now()
+        self.id, self.created = f"resp_{uuid4().hex}", state.now()
         self.params = params(fields, state.llm.get_default_sampling_params())
         before: Items = []
         if fields.previous_response_id is not None:

@@ -39,7 +39,6 @@ class ServerSettings:
         allowed_origins: of browsers' pages (CORS); empty: none.
         drain_timeout_s: how long a server that was told to end waits for its requests.
         ping_interval_s: seconds without an event after which a stream of /v1/messages gets a ping.
-        engine_index: which of several engines behind one port this is, in metrics and in ids of responses.
     """
 
     served_model_names: list[str] = field(default_factory=list)
@@ -50,7 +49,6 @@ class ServerSettings:
     allowed_origins: list[str] = field(default_factory=list)
     drain_timeout_s: float = 30.0
     ping_interval_s: float = 10.0
-    engine_index: int = 0
     limits: Limits = field(default_factory=Limits)
 
     def __post_init__(self) -> None:

@@ -7,9 +7,9 @@ from typing import Any, TypeVar
 
 from fastapi import Request
 
-from nanovllm.async_llm import AsyncLLM
 from nanovllm.engine.prompts import Prompt
 from nanovllm.outputs import RequestOutput
+from nanovllm.remote.engines import Engines
 from nanovllm.sampling_params import SamplingParams
 from nanovllm.server.errors import ApiError
 from nanovllm.server.metrics import Metrics
@@ -27,17 +27,16 @@ class ServerState:
         is_draining: the server was told to end, and takes no more requests.
     """
 
-    def __init__(self, llm: AsyncLLM, settings: ServerSettings) -> None:
-        config = llm.config
+    def __init__(self, llm: Engines, settings: ServerSettings) -> None:
         self.llm, self.settings = llm, settings
-        self.names = settings.served_model_names or [config.model]
+        self.names = settings.served_model_names or [llm.config.model]
         self.max_model_len = llm.max_model_len
         self.created = self.now()
-        self.metrics = Metrics(llm, self.names[0], settings.engine_index)
+        self.metrics = Metrics(llm, self.names[0])
         self.num_active = 0
         self.is_draining = False
         self.became_idle = asyncio.Event()
-        self._most_active = config.max_num_seqs + settings.limits.queue
+        self._most_active = llm.max_num_seqs + settings.limits.queue
 
     @property
     def limits(self) -> Limits:
@@ -79,13 +78,17 @@ class ServerState:
 
     async def run(self, prompt: Prompt, params: SamplingParams, request_id: str) -> AsyncIterator[RequestOutput]:
         """The outputs of one prompt, measured."""
-        watch = self.metrics.watch()
+        request = await self.llm.submit(prompt, params, request_id)
+        watch, is_finished = self.metrics.watch(request.engine_index), False
         try:
-            async for output in self.llm.generate(prompt, params, request_id):
+            while not is_finished:
+                output = await request.next_output()
                 watch.see(output)
+                is_finished = output.finished
                 yield output
         finally:
             watch.end()
+            self.llm.leave(request)
 
 
 def state_of(request: Request) -> ServerState:

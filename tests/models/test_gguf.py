@@ -28,7 +28,7 @@ from nanovllm.models.checkpoint_config import load_hf_config
 from nanovllm.models.gguf_config import ARCHITECTURES, read_config
 from nanovllm.models.gguf_file import GGUFTensor, read_gguf
 from nanovllm.models.gguf_weights import read_gguf_tensors, to_torch
-from nanovllm.models.loader import resolve_model_path
+from nanovllm.models.model_path import resolve_model_path
 from nanovllm.text.gguf_tokenizer import load_gguf_tokenizer
 
 SMALL = {

@@ -15,7 +15,7 @@ from safetensors.torch import load_file, save_file
 from nanovllm import LLM, SamplingParams
 from nanovllm.config import Config
 from nanovllm.models.generation_config import load_eos_token_ids
-from nanovllm.models.loader import resolve_model_path
+from nanovllm.models.model_path import resolve_model_path
 
 GREEDY = SamplingParams(temperature=0.0, max_tokens=8)
 PROMPT = random_prompts([20], seed=9)[0]

@@ -35,7 +35,7 @@ class TextSide:
     """What endpoints ask of an engine besides tokens."""
 
     def __init__(self) -> None:
-        self.config = SimpleNamespace(model="demo", max_num_seqs=16)
+        self.config, self.max_num_seqs, self.all = SimpleNamespace(model="demo"), 16, []
         self.max_model_len = 200
         self.tokenizer = AutoTokenizer.from_pretrained(demo_model())
 

@@ -10,8 +10,6 @@ import pytest
 from prometheus_client.parser import text_string_to_metric_families
 
 from nanovllm.engine.stats import StepStats
-from nanovllm.server.data_parallel import Engine
-from nanovllm.server.front import FrontMetrics, merge_metrics
 from nanovllm.server.metrics import Metrics
 
 DASHBOARD = json.loads((Path(__file__).parents[2] / "docs" / "grafana.json").read_text())
@@ -26,12 +24,12 @@ def an_output() -> Any:
 
 def exposition() -> dict[str, set[str]]:
     """The names of samples in /metrics, with their labels."""
-    engine = Metrics(SimpleNamespace(stats=StepStats), "demo")  # type: ignore[arg-type]
-    watch = engine.watch()
+    engine = SimpleNamespace(index=0, stats=StepStats(), facts=None, num_restarts=0)
+    metrics = Metrics(SimpleNamespace(all=[engine]), "demo")  # type: ignore[arg-type]
+    watch = metrics.watch(0)
     watch.see(an_output())
     watch.end()
-    front = FrontMetrics([Engine(0)])
-    families = text_string_to_metric_families(merge_metrics([front.text(), engine.text().decode()]).decode())
+    families = text_string_to_metric_families(metrics.text().decode())
     return {sample.name: set(sample.labels) for family in families for sample in family.samples}
 
 

@@ -7,7 +7,6 @@ import subprocess
 import threading
 import time
 from collections.abc import Iterator
-from types import SimpleNamespace
 from typing import Any
 
 import httpx
@@ -17,9 +16,8 @@ from scripted import TextSide
 from typer.testing import CliRunner
 
 from nanovllm.cli import app as command
-from nanovllm.server import front, launch
+from nanovllm.server import launch
 from nanovllm.server.app import make_app
-from nanovllm.server.data_parallel import Engine
 from nanovllm.server.settings import ServerSettings
 
 PAGE = "https://page.example"
@@ -29,10 +27,9 @@ def asked_of_the_server(monkeypatch: pytest.MonkeyPatch, *options: str) -> Any:
     """What the command hands on to the server for these options: settings, ssl."""
     calls: list[Any] = []
     monkeypatch.setattr(launch, "serve", lambda *given: calls.append(given))
-    monkeypatch.setattr(front, "serve_engines", lambda size, *given: calls.append(given))
     result = CliRunner().invoke(command, ["serve", "some/model", "--port", "0", *options])
     assert result.exit_code == 0, result.output
-    (_, _, settings, listener, certificate) = calls[0]
+    (_, _, settings, listener, certificate, _) = calls[0]
     listener.close()
     return settings, certificate
 
@@ -83,19 +80,13 @@ def test_one_of_key_and_certificate_alone_is_refused(option: str) -> None:
     assert result.exit_code == 2 and "need each other" in result.output
 
 
-def front_of_none(settings: ServerSettings) -> Any:
-    engines = SimpleNamespace(all=[Engine(0), Engine(1)], facts={"max_num_seqs": 2})
-    return front.guarded(front.Front(engines, settings))  # type: ignore[arg-type]
-
-
-@pytest.mark.parametrize("make", [lambda settings: make_app(TextSide(), settings), front_of_none], ids=["one", "front"])
-def test_pages_from_allowed_origins_alone_may_call(make: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_pages_from_allowed_origins_alone_may_call(monkeypatch: pytest.MonkeyPatch) -> None:
     settings, _ = asked_of_the_server(monkeypatch, "--allowed-origin", PAGE, "--api-key", "k")
     preflight = {"access-control-request-method": "POST", "access-control-request-headers": "authorization"}
     allowed = "access-control-allow-origin"
 
     async def call(settings: ServerSettings, method: str, origin: str, headers: dict[str, str]) -> httpx.Response:
-        transport = httpx.ASGITransport(make(settings))
+        transport = httpx.ASGITransport(make_app(TextSide(), settings))
         async with httpx.AsyncClient(transport=transport, base_url="http://server") as client:
             return await client.request(method, "/v1/completions", headers={"origin": origin, **headers})
 
@@ -108,10 +99,9 @@ def test_pages_from_allowed_origins_alone_may_call(make: Any, monkeypatch: pytes
     assert allowed not in asyncio.run(call(ServerSettings(), "OPTIONS", PAGE, preflight)).headers
 
 
-def test_the_command_starts_engines_only_if_there_are_several(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_command_starts_as_many_engines_as_it_is_told(monkeypatch: pytest.MonkeyPatch) -> None:
     sizes: list[int] = []
-    monkeypatch.setattr(launch, "serve", lambda *given: sizes.append(1))
-    monkeypatch.setattr(front, "serve_engines", lambda size, *given: sizes.append(size))
+    monkeypatch.setattr(launch, "serve", lambda *given: sizes.append(given[-1]))
     for options in ([], ["-dp", "1"], ["--data-parallel-size", "3"], ["--data_parallel_size=2"]):
         assert CliRunner().invoke(command, ["serve", "some/model", "--port", "0", *options]).exit_code == 0
     assert sizes == [1, 1, 3, 2]
