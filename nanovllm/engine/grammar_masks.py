@@ -12,6 +12,10 @@ from nanovllm.sampling_params import NO_TOKEN_LEFT, WHY_NO_TOKEN
 from nanovllm.structured_outputs import TokenMasks
 
 if TYPE_CHECKING:
+    from collections.abc import Callable
+
+    import numpy as np
+
     from nanovllm.distributed.ranks import Followers
     from nanovllm.engine.llm_engine import StepInFlight
     from nanovllm.worker.model_runner import ModelRunner
@@ -19,22 +23,28 @@ if TYPE_CHECKING:
 
 def draw_masked(step: "StepInFlight", runner: "ModelRunner", followers: "Followers") -> None:
     """Let a launched step, which awaits masks, draw under them. The tokens of all steps before it are known."""
-    masks = token_masks(step.scheduled.samples)
+    masks = token_masks(step.scheduled.samples, runner.extras.mask_buffer)
     with followers.also_run("draw", masks), followers.time_limit():
         step.handle = runner.draw(step.handle.awaits_masks, masks)
 
 
-def token_masks(seqs: list[Sequence]) -> TokenMasks:
-    """What each sequence with a grammar may draw next. A finished one has no mask, since its token is surplus."""
-    import numpy as np  # `import nanovllm` loads no library, and most engines never come here
+def token_masks(seqs: list[Sequence], buffer: "Callable[[int, int], np.ndarray]") -> TokenMasks:
+    """What each sequence with a grammar may draw next. A finished one has no mask, since its token is surplus.
 
+    Args:
+        buffer: memory for so many masks of so many int32 words.
+    """
     samples = [i for i, seq in enumerate(seqs) if seq.grammar is not None and not seq.is_finished]
     matchers = [seqs[i].grammar for i in samples]
-    for i, matcher in zip(samples, matchers, strict=True):
-        matcher.accept(seqs[i].token_ids[seqs[i].num_prompt_tokens + matcher.num_tokens :])
-    bits = np.empty((len(matchers), matchers[0].num_words if matchers else 0), dtype=np.int32)
-    if matchers:
-        matchers[0].fill_all(matchers, bits)
+    if not matchers:
+        return TokenMasks([], buffer(0, 0))
+    new = [
+        seqs[i].token_ids[seqs[i].num_prompt_tokens + matcher.num_tokens :]
+        for i, matcher in zip(samples, matchers, strict=True)
+    ]
+    matchers[0].accept_all(matchers, new)
+    bits = buffer(len(matchers), matchers[0].num_words)
+    matchers[0].fill_all(matchers, bits)
     return TokenMasks(samples, bits)
 
 

@@ -3,17 +3,20 @@
 The plain part samples every row as if no request had asked for extras, from a CUDA graph if it can. Then the rows with
 edits draw again, from edited copies of their logits, and overwrite their first draw. So a step without such rows pays
 nothing, and in any other step only those rows pay. The work goes in batches of rows, so that memory stays bounded.
+Rows that have a grammar and no other edits need no copy: the sampler reads the model's logits under their masks.
 """
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Set
 from dataclasses import dataclass, field
 from itertools import accumulate, groupby
 
+import numpy as np
 import torch
 
 from nanovllm.kernels.sampling.logit_edits import RowEdits, edit_logits, send
 from nanovllm.kernels.sampling.logprobs import token_logprobs, unpack
 from nanovllm.kernels.sampling.sample import sample
+from nanovllm.kernels.sampling.tensors import TokenBits
 from nanovllm.kernels.sampling.token_masks import mask_tokens
 from nanovllm.outputs import TokenLogprobs
 from nanovllm.sampling_params import NAN_LOGITS
@@ -77,7 +80,9 @@ class LogitExtras:
         self._vocab_size = vocab_size
         self._edits: dict[int, RowEdits] = {}
         self._lengths: dict[int, int] = {}  # of the rows in _edits: how many tokens precede the next sample
-        self._with_grammar: set[int] = set()  # rows; they are in _edits, too
+        self._with_grammar: set[int] = set()  # rows; those that edit by nothing else are not in _edits
+        self._mask_buffer = np.empty((0, 0), dtype=np.int32)
+        self._drawn_by_mask: tuple[list[int], torch.Tensor | None] = ([], None)  # samples, and the same on the device
         self.process = process
 
     def add_rows(self, new_rows: list[NewRow]) -> None:
@@ -88,6 +93,8 @@ class LogitExtras:
             if new.edits is not None:
                 if new.edits.has_grammar:
                     self._with_grammar.add(new.row)
+                    if new.edits == LogitEdits(new.edits.prompt_len, min_len=new.edits.min_len, has_grammar=True):
+                        continue
                 self._edits[new.row] = row_edits(new.edits, self._batch.state.device)
                 self._lengths[new.row] = len(new.token_ids)
 
@@ -95,12 +102,24 @@ class LogitExtras:
         """Whether the plan asks for extras."""
         edits = self._edits
         is_edited = bool(edits) and any(row in edits for row in plan.rows[: plan.num_samples])
+        is_edited |= bool(self._with_grammar) and self.awaits_masks(plan)
         is_edited |= self.process is not None and plan.num_samples > 0
         return is_edited or bool(plan.logprobs or plan.prompt_logprobs)
 
     def awaits_masks(self, plan: StepPlan) -> bool:
         """Whether a row draws under a mask, which the host makes when it has read the step before."""
         return not self._with_grammar.isdisjoint(plan.rows[: plan.num_samples])
+
+    def mask_buffer(self, num_masks: int, num_words: int) -> np.ndarray:
+        """`[num_masks, num_words]` int32 on the host, for the masks of a step; page-locked if the device is a GPU.
+
+        It is always the same memory. The host makes a step's masks when it has read the tokens of the step before,
+        whose masks the device has therefore copied.
+        """
+        if num_masks and self._mask_buffer.shape[1] != num_words:
+            size, is_cuda = (self._batch.num_entries, num_words), self._batch.state.is_cuda
+            self._mask_buffer = torch.empty(size, dtype=torch.int32, pin_memory=is_cuda).numpy()
+        return self._mask_buffer[:num_masks]
 
     def run(
         self,
@@ -135,27 +154,67 @@ class LogitExtras:
         sampled: torch.Tensor,
         masks: TokenMasks | None,
     ) -> None:
-        batch = self._batch
-        mask_of = dict(zip(masks.samples, masks.bits, strict=True)) if masks else {}
         sampling = plan.rows[: plan.num_samples]
         edited = [i for i, row in enumerate(sampling) if row in self._edits]
         if self.process is not None:
             logits = self.process(sampling, logits[: len(sampling)].to(torch.float32, copy=True))
             edited = list(range(len(sampling)))
+        bits, mask_of = None, {}
+        if masks is not None and masks.samples:
+            bits = torch.from_numpy(masks.bits).to(logits.device, non_blocking=True)
+            mask_of = {sample: mask for mask, sample in enumerate(masks.samples)}
+            self._draw_by_mask(mask_of.keys() - set(edited), masks.samples, bits, logits, seq_lens, sampled)
         for row_batch in _row_batches(edited, self._vocab_size):
-            edits = [self._edits.get(plan.rows[i], NO_EDITS) for i in row_batch]
-            max_len = max(self._lengths.get(plan.rows[i], 1) for i in row_batch)
-            entries = send(row_batch, torch.int64, logits.device)
-            x, rows, lens = logits[entries].float(), batch.live_rows[entries], seq_lens[entries]
-            mask_tokens(x, [mask_of.get(i) for i in row_batch])
-            edit_logits(x, edits, batch.token_ids[rows.long(), :max_len], lens, max_len)
-            drawn = torch.empty_like(rows)
-            sample(x, rows, lens, batch.params, batch.token_ids, drawn)
-            # The plain draw has reported NaN logits, which the edits may have hidden.
-            sampled[entries] = torch.where(sampled[entries] == NAN_LOGITS, NAN_LOGITS, drawn)
+            self._draw_edited(row_batch, plan, mask_of, bits, logits, seq_lens, sampled)
         for row in sampling:
             if row in self._edits:
                 self._lengths[row] += 1
+
+    def _draw_by_mask(
+        self,
+        unedited: Set[int],
+        samples: list[int],
+        bits: torch.Tensor,
+        logits: torch.Tensor,
+        seq_lens: torch.Tensor,
+        sampled: torch.Tensor,
+    ) -> None:
+        """Draw those of `samples` that have no other edits; `bits` has a mask for each of `samples`."""
+        if not unedited:
+            return
+        if len(unedited) < len(samples):
+            bits = bits[send([mask for mask, i in enumerate(samples) if i in unedited], torch.int64, bits.device)]
+            samples = [i for i in samples if i in unedited]
+        if self._drawn_by_mask[0] != samples:  # they rarely change from step to step
+            self._drawn_by_mask = (samples, send(samples, torch.int64, logits.device))
+        batch, masks = self._batch, TokenBits(self._drawn_by_mask[1], bits)
+        sample(logits, batch.live_rows, seq_lens, batch.params, batch.token_ids, sampled, masks)
+
+    def _draw_edited(
+        self,
+        row_batch: list[int],
+        plan: StepPlan,
+        mask_of: dict[int, int],
+        bits: torch.Tensor | None,
+        logits: torch.Tensor,
+        seq_lens: torch.Tensor,
+        sampled: torch.Tensor,
+    ) -> None:
+        """Draw a batch of samples from copies of their logits. `mask_of` has the place in `bits` of a sample's mask."""
+        batch = self._batch
+        edits = [self._edits.get(plan.rows[i], NO_EDITS) for i in row_batch]
+        max_len = max(self._lengths.get(plan.rows[i], 1) for i in row_batch)
+        entries = send(row_batch, torch.int64, logits.device)
+        x, rows, lens = logits[entries].float(), batch.live_rows[entries], seq_lens[entries]
+        masked = [(place, mask_of[i]) for place, i in enumerate(row_batch) if i in mask_of]
+        if masked:
+            places, which = send(list(zip(*masked, strict=True)), torch.int64, logits.device)
+            mask_tokens(x, TokenBits(places, bits[which]))
+        edit_logits(x, edits, batch.token_ids[rows.long(), :max_len], lens, max_len)
+        drawn = torch.empty_like(rows)
+        sample(x, rows, lens, batch.params, batch.token_ids, drawn)
+        # The plain draw has reported NaN logits, which the edits may have hidden.
+        sampled[entries] = torch.where(sampled[entries] == NAN_LOGITS, NAN_LOGITS, drawn)
 
     def _sample_logprobs(
         self, plan: StepPlan, logits: torch.Tensor, sampled: torch.Tensor, out: PendingLogprobs

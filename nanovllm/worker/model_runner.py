@@ -24,6 +24,7 @@ from nanovllm.structured_outputs import TokenMasks
 from nanovllm.worker import memory
 from nanovllm.worker.cpu_step import clear_fresh_tails
 from nanovllm.worker.cuda_graph import StepGraphs, StepShape, StepShapes
+from nanovllm.worker.graph_memory import unowned
 from nanovllm.worker.input_batch import InputBatch
 from nanovllm.worker.logit_extras import LogitExtras, ProcessLogits
 from nanovllm.worker.resolve import resolve_device, resolve_dtype, resolve_max_model_len
@@ -72,7 +73,7 @@ class ModelRunner:
         build_rope_tables((layer.spec.rope for layer in self.attention_layers), self.max_model_len, self.device)
         self.graphs: StepGraphs | None = None
         self.graph_type = StepGraphs if self.is_cuda and not config.enforce_eager else None
-        self.recorded_hidden: dict[StepShape, torch.Tensor] = {}  # of each graph of decodes: a few MB in all
+        self.recorded: dict[StepShape, tuple[torch.Tensor, torch.Tensor]] = {}  # what extras read after a graph
         self.process_logits: ProcessLogits | None = None
         self.num_blocks = self._fit_cache(before)
         self.not_ready = ""
@@ -94,7 +95,7 @@ class ModelRunner:
         if self.is_cuda:
             torch.cuda.synchronize()
         self.graphs = self.kv_cache = self.batch = self.inputs = self.sampled = self.attention = self.extras = None
-        self.recorded_hidden.clear()
+        self.recorded.clear()
         for layer in self.attention_layers:
             layer.cache = None
         if self.is_cuda:
@@ -116,7 +117,7 @@ class ModelRunner:
         self.batch.apply(plan, slot, shape)
         if padded and self.graphs:
             self.graphs.replay(shape)
-            hidden, logits = self.recorded_hidden.get(shape), None
+            hidden, logits = self.recorded.get(shape, (None, None))
         else:
             hidden, logits = self._run(shape, None if padded else plan.num_samples)
         step = LaunchedStep(plan, shape, slot, hidden, logits)
@@ -127,8 +128,6 @@ class ModelRunner:
     @torch.inference_mode()
     def draw(self, step: LaunchedStep, masks: TokenMasks | None = None) -> StepHandle:
         """Queue what the rows of the step launched last ask for beyond a draw from the model's logits."""
-        if step.logits is None and step.plan.num_samples:  # a graph does not keep its own, which would take GBs
-            step.logits = self.model.compute_logits(step.hidden)  # of the same shape, hence the same numbers
         extras = self.extras.run(step.plan, step.hidden, step.logits, self.inputs.seq_lens, self.sampled, masks)
         return self._fetch(step, extras=extras)
 
@@ -165,10 +164,10 @@ class ModelRunner:
         return hidden, logits
 
     def _record(self, shape: StepShape) -> None:
-        """For a graph. The hidden states that extras may ask for stay where each replay will write them."""
-        hidden, _ = self._run(shape)
-        if not shape.num_chunks:
-            self.recorded_hidden[shape] = hidden
+        """For a graph. What extras may ask for stays where each replay will write it."""
+        hidden, logits = self._run(shape)
+        if not shape.num_chunks:  # the hidden states are a few MB in all, but logits would be GBs
+            self.recorded[shape] = hidden, unowned(logits)
 
     def _fetch(self, step: LaunchedStep, **in_handle: Any) -> StepHandle:
         """Queue the copy of the step's tokens to the host, without those of padding entries."""

@@ -18,7 +18,7 @@ class LaunchedStep:
     shape: StepShape
     slot: int  # of the buffers on the host
     hidden: torch.Tensor  # [tokens, hidden_size]
-    logits: torch.Tensor | None  # [>= num_samples, vocab]; None after a graph, or without samples
+    logits: torch.Tensor | None  # [>= num_samples, vocab]; None without samples, or if no extras are asked for
 
 
 @dataclass(slots=True)

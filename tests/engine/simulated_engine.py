@@ -89,6 +89,11 @@ class SimulatedMatcher:
         return True
 
     @staticmethod
+    def accept_all(matchers: "list[SimulatedMatcher]", token_ids: list[list[int]]) -> None:
+        for matcher, ids in zip(matchers, token_ids, strict=True):
+            matcher.accept(ids)
+
+    @staticmethod
     def fill_all(matchers: "list[SimulatedMatcher]", bits: np.ndarray) -> None:
         for matcher, row in zip(matchers, bits, strict=True):
             matcher.fill(row)
@@ -130,6 +135,7 @@ class SimulatedDevice:
 
     is_cuda = False
     not_ready = ""
+    extras = SimpleNamespace(mask_buffer=lambda *size: np.empty(size, dtype=np.int32))
 
     def __init__(
         self, num_blocks: int, block_size: int, max_model_len: int, num_rows: int, budget: int, windows: Windows

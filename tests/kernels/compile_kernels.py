@@ -37,7 +37,7 @@ from nanovllm.kernels.norm.rms_norm import (
 from nanovllm.kernels.prepare_inputs import StepInputs, prepare_inputs_triton
 from nanovllm.kernels.sampling.logprobs import summarize_triton
 from nanovllm.kernels.sampling.sample_kernel import sample_triton
-from nanovllm.kernels.sampling.tensors import SamplingTensors
+from nanovllm.kernels.sampling.tensors import SamplingTensors, TokenBits
 from nanovllm.kernels.sampling.token_masks import mask_triton
 
 CAPABILITY = int(sys.argv[1]) if len(sys.argv) > 1 else 90
@@ -168,8 +168,10 @@ def call_sampler(dtype: torch.dtype) -> None:
     by_row, numbers = zeros(4, dtype=torch.float32), ints(4)
     params = SamplingTensors(by_row, numbers, by_row, by_row, numbers, numbers, numbers, ints(4, 64))
     summarize_triton(zeros(SEQS, VOCAB, dtype=dtype), ints(SEQS))
-    sample_triton(zeros(SEQS, VOCAB, dtype=dtype), ints(SEQS), ints(SEQS), params, ints(4, 9), ints(SEQS))
-    mask_triton(zeros(SEQS, VOCAB, dtype=torch.float32), zeros(2, dtype=torch.int64), ints(2, VOCAB // 32 + 1))
+    masks = TokenBits(zeros(2, dtype=torch.int64), ints(2, VOCAB // 32 + 1))
+    for of_some in (None, masks):
+        sample_triton(zeros(SEQS, VOCAB, dtype=dtype), ints(SEQS), ints(SEQS), params, ints(4, 9), ints(SEQS), of_some)
+    mask_triton(zeros(SEQS, VOCAB, dtype=torch.float32), masks.entries, masks.bits)
 
 
 if __name__ == "__main__":

@@ -254,14 +254,14 @@ def test_copies_of_one_grammar_do_not_know_of_each_other(grammars: Grammars, tok
     assert allowed(one) == {EOS} and allowed(other) == first
 
 
-def test_many_rows_are_filled_by_threads_with_the_same_bits(tokenizer: Any) -> None:
+def test_many_rows_advance_and_are_filled_by_threads_with_the_same_bits(tokenizer: Any) -> None:
     params = [StructuredOutputsParams(json_object=True), StructuredOutputsParams(choice=["ab", "ac"])]
     found = []
     for num_threads in (1, 3):
         grammars = Grammars(tokenizer, VOCAB_SIZE, {EOS}, num_threads)
         matchers = [grammars.matcher(params[i % 2], ignore_eos=i % 3 == 0) for i in range(20)]
-        for i, matcher in enumerate(matchers):
-            matcher.accept(tokenizer.encode(["{", "a", "{}", "ab"][i % 4], add_special_tokens=False))
+        texts = [["{", "a", "{}", "ab"][i % 4] for i in range(20)]
+        Matcher.accept_all(matchers, [tokenizer.encode(text, add_special_tokens=False) for text in texts])
         bits = np.empty((20, matchers[0].num_words), np.int32)
         Matcher.fill_all(matchers, bits)
         found.append(bits)
@@ -269,3 +269,32 @@ def test_many_rows_are_filled_by_threads_with_the_same_bits(tokenizer: Any) -> N
             allowed(matcher) for matcher in matchers
         ]
     assert (found[0] == found[1]).all() and len({row.tobytes() for row in found[0]}) == 3
+
+
+def test_threads_take_tokens_as_one_matcher_does(tokenizer: Any) -> None:
+    """Whatever they are: allowed, forbidden, none, several, or the end of the text."""
+    letters = [tokenizer.encode(text, add_special_tokens=False) for text in ("a", "b", "ab", "")]
+    news = [[letters[0], letters[1], letters[2], letters[3], [EOS]][i % 5] for i in range(30)]
+    found = []
+    for num_threads in (1, 3):
+        grammars = Grammars(tokenizer, VOCAB_SIZE, {EOS}, num_threads)
+        matchers = [grammars.matcher(StructuredOutputsParams(regex="(ab?)?")) for _ in news]
+        for _ in range(2):
+            Matcher.accept_all(matchers, news)
+        found.append([(m.num_tokens, m.error, m.may_end, m.is_terminated, allowed(m)) for m in matchers])
+    assert found[0] == found[1]
+    assert {bool(error) for _, error, *_ in found[0]} == {True, False}
+
+
+def test_slices_change_no_mask(tokenizer: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    schema = {"type": "object", "properties": {"a": {"type": "string", "maxLength": 25}, "b": {"type": "string"}}}
+    params, text = StructuredOutputsParams(json=schema), '{"a": "some text, \\"quoted\\"", "b": "and more"}'
+    found = []
+    for slices in (grammar.SLICES, []):
+        monkeypatch.setattr(grammar, "SLICES", slices)
+        matcher = Grammars(tokenizer, VOCAB_SIZE, {EOS}, num_threads=1).matcher(params)
+        found.append([allowed(matcher)])
+        for token_id in tokenizer.encode(text, add_special_tokens=False):
+            assert matcher.accept([token_id])
+            found[-1].append(allowed(matcher))
+    assert found[0] == found[1] and len(set(map(len, found[0]))) > 5

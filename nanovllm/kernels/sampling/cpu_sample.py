@@ -17,7 +17,8 @@ from nanovllm.kernels.sampling.gumbel_noise import (
     spread_index,
     spread_indices,
 )
-from nanovllm.kernels.sampling.tensors import SamplingTensors
+from nanovllm.kernels.sampling.tensors import SamplingTensors, TokenBits
+from nanovllm.kernels.sampling.token_masks import mask_reference
 from nanovllm.sampling_params import MIN_TEMPERATURE, NAN_LOGITS, NO_TOKEN_LEFT
 
 CHUNK = 128  # logits
@@ -31,8 +32,12 @@ def sample_cpu(
     params: SamplingTensors,
     token_ids: torch.Tensor,
     out: torch.Tensor,
+    masks: TokenBits | None = None,
 ) -> None:
     """`sample`, one entry after the other: a row of logits and its noise then stay in the L2 cache."""
+    if masks is not None:
+        _sample_masked(logits, rows, seq_lens, params, token_ids, out, masks)
+        return
     rows, seq_lens = rows[: len(logits)], seq_lens[: len(logits)]
     row = rows.clamp(min=0).long()
     key_0, key_1 = (k.tolist() for k in noise_keys(params.seed_lo[row], params.seed_hi[row], seq_lens))
@@ -64,6 +69,25 @@ def sample_cpu(
     out.copy_(token)
     is_live = rows >= 0
     token_ids[rows[is_live], seq_lens[is_live]] = token[is_live].clamp(min=0)
+
+
+def _sample_masked(
+    logits: torch.Tensor,
+    rows: torch.Tensor,
+    seq_lens: torch.Tensor,
+    params: SamplingTensors,
+    token_ids: torch.Tensor,
+    out: torch.Tensor,
+    masks: TokenBits,
+) -> None:
+    """Draw from masked copies of the logits."""
+    entries = masks.entries
+    x = logits[entries]
+    is_nan = x.amax(1, keepdim=True).isnan()
+    mask_reference(x, torch.arange(len(x)), masks.bits)
+    drawn = torch.empty_like(out[entries])
+    sample_cpu(x.masked_fill_(is_nan, math.nan), rows[entries], seq_lens[entries], params, token_ids, drawn)
+    out[entries] = drawn
 
 
 def _draw(

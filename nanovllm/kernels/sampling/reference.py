@@ -10,7 +10,7 @@ from collections.abc import Sequence
 import torch
 
 from nanovllm.kernels.sampling.gumbel_noise import MAX_TEMPERATURE, gumbel, noise_bits, noise_keys, spread_indices
-from nanovllm.kernels.sampling.tensors import SamplingTensors
+from nanovllm.kernels.sampling.tensors import SamplingTensors, TokenBits
 from nanovllm.sampling_params import MIN_TEMPERATURE, NAN_LOGITS, NO_TOKEN_LEFT, SamplingParams
 
 
@@ -66,16 +66,23 @@ def sample_reference(
     params: SamplingTensors,
     token_ids: torch.Tensor,
     out: torch.Tensor,
+    masks: TokenBits | None = None,
 ) -> None:
     """`sample`, with all probabilities and all noise of every entry."""
+    mask_of = dict(zip(masks.entries.tolist(), masks.bits, strict=True)) if masks is not None else {}
     entries = zip(rows[: len(logits)].tolist(), seq_lens[: len(logits)].tolist(), strict=True)
     for i, (row, position) in enumerate(entries):
+        if masks is not None and i not in mask_of:
+            continue
         if row < 0:
             out[i] = 0
             continue
         x = logits[i].cpu().double().clone()
         token = NAN_LOGITS
         if not x.isnan().any():
+            if i in mask_of:
+                token = torch.arange(len(x))
+                x[mask_of[i].cpu()[token // 32] >> token % 32 & 1 == 0] = -math.inf
             if position < int(params.min_len[row]):
                 stop_ids = params.stop_ids[row].cpu()
                 x[stop_ids[stop_ids >= 0].long()] = -math.inf

@@ -10,7 +10,7 @@ import torch
 
 from nanovllm.kernels.sampling.cpu_sample import sample_cpu
 from nanovllm.kernels.sampling.sample_kernel import sample_triton
-from nanovllm.kernels.sampling.tensors import SamplingTensors
+from nanovllm.kernels.sampling.tensors import SamplingTensors, TokenBits
 
 
 def sample(
@@ -20,11 +20,13 @@ def sample(
     params: SamplingTensors,
     token_ids: torch.Tensor,
     out: torch.Tensor,
+    masks: TokenBits | None = None,
 ) -> None:
     """Draw each sequence's next token into `out` and into its row.
 
-    The steps, in this order: mask stop ids while `seq_lens < min_len`; divide by the temperature; min_p; top_k (ties
-    with the k-th are kept); top_p (of what these left: the smallest set of likeliest tokens, and ties with its last).
+    The steps, in this order: apply the masks; mask stop ids while `seq_lens < min_len`; divide by the temperature;
+    min_p; top_k (ties with the k-th are kept); top_p (of what these left: the smallest set of likeliest tokens, and
+    ties with its last).
 
     A padding entry (row -1) gets token 0 and touches no row. An entry with a NaN among its logits, masked or not, gets
     NAN_LOGITS, one whose logits are all -inf gets NO_TOKEN_LEFT; the rows of both get token 0. +inf is drawn before
@@ -37,6 +39,7 @@ def sample(
         params: by row.
         token_ids: `[rows, max_len]` int32, any strides; `token_ids[row, seq_len]` is written.
         out: `[entries]` int32, written.
+        masks: then only the entries that have one draw, and all else stays as it is.
     """
     run = sample_triton if logits.is_cuda else sample_cpu
-    run(logits, rows, seq_lens, params, token_ids, out)
+    run(logits, rows, seq_lens, params, token_ids, out, masks)

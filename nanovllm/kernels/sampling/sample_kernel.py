@@ -9,6 +9,9 @@ from, without sorting. The scan has left the maxima of many small groups; at lea
 these, which is the *floor*. One pass collects all tokens that reach the floor, and bisections over the collected logits
 find the exact thresholds. If there are too many to collect (a flat distribution), the same bisections run over all
 logits: slower, never wrong. A bisection compares logits as integers of the same order, so it ends, and ends exactly.
+
+Under masks a kernel's programs belong to the masks, and each reads its entry's logits and its mask's bits: 2 bytes and
+a bit for each token. Without masks the kernels are compiled without these lines.
 """
 
 import torch
@@ -17,6 +20,8 @@ from nanovllm.kernels.early_launch import early_launch, wait_for_previous
 from nanovllm.kernels.sampling.gumbel_noise import MAX_TEMPERATURE, gumbel_kernel, noise_bits_kernel
 from nanovllm.kernels.sampling.sample_row import (
     count_stop_ids,
+    find_mask,
+    forbid_tokens,
     load_logits,
     load_raw_logits,
     load_row_params,
@@ -30,7 +35,7 @@ from nanovllm.kernels.sampling.sample_threshold import (
     load_tokens,
     order,
 )
-from nanovllm.kernels.sampling.tensors import SamplingTensors
+from nanovllm.kernels.sampling.tensors import SamplingTensors, TokenBits
 from nanovllm.kernels.triton_shim import tl, triton
 from nanovllm.sampling_params import MIN_TEMPERATURE, NAN_LOGITS, NO_TOKEN_LEFT
 
@@ -50,9 +55,12 @@ def sample_triton(
     params: SamplingTensors,
     token_ids: torch.Tensor,
     out: torch.Tensor,
+    masks: TokenBits | None = None,
 ) -> None:
     """`sample` in two launches: a scan by many programs for each entry, and a choice by one."""
     num_entries, vocab_size = logits.shape
+    if masks is not None:
+        num_entries = len(masks.entries)
     whole = max(triton.next_power_of_2(vocab_size), 16)
     scan_tile = min(SCAN_TILE, whole)
     groups = min(GROUPS, scan_tile)
@@ -73,6 +81,9 @@ def sample_triton(
         params.min_len,
     )
     arguments = (
+        None if masks is None else masks.entries,
+        None if masks is None else masks.bits,
+        0 if masks is None else masks.bits.stride(0),
         logits,
         logits.stride(0),
         vocab_size,
@@ -114,6 +125,9 @@ def sample_triton(
 
 @triton.jit(do_not_specialize=["num_ranges", "tiles_each"])
 def _scan_kernel(
+    entries_ptr,
+    bits_ptr,
+    bits_stride,
     logits_ptr,
     logits_stride,
     vocab_size,
@@ -136,7 +150,8 @@ def _scan_kernel(
 ):
     """Store, for one range of an entry: the best score (NaN if a logit is), its token, the mass, the groups' maxima."""
     wait_for_previous(EARLY)
-    entry = tl.program_id(0).to(tl.int64)
+    draw = tl.program_id(0).to(tl.int64)
+    entry, bits_ptr = find_mask(draw, entries_ptr, bits_ptr, bits_stride)
     range_index = tl.program_id(1)
     row = tl.load(rows_ptr + entry).to(tl.int64)
     if row < 0:
@@ -161,7 +176,8 @@ def _scan_kernel(
         index = (range_index * tiles_each + i) * TILE + lane
         raw = load_raw_logits(logits_ptr, index, vocab_size)
         is_nan |= (raw != raw).to(tl.int32)
-        score = mask_stop_ids(raw, index, stop_ids_ptr, stop_ids_strides[1], num_stop_ids)
+        score = forbid_tokens(raw, index, vocab_size, bits_ptr)
+        score = mask_stop_ids(score, index, stop_ids_ptr, stop_ids_strides[1], num_stop_ids)
         if is_truncated:
             largest = tl.maximum(best, score)
             shift = tl.where(largest == float("-inf"), 0.0, largest)
@@ -173,7 +189,7 @@ def _scan_kernel(
         best = tl.where(is_better, score, best)
 
     top = tl.max(best, axis=0)
-    program = entry * num_ranges + range_index
+    program = draw * num_ranges + range_index
     num_programs = tl.num_programs(0).to(tl.int64) * num_ranges
     tl.store(scratch_ptr + program, tl.where(tl.max(is_nan, axis=0) > 0, float("nan"), top))
     token = tl.min(tl.where(best == top, best_index, 0x7FFFFFFF), axis=0)
@@ -187,6 +203,9 @@ def _scan_kernel(
 
 @triton.jit(do_not_specialize=["num_ranges"])
 def _choose_kernel(
+    entries_ptr,
+    bits_ptr,
+    bits_stride,
     logits_ptr,
     logits_stride,
     vocab_size,
@@ -217,7 +236,8 @@ def _choose_kernel(
 ):
     """Compare an entry's ranges, or draw from the tokens that its truncations leave; store the token."""
     wait_for_previous(EARLY)
-    entry = tl.program_id(0).to(tl.int64)
+    draw = tl.program_id(0).to(tl.int64)
+    entry, bits_ptr = find_mask(draw, entries_ptr, bits_ptr, bits_stride)
     row = tl.load(rows_ptr + entry).to(tl.int64)
     if row < 0:
         tl.store(out_ptr + entry, 0)
@@ -229,7 +249,7 @@ def _choose_kernel(
     inverse_temperature = tl.math.div_rn(1.0, tl.maximum(temperature, MIN_TEMPERATURE))
     ranges = tl.arange(0, TILE_RANGES)
     inside = ranges < num_ranges
-    program = entry * num_ranges + ranges
+    program = draw * num_ranges + ranges
     num_programs = tl.num_programs(0).to(tl.int64) * num_ranges
     scores = tl.load(scratch_ptr + program, mask=inside, other=float("-inf"))
     is_nan = tl.max((scores != scores).to(tl.int32), axis=0)
@@ -243,6 +263,7 @@ def _choose_kernel(
         num_stop_ids = count_stop_ids(
             row, position, per_row, per_row_strides, stop_ids_ptr, stop_ids_strides[1], NUM_STOP_IDS, TILE_STOP_IDS
         )
+        of_entry = (logits_ptr, vocab_size, bits_ptr, stop_ids_ptr, stop_ids_strides[1], num_stop_ids)
         has_top_k = (top_k > 0) & (top_k < vocab_size)
         has_top_p = top_p < 1.0
         has_min_p = min_p > 0.0
@@ -256,7 +277,7 @@ def _choose_kernel(
         wanted = tl.where(has_top_k, top_k, tl.where(has_min_p, 0x3FFFFFFF, 128))
         floor = threshold
         if 2 * wanted <= tl.minimum(num_ranges * GROUPS, TILE_GROUPS):
-            maxima_ptr = scratch_ptr + (3 * num_programs + entry * num_ranges * GROUPS)
+            maxima_ptr = scratch_ptr + (3 * num_programs + draw * num_ranges * GROUPS)
             group_max = tl.full([TILE_GROUPS], float("-inf"), tl.float32)
             for base in range(0, num_ranges * GROUPS, TILE_GROUPS):  # groups past the tile are merged with those in it
                 group = base + tl.arange(0, TILE_GROUPS)
@@ -265,12 +286,12 @@ def _choose_kernel(
             floor = tl.maximum(floor, kth_largest(order(group_max) >> LOW_BITS, wanted, LOWEST))
 
         # Collect the tokens that reach the floor.
-        collected_ptr = scratch_ptr + (3 + GROUPS) * num_programs + entry * (2 * MAX_CANDIDATES)
+        collected_ptr = scratch_ptr + (3 + GROUPS) * num_programs + draw * (2 * MAX_CANDIDATES)
         lane = tl.arange(0, TILE)
         num_tokens = tl.full([], 0, tl.int32)
         floor_logit = least_logit(floor, LOW_BITS)
         for start in range(0, vocab_size, TILE):
-            x = load_logits(logits_ptr, start + lane, vocab_size, stop_ids_ptr, stop_ids_strides[1], num_stop_ids)
+            x = load_logits(of_entry, start + lane)
             reaches = (x >= floor_logit).to(tl.int32)
             place = num_tokens + tl.cumsum(reaches, axis=0) - 1
             fits = (reaches > 0) & (place < MAX_CANDIDATES)
@@ -280,9 +301,7 @@ def _choose_kernel(
         tl.debug_barrier()  # from here on, threads read what other threads stored
         is_collected = num_tokens <= MAX_CANDIDATES
         num_tokens = tl.where(is_collected, num_tokens, vocab_size)
-        source = (
-            logits_ptr, vocab_size, stop_ids_ptr, stop_ids_strides[1], num_stop_ids, collected_ptr, top, to_exponent
-        )  # fmt: skip
+        source = (of_entry, vocab_size, collected_ptr, top, to_exponent)
 
         masses = tl.load(scratch_ptr + 2 * num_programs + program, mask=inside, other=0.0)
         total = tl.sum(tl.where(masses > 0, masses * tl.exp2((scores - top) * to_exponent), 0.0), axis=0)

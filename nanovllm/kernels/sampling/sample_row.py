@@ -1,7 +1,17 @@
-"""How `sample_kernel.py` loads a row's parameters, and an entry's logits with the stop ids masked."""
+"""How `sample_kernel.py` loads a row's parameters, and an entry's logits without forbidden tokens and stop ids."""
 
 from nanovllm.kernels.sampling.gumbel_noise import noise_keys_kernel
 from nanovllm.kernels.triton_shim import tl, triton
+
+
+@triton.jit
+def find_mask(draw, entries_ptr, bits_ptr, bits_stride):
+    """A draw's entry and its bits. Without masks, where the pointers are None, the draw is the entry."""
+    entry = draw
+    if entries_ptr is not None:
+        entry = tl.load(entries_ptr + draw)
+        bits_ptr += draw * bits_stride
+    return entry, bits_ptr
 
 
 @triton.jit
@@ -50,7 +60,18 @@ def mask_stop_ids(x, index, stop_ids_ptr, stop_ids_stride, num_stop_ids):
 
 
 @triton.jit
-def load_logits(logits_ptr, index, vocab_size, stop_ids_ptr, stop_ids_stride, num_stop_ids):
-    """Load logits as float32; -inf for masked stop ids and past the vocabulary."""
+def forbid_tokens(x, index, vocab_size, bits_ptr):
+    """Set tokens whose bit is 0 to -inf; `bits_ptr` may be None."""
+    if bits_ptr is not None:
+        word = tl.load(bits_ptr + index // 32, mask=index < vocab_size, other=0)
+        x = tl.where((word >> (index % 32)) & 1 == 0, float("-inf"), x)
+    return x
+
+
+@triton.jit
+def load_logits(of_entry, index):
+    """Load an entry's logits as float32; -inf for forbidden tokens, masked stop ids and past the vocabulary."""
+    logits_ptr, vocab_size, bits_ptr, stop_ids_ptr, stop_ids_stride, num_stop_ids = of_entry
     x = load_raw_logits(logits_ptr, index, vocab_size)
+    x = forbid_tokens(x, index, vocab_size, bits_ptr)
     return mask_stop_ids(x, index, stop_ids_ptr, stop_ids_stride, num_stop_ids)

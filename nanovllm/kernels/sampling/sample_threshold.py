@@ -16,13 +16,13 @@ PASSES_BY_MASS, PASSES_BY_VALUE = tl.constexpr(8), tl.constexpr(20)
 @triton.jit
 def load_tokens(place, source, num_tokens, is_collected, MAX_CANDIDATES: tl.constexpr):
     """Load logits and indices of the collected tokens, or of the whole vocabulary."""
-    logits_ptr, vocab_size, stop_ids_ptr, stop_ids_stride, num_stop_ids, collected_ptr, top, to_exponent = source
+    of_entry, vocab_size, collected_ptr, top, to_exponent = source
     if is_collected:
         inside = place < num_tokens
         x = tl.load(collected_ptr + place, mask=inside, other=float("-inf"))
         index = tl.load(collected_ptr + MAX_CANDIDATES + place, mask=inside, other=0.0).to(tl.int32, bitcast=True)
     else:
-        x = load_logits(logits_ptr, place, vocab_size, stop_ids_ptr, stop_ids_stride, num_stop_ids)
+        x = load_logits(of_entry, place)
         index = place
     return x, index
 
@@ -83,7 +83,7 @@ def count_and_mass_from(
     LOW_BITS: tl.constexpr, MAX_CANDIDATES: tl.constexpr, TILE: tl.constexpr,
 ):  # fmt: skip
     """How many tokens reach the threshold, and their mass, where the likeliest token weighs 1."""
-    logits_ptr, vocab_size, stop_ids_ptr, stop_ids_stride, num_stop_ids, collected_ptr, top, to_exponent = source
+    of_entry, vocab_size, collected_ptr, top, to_exponent = source
     limit = least_logit(threshold, LOW_BITS)
     if is_collected:
         place = tl.arange(0, MAX_CANDIDATES)
@@ -96,7 +96,7 @@ def count_and_mass_from(
         count = tl.zeros([TILE], tl.int32)
         mass = tl.zeros([TILE], tl.float32)
         for start in range(0, vocab_size, TILE):
-            x = load_logits(logits_ptr, start + lane, vocab_size, stop_ids_ptr, stop_ids_stride, num_stop_ids)
+            x = load_logits(of_entry, start + lane)
             reaches = x >= limit
             count += reaches.to(tl.int32)
             mass += tl.where(reaches, tl.exp2((x - top) * to_exponent), 0.0)

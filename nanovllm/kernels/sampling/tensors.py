@@ -1,4 +1,6 @@
-"""What each row asks of the sampler, as tensors on the device: the host writes a row once, when its request begins."""
+"""What the sampler is told, as tensors on the device: each row's parameters, which the host writes when its request
+begins, and the masks of a step's grammars.
+"""
 
 from dataclasses import dataclass
 
@@ -27,3 +29,17 @@ class SamplingTensors:
     seed_hi: torch.Tensor
     min_len: torch.Tensor
     stop_ids: torch.Tensor
+
+
+@dataclass(slots=True)
+class TokenBits:
+    """Masks of tokens for some of a step's entries.
+
+    Attributes:
+        entries: `[masks]` int64, the entry of each mask.
+        bits: `[masks, at least vocab / 32]` int32, the last dimension contiguous: token t is bit t % 32 of word
+            t // 32, and 0 forbids it.
+    """
+
+    entries: torch.Tensor
+    bits: torch.Tensor

@@ -1,7 +1,8 @@
 """Masks of tokens, a bit each: -inf for the logits of tokens that a grammar forbids.
 
-The kernel reads a bit and writes at most 4 bytes for each logit: 0.6 MB for an entry of 151,936 tokens. The plain
-version serves a CPU, and is the kernel's reference.
+For entries with other edits besides, which need a copy of their logits anyway; `sample` itself reads the bits of all
+others. The kernel reads a bit and writes at most 4 bytes for each logit: 0.6 MB for an entry of 151,936 tokens. The
+plain version serves a CPU, and is the kernel's reference.
 """
 
 import math
@@ -9,28 +10,22 @@ import math
 import numpy as np
 import torch
 
-from nanovllm.kernels.sampling.logit_edits import send
+from nanovllm.kernels.sampling.tensors import TokenBits
 from nanovllm.kernels.triton_shim import tl, triton
 
 TILE = 4096  # logits of a program
 
 
-def mask_tokens(logits: torch.Tensor, masks: list[np.ndarray | None]) -> None:
+def mask_tokens(logits: torch.Tensor, masks: TokenBits) -> None:
     """Set the logits of forbidden tokens to -inf, in place, without waiting for the device.
 
     Args:
         logits: `[entries, vocab]` float32, contiguous.
-        masks: one for each entry, `[at least vocab / 32]` int32: token t is bit t % 32 of word t // 32, and 0 forbids
-            it. None: the entry stays as it is. All have one size.
+        masks: of some of these entries; the others stay as they are.
     """
-    masked = [i for i, mask in enumerate(masks) if mask is not None]
-    if not masked:
-        return
-    bits = torch.empty(len(masked), len(masks[masked[0]]), dtype=torch.int32, pin_memory=logits.is_cuda)
-    np.stack([masks[i] for i in masked], out=bits.numpy())
-    entries = send(masked, torch.int64, logits.device)
-    run = mask_triton if logits.is_cuda else mask_reference
-    run(logits, entries, bits.to(logits.device, non_blocking=True))
+    if len(masks.entries):
+        run = mask_triton if logits.is_cuda else mask_reference
+        run(logits, masks.entries, masks.bits)
 
 
 def mask_reference(logits: torch.Tensor, entries: torch.Tensor, bits: torch.Tensor) -> None:

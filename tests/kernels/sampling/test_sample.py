@@ -4,6 +4,7 @@ import math
 import random
 from itertools import cycle
 
+import numpy as np
 import pytest
 import torch
 from drawn_from import assert_drawn_from
@@ -13,7 +14,7 @@ from nanovllm.kernels.sampling.cpu_sample import sample_cpu
 from nanovllm.kernels.sampling.reference import distribution, sample_reference
 from nanovllm.kernels.sampling.sample import sample
 from nanovllm.kernels.sampling.sample_kernel import sample_triton
-from nanovllm.kernels.sampling.tensors import SamplingTensors
+from nanovllm.kernels.sampling.tensors import SamplingTensors, TokenBits
 from nanovllm.sampling_params import MAX_STOP_IDS, MIN_TEMPERATURE, NAN_LOGITS, NO_TOKEN_LEFT
 
 FUNCTIONS = [sample_triton, sample_cpu, sample_reference]
@@ -302,6 +303,59 @@ def test_a_row_whose_every_token_is_masked_has_none_to_draw(function, asked: dic
     rows = Rows([{"min_len": 2, "stop_ids": [9, 7], **asked}], device)
     assert rows.sample(function, logits, [0], [1], may_lack=True) == [NO_TOKEN_LEFT]
     assert rows.sample(function, logits, [0], [2])[0] in (7, 9)
+
+
+def sample_under_masks(
+    function, rows: Rows, logits: torch.Tensor, entries: list[int], is_allowed: torch.Tensor
+) -> tuple[list[int], list[list[int]]]:
+    """Draw at positions 8, 9, …: all entries' tokens, and all rows'. Entry i has row i, but the last of 5 has none."""
+    padded = np.ones((len(entries), -(-logits.shape[1] // 32) * 32 + 64), dtype=np.uint8)
+    padded[:, : logits.shape[1]] = is_allowed.numpy()
+    bits = torch.from_numpy(np.packbits(padded, axis=1, bitorder="little").view(np.int32)).to(rows.device)
+    out = torch.full((5,), POISON, dtype=torch.int32, device=rows.device)
+    live, positions = (torch.tensor(x, dtype=torch.int32, device=rows.device) for x in ([0, 1, 2, 3, -1], range(8, 13)))
+    masks = TokenBits(torch.tensor(entries, device=rows.device), bits)
+    function(logits, live, positions, rows.params, rows.token_ids, out, masks)
+    return out.tolist(), rows.token_ids.tolist()
+
+
+@pytest.mark.parametrize("function", [*FUNCTIONS, sample])
+@pytest.mark.parametrize(
+    "asked", [{}, {"temperature": 0.0}, {"min_len": 99, "stop_ids": [5, 6]}, *TRUNCATIONS], ids=str
+)
+@pytest.mark.parametrize(("vocab_size", "dtype"), [(50, torch.float32), (5000, torch.bfloat16)])
+def test_a_draw_under_a_mask_is_the_draw_from_masked_logits(
+    function, asked: dict, vocab_size: int, dtype: torch.dtype, device: str
+):
+    """Only entries that have a mask draw, and forbidden tokens count for no truncation."""
+    logits = draw_logits(6, 5, vocab_size, dtype, 2.0, device)
+    entries = [3, 0, 4, 2]
+    is_allowed = torch.rand(4, vocab_size, generator=torch.Generator().manual_seed(1)) < 0.3
+    is_allowed[1] = torch.arange(vocab_size) == 41
+    masked = logits.clone()
+    for entry, allowed in zip(entries, is_allowed, strict=True):
+        masked[entry, ~allowed.to(device)] = -math.inf
+    rows, expected = (Rows([{**asked, "seed_lo": i} for i in range(4)], device) for _ in range(2))
+    tokens = expected.sample(function, masked, [0, 1, 2, 3, -1], list(range(8, 13)))
+    drawn, of_rows = sample_under_masks(function, rows, logits, entries, is_allowed)
+    assert drawn == [tokens[0], POISON, *tokens[2:]] and drawn[0] == 41 and drawn[4] == 0
+    expected.token_ids[1] = POISON
+    assert of_rows == expected.token_ids.tolist()
+
+
+@pytest.mark.parametrize("function", FUNCTIONS)
+@pytest.mark.parametrize("asked", [{}, {"temperature": 0.0}, {"top_k": 5}, {"top_p": 0.5}], ids=str)
+def test_a_mask_hides_no_nan_and_may_leave_no_token(function, asked: dict, device: str):
+    logits = draw_logits(6, 5, 300, torch.bfloat16, 2.0, device)
+    logits[0, 7] = math.nan
+    logits[2, 9] = math.inf
+    is_allowed = torch.ones(4, 300, dtype=torch.bool)
+    is_allowed[0, 7] = False
+    is_allowed[1] = False
+    is_allowed[2, 9] = False
+    drawn, of_rows = sample_under_masks(function, Rows([asked] * 4, device), logits, [0, 1, 2, 3], is_allowed)
+    assert drawn[:2] == [NAN_LOGITS, NO_TOKEN_LEFT] and 0 <= drawn[2] != 9
+    assert of_rows[0][8] == of_rows[1][9] == 0
 
 
 @pytest.mark.parametrize("function", [*FUNCTIONS, sample])

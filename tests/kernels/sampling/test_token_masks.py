@@ -6,6 +6,7 @@ import numpy as np
 import pytest
 import torch
 
+from nanovllm.kernels.sampling.tensors import TokenBits
 from nanovllm.kernels.sampling.token_masks import mask_reference, mask_tokens, mask_triton
 
 
@@ -25,14 +26,15 @@ def test_forbidden_tokens_are_minus_infinity_and_all_else_stays(vocab_size: int,
     expected[0][~is_allowed[0]] = -math.inf
     expected[2][~is_allowed[1]] = -math.inf
     found = logits.to(device)
-    mask_tokens(found, [bits[0], None, bits[1], None])
+    mask_tokens(found, TokenBits(torch.tensor([0, 2], device=device), torch.from_numpy(bits).to(device)))
     assert torch.equal(found.cpu(), expected)
 
 
 def test_without_a_mask_nothing_changes(device: str) -> None:
     logits = torch.randn(3, 40, device=device)
     before = logits.clone()
-    mask_tokens(logits, [None, None, None])
+    none = torch.zeros(0, dtype=torch.int64, device=device)
+    mask_tokens(logits, TokenBits(none, torch.zeros(0, 2, dtype=torch.int32, device=device)))
     assert torch.equal(logits, before)
 
 
