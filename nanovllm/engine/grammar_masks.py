@@ -23,7 +23,7 @@ if TYPE_CHECKING:
 
 def draw_masked(step: "StepInFlight", runner: "ModelRunner", followers: "Followers") -> None:
     """Let a launched step, which awaits masks, draw under them. The tokens of all steps before it are known."""
-    masks = token_masks(step.scheduled.samples, runner.extras.mask_buffer)
+    masks = token_masks(step.scheduled.samples, runner.extras.masked_draws.buffer)
     with followers.also_run("draw", masks), followers.time_limit():
         step.handle = runner.draw(step.handle.awaits_masks, masks)
 

@@ -3,14 +3,13 @@
 The plain part samples every row as if no request had asked for extras, from a CUDA graph if it can. Then the rows with
 edits draw again, from edited copies of their logits, and overwrite their first draw. So a step without such rows pays
 nothing, and in any other step only those rows pay. The work goes in batches of rows, so that memory stays bounded.
-Rows that have a grammar and no other edits need no copy: the sampler reads the model's logits under their masks.
+Rows that have a grammar and no other edits need no copy (`masked_draws.py`).
 """
 
-from collections.abc import Callable, Iterator, Set
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from itertools import accumulate, groupby
 
-import numpy as np
 import torch
 
 from nanovllm.kernels.sampling.logit_edits import RowEdits, edit_logits, send
@@ -23,6 +22,7 @@ from nanovllm.sampling_params import NAN_LOGITS
 from nanovllm.step_plan import LogitEdits, NewRow, PromptSpan, StepPlan
 from nanovllm.structured_outputs import TokenMasks
 from nanovllm.worker.input_batch import InputBatch
+from nanovllm.worker.masked_draws import MaskedDraws
 
 ROW_BATCH_BYTES = 64 << 20  # of float32 logits
 MAX_BATCH_ROWS = 256
@@ -81,8 +81,7 @@ class LogitExtras:
         self._edits: dict[int, RowEdits] = {}
         self._lengths: dict[int, int] = {}  # of the rows in _edits: how many tokens precede the next sample
         self._with_grammar: set[int] = set()  # rows; those that edit by nothing else are not in _edits
-        self._mask_buffer = np.empty((0, 0), dtype=np.int32)
-        self._drawn_by_mask: tuple[list[int], torch.Tensor | None] = ([], None)  # samples, and the same on the device
+        self.masked_draws = MaskedDraws(batch)
         self.process = process
 
     def add_rows(self, new_rows: list[NewRow]) -> None:
@@ -109,17 +108,6 @@ class LogitExtras:
     def awaits_masks(self, plan: StepPlan) -> bool:
         """Whether a row draws under a mask, which the host makes when it has read the step before."""
         return not self._with_grammar.isdisjoint(plan.rows[: plan.num_samples])
-
-    def mask_buffer(self, num_masks: int, num_words: int) -> np.ndarray:
-        """`[num_masks, num_words]` int32 on the host, for the masks of a step; page-locked if the device is a GPU.
-
-        It is always the same memory. The host makes a step's masks when it has read the tokens of the step before,
-        whose masks the device has therefore copied.
-        """
-        if num_masks and self._mask_buffer.shape[1] != num_words:
-            size, is_cuda = (self._batch.num_entries, num_words), self._batch.state.is_cuda
-            self._mask_buffer = torch.empty(size, dtype=torch.int32, pin_memory=is_cuda).numpy()
-        return self._mask_buffer[:num_masks]
 
     def run(
         self,
@@ -155,40 +143,20 @@ class LogitExtras:
         masks: TokenMasks | None,
     ) -> None:
         sampling = plan.rows[: plan.num_samples]
-        edited = [i for i, row in enumerate(sampling) if row in self._edits]
+        edited = [i for i, row in enumerate(sampling) if row in self._edits] if self._edits else []
         if self.process is not None:
             logits = self.process(sampling, logits[: len(sampling)].to(torch.float32, copy=True))
             edited = list(range(len(sampling)))
         bits, mask_of = None, {}
         if masks is not None and masks.samples:
-            bits = torch.from_numpy(masks.bits).to(logits.device, non_blocking=True)
-            mask_of = {sample: mask for mask, sample in enumerate(masks.samples)}
-            self._draw_by_mask(mask_of.keys() - set(edited), masks.samples, bits, logits, seq_lens, sampled)
+            bits = self.masked_draws.send(masks.bits)
+            self.masked_draws.draw(masks.samples, set(edited), bits, logits, seq_lens, sampled)
+            mask_of = {sample: mask for mask, sample in enumerate(masks.samples)} if edited else {}
         for row_batch in _row_batches(edited, self._vocab_size):
             self._draw_edited(row_batch, plan, mask_of, bits, logits, seq_lens, sampled)
         for row in sampling:
             if row in self._edits:
                 self._lengths[row] += 1
-
-    def _draw_by_mask(
-        self,
-        unedited: Set[int],
-        samples: list[int],
-        bits: torch.Tensor,
-        logits: torch.Tensor,
-        seq_lens: torch.Tensor,
-        sampled: torch.Tensor,
-    ) -> None:
-        """Draw those of `samples` that have no other edits; `bits` has a mask for each of `samples`."""
-        if not unedited:
-            return
-        if len(unedited) < len(samples):
-            bits = bits[send([mask for mask, i in enumerate(samples) if i in unedited], torch.int64, bits.device)]
-            samples = [i for i in samples if i in unedited]
-        if self._drawn_by_mask[0] != samples:  # they rarely change from step to step
-            self._drawn_by_mask = (samples, send(samples, torch.int64, logits.device))
-        batch, masks = self._batch, TokenBits(self._drawn_by_mask[1], bits)
-        sample(logits, batch.live_rows, seq_lens, batch.params, batch.token_ids, sampled, masks)
 
     def _draw_edited(
         self,

@@ -135,7 +135,9 @@ class SimulatedDevice:
 
     is_cuda = False
     not_ready = ""
-    extras = SimpleNamespace(mask_buffer=lambda *size: np.empty(size, dtype=np.int32))
+    extras = SimpleNamespace(
+        masked_draws=SimpleNamespace(buffer=lambda num, num_words: np.empty((num, num_words), dtype=np.int32))
+    )
 
     def __init__(
         self, num_blocks: int, block_size: int, max_model_len: int, num_rows: int, budget: int, windows: Windows
