@@ -20,7 +20,7 @@ from nanovllm.kernels.early_launch import early_launch, wait_for_previous
 from nanovllm.kernels.sampling.gumbel_noise import MAX_TEMPERATURE, gumbel_kernel, noise_bits_kernel
 from nanovllm.kernels.sampling.sample_row import (
     count_stop_ids,
-    find_mask,
+    find_entry,
     forbid_tokens,
     load_logits,
     load_raw_logits,
@@ -151,7 +151,7 @@ def _scan_kernel(
     """Store, for one range of an entry: the best score (NaN if a logit is), its token, the mass, the groups' maxima."""
     wait_for_previous(EARLY)
     draw = tl.program_id(0).to(tl.int64)
-    entry, bits_ptr = find_mask(draw, entries_ptr, bits_ptr, bits_stride)
+    entry = find_entry(draw, entries_ptr)
     range_index = tl.program_id(1)
     row = tl.load(rows_ptr + entry).to(tl.int64)
     if row < 0:
@@ -176,7 +176,7 @@ def _scan_kernel(
         index = (range_index * tiles_each + i) * TILE + lane
         raw = load_raw_logits(logits_ptr, index, vocab_size)
         is_nan |= (raw != raw).to(tl.int32)
-        score = forbid_tokens(raw, index, vocab_size, bits_ptr)
+        score = forbid_tokens(raw, index, vocab_size, bits_ptr, draw * bits_stride)
         score = mask_stop_ids(score, index, stop_ids_ptr, stop_ids_strides[1], num_stop_ids)
         if is_truncated:
             largest = tl.maximum(best, score)
@@ -237,7 +237,7 @@ def _choose_kernel(
     """Compare an entry's ranges, or draw from the tokens that its truncations leave; store the token."""
     wait_for_previous(EARLY)
     draw = tl.program_id(0).to(tl.int64)
-    entry, bits_ptr = find_mask(draw, entries_ptr, bits_ptr, bits_stride)
+    entry = find_entry(draw, entries_ptr)
     row = tl.load(rows_ptr + entry).to(tl.int64)
     if row < 0:
         tl.store(out_ptr + entry, 0)
@@ -263,7 +263,8 @@ def _choose_kernel(
         num_stop_ids = count_stop_ids(
             row, position, per_row, per_row_strides, stop_ids_ptr, stop_ids_strides[1], NUM_STOP_IDS, TILE_STOP_IDS
         )
-        of_entry = (logits_ptr, vocab_size, bits_ptr, stop_ids_ptr, stop_ids_strides[1], num_stop_ids)
+        first_word = draw * bits_stride
+        of_entry = (logits_ptr, vocab_size, bits_ptr, first_word, stop_ids_ptr, stop_ids_strides[1], num_stop_ids)
         has_top_k = (top_k > 0) & (top_k < vocab_size)
         has_top_p = top_p < 1.0
         has_min_p = min_p > 0.0

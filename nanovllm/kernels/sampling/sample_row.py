@@ -5,13 +5,12 @@ from nanovllm.kernels.triton_shim import tl, triton
 
 
 @triton.jit
-def find_mask(draw, entries_ptr, bits_ptr, bits_stride):
-    """A draw's entry and its bits. Without masks, where the pointers are None, the draw is the entry."""
+def find_entry(draw, entries_ptr):
+    """A draw's entry. Without masks, where the pointer is None, it is the draw itself."""
     entry = draw
     if entries_ptr is not None:
         entry = tl.load(entries_ptr + draw)
-        bits_ptr += draw * bits_stride
-    return entry, bits_ptr
+    return entry
 
 
 @triton.jit
@@ -60,10 +59,10 @@ def mask_stop_ids(x, index, stop_ids_ptr, stop_ids_stride, num_stop_ids):
 
 
 @triton.jit
-def forbid_tokens(x, index, vocab_size, bits_ptr):
+def forbid_tokens(x, index, vocab_size, bits_ptr, first_word):
     """Set tokens whose bit is 0 to -inf; `bits_ptr` may be None."""
     if bits_ptr is not None:
-        word = tl.load(bits_ptr + index // 32, mask=index < vocab_size, other=0)
+        word = tl.load(bits_ptr + first_word + index // 32, mask=index < vocab_size, other=0)
         x = tl.where((word >> (index % 32)) & 1 == 0, float("-inf"), x)
     return x
 
@@ -71,7 +70,7 @@ def forbid_tokens(x, index, vocab_size, bits_ptr):
 @triton.jit
 def load_logits(of_entry, index):
     """Load an entry's logits as float32; -inf for forbidden tokens, masked stop ids and past the vocabulary."""
-    logits_ptr, vocab_size, bits_ptr, stop_ids_ptr, stop_ids_stride, num_stop_ids = of_entry
+    logits_ptr, vocab_size, bits_ptr, first_word, stop_ids_ptr, stop_ids_stride, num_stop_ids = of_entry
     x = load_raw_logits(logits_ptr, index, vocab_size)
-    x = forbid_tokens(x, index, vocab_size, bits_ptr)
+    x = forbid_tokens(x, index, vocab_size, bits_ptr, first_word)
     return mask_stop_ids(x, index, stop_ids_ptr, stop_ids_stride, num_stop_ids)
