@@ -94,6 +94,19 @@ def test_tokens_one_step_behind_are_those_of_reading_at_once(llm: LLM) -> None:
     assert [found.token_ids for found in behind] == [found.token_ids for found in at_once]
 
 
+def test_logits_that_a_graph_leaves_give_the_tokens_of_eager_steps(make_llm: Callable[..., LLM]) -> None:
+    """With grammars alone, with other edits besides, and with log-probabilities, in batches of all sizes."""
+    penalized = [SamplingParams(max_tokens=40, repetition_penalty=1.2, seed=i, logprobs=1) for i in range(8)]
+    params = requests(24) + penalized
+    found = []
+    for eager in (False, True):
+        llm = make_llm(demo_model(), enforce_eager=eager, **OPTIONS)
+        outputs = completions(llm, PROMPTS * 8, params)
+        found.append([(output.token_ids, output.finish_reason) for output in outputs])
+        assert all(output.finish_reason in ("stop", "length") for output in outputs)
+    assert found[0] == found[1]
+
+
 def test_plain_requests_keep_their_tokens_beside_grammars(llm: LLM) -> None:
     """Greedy, in float32."""
     plain = SamplingParams(max_tokens=60, temperature=0)
