@@ -48,12 +48,12 @@ def main() -> None:
     print(f"measured {MEASURED:,} tok/s: {MEASURED / (outputs / total):.1%} of the roofline")
 
     x = torch.ones(1 << 26)  # 256 MB: far more than a cache
-    times = []
+    seconds = []
     for _ in range(4):
         start = perf_counter()
         x.sum()
-        times.append(perf_counter() - start)
-    print(f"here: one thread reads {x.numel() * 4 / min(times) / 1e9:.1f} GB/s")
+        seconds.append(perf_counter() - start)
+    print(f"here: one thread reads {x.numel() * 4 / min(seconds) / 1e9:.1f} GB/s")
     prompts, rates, found = [[i] * 512 for i in range(1, 9)], [], []
     with LLM(demo_model(), device="cpu") as llm:
         cache = llm.engine.block_manager.stats
