@@ -162,7 +162,7 @@ def rows(language: str) -> str:
     sheet.text(30, base + 18, ("step 0", "第 0 步"), 11, MUTED)
     sheet.text(960, base + 18, (f"step {len(steps) - 1}", f"第 {len(steps) - 1} 步"), 11, MUTED, anchor="end")
     note = (
-        "orange: prompts enter; blue: a block, or a list of rows that changed; the height is the number's digits. By InputBatch",
+        "orange: prompts enter; blue: a new block, or another list of rows; a bar's height is its number's digits",
         "橙：提示进入；蓝：新块，或运行行的列表有变化；高度为数字的位数。由引擎的 InputBatch 统计",
     )
     sheet.text(20, 318, note, 12, MUTED)

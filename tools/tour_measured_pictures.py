@@ -115,7 +115,7 @@ def roofline(language: str) -> str:
     seconds = measured["seconds"]
     x, scale = 180.0, 720 / sum(seconds.values())
     sheet.text(20, 74, ("at least", "下限"), 13)
-    for i, (name, value) in enumerate(seconds.items()):
+    for i, value in enumerate(seconds.values()):
         sheet.rect(x, 54, value * scale, 30, COLORS[i], PAPER, 0.8)
         if i == 0:
             sheet.text(x + value * scale / 2, 74, f"{value} s", 12, anchor="middle")

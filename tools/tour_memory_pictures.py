@@ -81,7 +81,7 @@ def paging(language: str) -> str:
         if request >= 0:
             sheet.rect(x, y, 13 * share, 17.5, COLORS[request % len(COLORS)])
     foot = (
-        "a colour is a request, grey holds no token; upstream's 256 requests after 300 steps, by the engine's scheduler",
+        "a colour is a request, grey holds no token; upstream's 256 requests after 300 steps of the engine's scheduler",
         "一种颜色是一个请求，灰色处没有存任何词元；上游基准测试的 256 个请求跑 300 步之后，由引擎自己的调度器得出",
     )
     sheet.text(20, 388, foot, 12, MUTED)
@@ -148,7 +148,7 @@ def blocks(language: str) -> str:
         sheet.rect(24 + i * 60, 346, 50, 30, COLORS[3] if block in books.cached else EMPTY, LINE, 0.25, 4)
         sheet.text(49 + i * 60, 366, str(block), 13, anchor="middle")
     note = (
-        "D has ended: its third block still has its content, and stands last. Blocks of 4 tokens, the engine's own books.",
+        "D has ended: its third block still has its content, and stands last. Blocks of 4 tokens; the engine's books.",
         "D 已结束：它的第三块内容还在，排在链表末尾。每块 4 个词元，数据取自引擎自己的账本。",
     )
     sheet.text(20, 404, note, 12, MUTED)
@@ -219,8 +219,8 @@ def schedule(language: str) -> str:
     sheet.text(left, y + 60, f"0 … {steps - 1}", 11, MUTED)
     sheet.text(left + 850, y + 60, ("steps", "步"), 11, MUTED, anchor="end")
     note = (
-        "tall: a chunk of a prompt, with its tokens; low: a decode; grey: waits; red: preempted. 14 blocks of 16, 40 tokens a step.",
-        "高：提示的一个分块（数字为词元数）；矮：一次解码；灰：等待；红：被抢占。14 块，每块 16 个词元，每步最多 40 个词元。",
+        "tall: a chunk and its tokens; low: a decode; grey: waits; red: preempted. 14 blocks of 16, 40 tokens a step.",
+        "高：提示的分块及其词元数；矮：解码；灰：等待；红：被抢占。14 块，每块 16 个词元，每步最多 40 个",
     )
     sheet.text(20, 386, note, 12, MUTED)
     return sheet.svg()
