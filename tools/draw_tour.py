@@ -37,8 +37,11 @@ def path(chapter: str, language: str) -> Path:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("chapters", nargs="*", choices=[*PICTURES, []], help="default: all")
+    parser.add_argument("chapters", nargs="*", help="default: all")
     args = parser.parse_args()
+    unknown = sorted(set(args.chapters) - set(PICTURES))
+    if unknown:
+        parser.error(f"chapters {unknown} have no picture: choose from {list(PICTURES)}")
     TARGET.mkdir(exist_ok=True)
     for chapter in args.chapters or PICTURES:
         for language in LANGUAGES:

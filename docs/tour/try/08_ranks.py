@@ -7,7 +7,9 @@ two all-reduces a layer, one more in the embedding, and one all-gather for the l
 """
 
 from collections import Counter
+from collections.abc import Callable
 from typing import Any
+from unittest.mock import patch
 
 import torch
 
@@ -32,28 +34,25 @@ def mlp(tp: TensorParallel, gate: torch.Tensor, up: torch.Tensor, down: torch.Te
 def generate(num_ranks: int) -> tuple[list[int], Counter[str], int]:
     """(tokens, rank 0's collectives in the last decode step, bytes that one all-reduce of it sums)."""
     counts, sizes = Counter(), []
-    plain = {name: getattr(GlooGroup, name) for name in ("all_reduce", "all_gather")}
 
-    def counted(name: str) -> Any:
-        def call(self: GlooGroup, x: torch.Tensor, *args: Any, **kwargs: Any) -> None:
+    def counted(name: str, call: Callable[..., None]) -> Callable[..., None]:
+        def collective(self: GlooGroup, x: torch.Tensor, *args: Any, **kwargs: Any) -> None:
             counts[name] += 1
             sizes.append(x.numel() * x.itemsize)
-            plain[name](self, x, *args, **kwargs)
+            call(self, x, *args, **kwargs)
 
-        return call
+        return collective
 
+    names = ("all_reduce", "all_gather")
     with LLM(demo_model(), dtype="float32", device="cpu", tensor_parallel_size=num_ranks) as llm:
         engine = llm.engine
         seq = engine.make_sequence([5, 6, 7], SamplingParams(temperature=0, max_tokens=6, ignore_eos=True))
         engine.add(seq)
-        for name in plain:
-            setattr(GlooGroup, name, counted(name))
-        while engine.num_unfinished:
-            counts.clear()
-            sizes.clear()
-            engine.step()
-        for name, method in plain.items():
-            setattr(GlooGroup, name, method)
+        with patch.multiple(GlooGroup, **{name: counted(name, getattr(GlooGroup, name)) for name in names}):
+            while engine.num_unfinished:
+                counts.clear()
+                sizes.clear()
+                engine.step()
     return seq.output_token_ids, counts, min(sizes, default=0)
 
 
