@@ -42,7 +42,7 @@ def ablation(language: str) -> str:
         for i, name in enumerate(WITHOUT):
             (rate, percent), y = values[name], 66 + i * 36
             sheet.rect(x, y, 2.2 * percent, 26, COLORS[2] if i == 0 else COLORS[0], opacity=0.8)
-            sheet.text(x + 2.2 * percent + 6, y + 18, f"{rate:,}  {percent} %", 12)
+            sheet.text(x + 2.2 * percent + 6, y + 18, f"{rate:,} · {percent} %", 12)
     for i, words in enumerate(WITHOUT.values()):
         sheet.text(20, 84 + i * 36, words, 13)
     source = f"{measured['source']}: {measured['section']}"

@@ -21,6 +21,7 @@ PARAMS = SamplingParams(temperature=0.7, seed=1, max_tokens=48, ignore_eos=True)
 def run(num_blocks: int, trace: bool) -> tuple[list[list[int]], int]:
     """(the tokens of each answer, number of preemptions) of an engine with so many blocks."""
     sizes = {"num_kvcache_blocks": num_blocks, "kvcache_block_size": 16, "max_num_batched_tokens": 32}
+    sizes["max_model_len"] = 160  # what 10 blocks hold
     with LLM(demo_model(), dtype="float32", device="cpu", **sizes) as llm:
         engine, scheduler = llm.engine, llm.engine.scheduler
         seqs = [engine.make_sequence(llm.get_tokenizer().encode(prompt), PARAMS) for prompt in PROMPTS]

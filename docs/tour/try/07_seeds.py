@@ -43,7 +43,7 @@ def main() -> None:
         alone, _ = ask(llm, seed=42, before=0, after=0)
         print(f"in a batch of 8 as alone: {ask(llm, seed=42, before=3, after=4)[0] == alone}")
         print(f"with another seed: {ask(llm, seed=43, before=0, after=0)[0] == alone}")
-    tight = {"kvcache_block_size": 16, "num_kvcache_blocks": 10, "max_num_batched_tokens": 16}
+    tight = {"kvcache_block_size": 16, "num_kvcache_blocks": 10, "max_num_batched_tokens": 16, "max_model_len": 160}
     with LLM(demo_model(), dtype="float32", device="cpu", **tight) as llm:
         tokens, num_preemptions = ask(llm, seed=42, before=2, after=0)
         print(f"in chunks of at most 16 tokens, preemptions {num_preemptions}: {tokens == alone}")
