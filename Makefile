@@ -3,7 +3,7 @@ VENV := .venv
 PYTHON ?= python3
 PY := $(VENV)/bin/python
 
-.PHONY: setup demo test test-gpu lint clean
+.PHONY: setup demo test test-gpu lint docs clean
 
 setup: $(VENV)/.ready
 
@@ -28,6 +28,11 @@ test: lint
 test-gpu:
 	$(PYTHON) -m pytest -q -n 8 tests/kernels
 	$(PYTHON) -m pytest -q -m gpu
+
+# The tour and the other pages as a site, in build/site.
+docs: setup
+	$(PY) -m pip install --quiet --constraint constraints.txt --editable '.[docs]'
+	$(PY) -m mkdocs build
 
 clean:
 	rm -rf $(VENV) build *.egg-info
