@@ -2,7 +2,8 @@
 
 First the headline workload offline. Then a server process of the same engine gets the same requests over HTTP, as
 streams: all at once, and as Poisson arrivals at shares of the offline rate. `--busy` repeats it with a busy process on
-every core. It prints throughput, the times to the first token and between chunks, and the server's CPU time per token.
+every core. It prints throughput, the times to the first token and between chunks, and the server's CPU time per token;
+with several engines "of offline" is against as many times the offline rate of one.
 """
 
 import argparse
@@ -28,15 +29,16 @@ SERVER = """
 import json, sys
 from nanovllm.server.launch import listen, serve
 from nanovllm.server.settings import Limits, ServerSettings
-model, options = json.loads(sys.argv[1])
-serve(model, options, ServerSettings(served_model_names=["m"], limits=Limits(queue=100_000)), listen("127.0.0.1", 0))
+model, options, size = json.loads(sys.argv[1])
+settings = ServerSettings(served_model_names=["m"], limits=Limits(queue=100_000))
+serve(model, options, settings, listen("127.0.0.1", 0), data_parallel_size=size)
 """
 
 
 @contextmanager
-def server(options: dict[str, Any], model: Path) -> Iterator[tuple[subprocess.Popen, int]]:
+def server(options: dict[str, Any], model: Path, num_engines: int = 1) -> Iterator[tuple[subprocess.Popen, int]]:
     """A server process and its port."""
-    command = [sys.executable, "-c", SERVER, json.dumps([str(model), options])]
+    command = [sys.executable, "-c", SERVER, json.dumps([str(model), options, num_engines])]
     process = subprocess.Popen(command, stdout=subprocess.PIPE, text=True)
     try:
         for line in process.stdout:
@@ -141,6 +143,7 @@ def main() -> None:
     parser.add_argument("--shares", type=lambda text: [float(s) for s in text.split(",") if s], default=[0.5, 0.8])
     parser.add_argument("--poisson-requests", type=int, default=512)
     parser.add_argument("--clients", type=int, default=4, help="processes that send")
+    parser.add_argument("--data-parallel-size", "-dp", type=int, default=1, help="engines behind the port")
     parser.add_argument("--busy", action="store_true", help="once more, with every core busy")
     args = parser.parse_args()
     model = SHAPES / args.shape
@@ -160,17 +163,24 @@ def main() -> None:
     del engine
     print("offline: " + ", ".join(f"{rate:,.0f}" for rate in rates) + " tok/s", flush=True)
     results = []
-    with server(options | {"skip_tokenizer_init": True, "enable_prefix_caching": False}, model) as (process, port):
+    options |= {"skip_tokenizer_init": True, "enable_prefix_caching": False}
+    with server(options, model, args.data_parallel_size) as (process, port):
         all_at_once = [{"at": 0.0, "body": body} for body in bodies(workload)]
         run("warm-up", process, port, all_at_once[:256], args.clients)
         for is_busy in (False, True)[: 1 + args.busy]:
             with busy_cores(os.cpu_count() if is_busy else 0):
                 name = ", every core busy" if is_busy else ""
                 results.append(run(f"all at once{name}", process, port, all_at_once, args.clients))
-                print(f"  {results[-1]['tokens_per_s'] / max(rates):.1%} of offline", flush=True)
+                share_of_offline = results[-1]["tokens_per_s"] / max(rates) / args.data_parallel_size
+                print(f"  {share_of_offline:.1%} of offline", flush=True)
                 for share in args.shares if not is_busy else ():
                     rng, at, arrivals = random.Random(0), 0.0, []
-                    rate = share * max(rates) / (workload.num_output_tokens / len(workload.prompts))
+                    rate = (
+                        args.data_parallel_size
+                        * share
+                        * max(rates)
+                        / (workload.num_output_tokens / len(workload.prompts))
+                    )
                     many = bodies(workload) * -(-args.poisson_requests // len(workload.prompts))
                     for body in many[: args.poisson_requests]:
                         at += rng.expovariate(rate)

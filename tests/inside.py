@@ -256,9 +256,9 @@ def fail_grammars_after(num_tokens: int, reason: str, monkeypatch: "pytest.Monke
     """Let every matcher fail for this reason when it has taken so many tokens, as at a limit of the library."""
     from nanovllm.text.grammar import Matcher
 
-    fill = Matcher.fill
+    complete = Matcher._complete
     monkeypatch.setattr(
-        Matcher, "fill", lambda self, row: row.fill(0) if self.num_tokens >= num_tokens else fill(self, row)
+        Matcher, "_complete", lambda self, row: row.fill(0) if self.num_tokens >= num_tokens else complete(self, row)
     )
     monkeypatch.setattr(Matcher, "error", property(lambda self: reason if self.num_tokens >= num_tokens else ""))
 

@@ -42,9 +42,8 @@ def token_masks(seqs: list[Sequence], buffer: "Callable[[int, int], np.ndarray]"
         seqs[i].token_ids[seqs[i].num_prompt_tokens + matcher.num_tokens :]
         for i, matcher in zip(samples, matchers, strict=True)
     ]
-    matchers[0].accept_all(matchers, new)
     bits = buffer(len(matchers), matchers[0].num_words)
-    matchers[0].fill_all(matchers, bits)
+    matchers[0].advance_all(matchers, new, bits)
     return TokenMasks(samples, bits)
 
 

@@ -14,8 +14,9 @@ a whole are the exception: the library tests a few classes of them, *slices*, an
 import json
 import os
 import re
-from collections import OrderedDict
+from collections import OrderedDict, defaultdict
 from collections.abc import Iterable
+from concurrent.futures import ThreadPoolExecutor
 from copy import copy
 from dataclasses import dataclass
 from typing import Any
@@ -56,7 +57,7 @@ class Grammars:
 
         Raises ValueError if the tokenizer, or the lack of an EOS, allows no grammars.
         """
-        from llguidance import LLExecutor, LLTokenizer
+        from llguidance import LLTokenizer
 
         self.eos_token_ids = sorted(eos_token_ids)
         if not self.eos_token_ids:
@@ -77,7 +78,9 @@ class Grammars:
         self.num_words = -(-num_tokens // 32)
         self._compiled: OrderedDict[tuple, _Compiled] = OrderedDict()
         self._num_threads = num_threads or max(1, min(MAX_THREADS, _num_cores() - 1))
-        self._executor = LLExecutor(num_threads=self._num_threads) if self._num_threads > 1 else None
+        # The library lets go of Python's lock while it makes a mask. Its own pool of threads would hand matchers of one
+        # compilation to several of them: on 16 cores 256 masks then took twice as long.
+        self._pool = ThreadPoolExecutor(self._num_threads - 1, "nanovllm-masks") if self._num_threads > 1 else None
         self._next_thread = 0
 
     def matcher(
@@ -104,7 +107,7 @@ class Grammars:
         compiled.num_copies += 1
         at_end = sorted({*self.eos_token_ids, *stop_token_ids})
         ends = (self.eos_token_ids, at_end, ignore_eos)
-        return Matcher(compiled.matcher.deep_copy(), self.num_words, thread, self._executor, *ends)
+        return Matcher(compiled.matcher.deep_copy(), self.num_words, thread, self._pool, *ends)
 
     def compile(self, params: StructuredOutputsParams) -> Any:
         """The library's matcher, which is known to have a first token. Raises as `matcher`."""
@@ -136,14 +139,14 @@ class Matcher:
         matcher: Any,
         num_words: int,
         thread: int,
-        executor: Any,
+        pool: ThreadPoolExecutor | None,
         eos_token_ids: list[int],
         end_token_ids: list[int],
         ignore_eos: bool,
     ) -> None:
         self.num_tokens = 0
         self.num_words = num_words
-        self._matcher, self._thread, self._executor = matcher, thread, executor
+        self._matcher, self._thread, self._pool = matcher, thread, pool
         self._eos_token_ids, self._end_token_ids, self._ignore_eos = eos_token_ids, end_token_ids, ignore_eos
 
     @property
@@ -187,34 +190,34 @@ class Matcher:
         self._complete(row)
 
     @staticmethod
-    def accept_all(matchers: "list[Matcher]", token_ids: list[list[int]]) -> None:
-        """`accept` for each matcher and its tokens, by several threads at once."""
-        executor = matchers[0]._executor if len(matchers) >= FEW_ROWS else None
-        parallel = []
-        for matcher, ids in zip(matchers, token_ids, strict=True):
-            # The threads take an EOS in another way: it does not end the text.
-            if executor is None or len(ids) != 1 or ids[0] in matcher._end_token_ids:
-                matcher.accept(ids)
-            else:
-                matcher.num_tokens += 1
-                parallel.append((matcher._matcher, ids[0]))
-        if parallel:
-            executor.consume_token_par(parallel)
+    def advance_all(matchers: "list[Matcher]", token_ids: list[list[int]], bits: np.ndarray) -> None:
+        """`accept` and then `fill` for each matcher, by several threads at once.
 
-    @staticmethod
-    def fill_all(matchers: "list[Matcher]", bits: np.ndarray) -> None:
-        """`fill` for each matcher and its row of `bits`, `[matchers, num_words]` int32, by several threads at once."""
-        executor = matchers[0]._executor if len(matchers) >= FEW_ROWS else None
-        if executor is None:
-            for matcher, row in zip(matchers, bits, strict=True):
-                matcher.fill(row)
-            return
-        # Neighbours go to one thread.
-        order = sorted(range(len(matchers)), key=lambda i: matchers[i]._thread)
-        targets = [(matchers[i]._matcher, i) for i in order]
-        executor.unsafe_compute_mask_ptr(targets, bits.ctypes.data, bits.strides[0], len(bits))
-        for matcher, row in zip(matchers, bits, strict=True):
-            matcher._complete(row)
+        Args:
+            token_ids: for each matcher.
+            bits: `[matchers, num_words]` int32, contiguous: a row for each.
+        """
+        address, num_bytes = bits.ctypes.data, bits.strides[0]
+
+        def advance(indices: Iterable[int]) -> None:
+            for i in indices:
+                matcher = matchers[i]
+                matcher.accept(token_ids[i])
+                matcher._matcher.unsafe_compute_mask_ptr(address + i * num_bytes, num_bytes)
+                matcher._complete(bits[i])
+
+        pool = matchers[0]._pool
+        if pool is None or len(matchers) < FEW_ROWS:
+            return advance(range(len(matchers)))
+        # A thread does all matchers that share a lock, or threads would wait for one another.
+        by_thread: defaultdict[int, list[int]] = defaultdict(list)
+        for i, matcher in enumerate(matchers):
+            by_thread[matcher._thread].append(i)
+        mine, *others = by_thread.values()
+        begun = [pool.submit(advance, indices) for indices in others]
+        advance(mine)
+        for future in begun:
+            future.result()
 
     def _complete(self, row: np.ndarray) -> None:
         """Put into the row what the library does not know of."""

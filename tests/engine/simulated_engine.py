@@ -89,13 +89,9 @@ class SimulatedMatcher:
         return True
 
     @staticmethod
-    def accept_all(matchers: "list[SimulatedMatcher]", token_ids: list[list[int]]) -> None:
-        for matcher, ids in zip(matchers, token_ids, strict=True):
+    def advance_all(matchers: "list[SimulatedMatcher]", token_ids: list[list[int]], bits: np.ndarray) -> None:
+        for matcher, ids, row in zip(matchers, token_ids, bits, strict=True):
             matcher.accept(ids)
-
-    @staticmethod
-    def fill_all(matchers: "list[SimulatedMatcher]", bits: np.ndarray) -> None:
-        for matcher, row in zip(matchers, bits, strict=True):
             matcher.fill(row)
 
     def fill(self, row: np.ndarray) -> None:

@@ -261,9 +261,8 @@ def test_many_rows_advance_and_are_filled_by_threads_with_the_same_bits(tokenize
         grammars = Grammars(tokenizer, VOCAB_SIZE, {EOS}, num_threads)
         matchers = [grammars.matcher(params[i % 2], ignore_eos=i % 3 == 0) for i in range(20)]
         texts = [["{", "a", "{}", "ab"][i % 4] for i in range(20)]
-        Matcher.accept_all(matchers, [tokenizer.encode(text, add_special_tokens=False) for text in texts])
         bits = np.empty((20, matchers[0].num_words), np.int32)
-        Matcher.fill_all(matchers, bits)
+        Matcher.advance_all(matchers, [tokenizer.encode(text, add_special_tokens=False) for text in texts], bits)
         found.append(bits)
         assert [set(np.unpackbits(row.view(np.uint8), bitorder="little").nonzero()[0]) for row in bits] == [
             allowed(matcher) for matcher in matchers
@@ -280,7 +279,7 @@ def test_threads_take_tokens_as_one_matcher_does(tokenizer: Any) -> None:
         grammars = Grammars(tokenizer, VOCAB_SIZE, {EOS}, num_threads)
         matchers = [grammars.matcher(StructuredOutputsParams(regex="(ab?)?")) for _ in news]
         for _ in range(2):
-            Matcher.accept_all(matchers, news)
+            Matcher.advance_all(matchers, news, np.empty((len(news), matchers[0].num_words), np.int32))
         found.append([(m.num_tokens, m.error, m.may_end, m.is_terminated, allowed(m)) for m in matchers])
     assert found[0] == found[1]
     assert {bool(error) for _, error, *_ in found[0]} == {True, False}
