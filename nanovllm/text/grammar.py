@@ -14,9 +14,8 @@ a whole are the exception: the library tests a few classes of them, *slices*, an
 import json
 import os
 import re
-from collections import OrderedDict, defaultdict
+from collections import OrderedDict
 from collections.abc import Iterable
-from concurrent.futures import ThreadPoolExecutor
 from copy import copy
 from dataclasses import dataclass
 from typing import Any
@@ -25,12 +24,12 @@ import numpy as np
 
 from nanovllm.structured_outputs import StructuredOutputsParams
 from nanovllm.text.json_schema import enforceable_schema
+from nanovllm.text.mask_workers import MaskWorkers
 from nanovllm.text.surrogates import refuse_surrogates
 
 MAX_COMPILED = 512  # compilations kept, the latest used; a large one has some MB
 MAX_COPIES = 256  # matchers of one compilation: what they learn has a limit, at which all of them would fail
 MAX_THREADS = 16
-FEW_ROWS = 8  # are filled sooner than threads wake up
 # Tokens of up to so many characters that a JSON string may have as they are. A string of bounded length allows those of
 # its remaining length. The library's own slices end at 10 and 30: their masks take twice to three times as long.
 SLICES = [r'[^"\\\x00-\x1F\x7F]' + times for times in ("{1,4}", "{1,8}", "{1,12}", "{1,20}", "{1,30}", "+")]
@@ -78,9 +77,7 @@ class Grammars:
         self.num_words = -(-num_tokens // 32)
         self._compiled: OrderedDict[tuple, _Compiled] = OrderedDict()
         self._num_threads = num_threads or max(1, min(MAX_THREADS, _num_cores() - 1))
-        # The library lets go of Python's lock while it makes a mask. Its own pool of threads would hand matchers of one
-        # compilation to several of them: on 16 cores 256 masks then took twice as long.
-        self._pool = ThreadPoolExecutor(self._num_threads - 1, "nanovllm-masks") if self._num_threads > 1 else None
+        self._workers = MaskWorkers(self._num_threads)
         self._next_thread = 0
 
     def matcher(
@@ -107,7 +104,7 @@ class Grammars:
         compiled.num_copies += 1
         at_end = sorted({*self.eos_token_ids, *stop_token_ids})
         ends = (self.eos_token_ids, at_end, ignore_eos)
-        return Matcher(compiled.matcher.deep_copy(), self.num_words, thread, self._pool, *ends)
+        return Matcher(compiled.matcher.deep_copy(), self.num_words, thread, self._workers, *ends)
 
     def compile(self, params: StructuredOutputsParams) -> Any:
         """The library's matcher, which is known to have a first token. Raises as `matcher`."""
@@ -139,14 +136,14 @@ class Matcher:
         matcher: Any,
         num_words: int,
         thread: int,
-        pool: ThreadPoolExecutor | None,
+        workers: MaskWorkers,
         eos_token_ids: list[int],
         end_token_ids: list[int],
         ignore_eos: bool,
     ) -> None:
         self.num_tokens = 0
         self.num_words = num_words
-        self._matcher, self._thread, self._pool = matcher, thread, pool
+        self._matcher, self._thread, self._workers = matcher, thread, workers
         self._eos_token_ids, self._end_token_ids, self._ignore_eos = eos_token_ids, end_token_ids, ignore_eos
 
     @property
@@ -197,27 +194,11 @@ class Matcher:
             token_ids: for each matcher.
             bits: `[matchers, num_words]` int32, contiguous: a row for each.
         """
-        address, num_bytes = bits.ctypes.data, bits.strides[0]
-
-        def advance(indices: Iterable[int]) -> None:
-            for i in indices:
-                matcher = matchers[i]
-                matcher.accept(token_ids[i])
-                matcher._matcher.unsafe_compute_mask_ptr(address + i * num_bytes, num_bytes)
-                matcher._complete(bits[i])
-
-        pool = matchers[0]._pool
-        if pool is None or len(matchers) < FEW_ROWS:
-            return advance(range(len(matchers)))
-        # A thread does all matchers that share a lock, or threads would wait for one another.
-        by_thread: defaultdict[int, list[int]] = defaultdict(list)
-        for i, matcher in enumerate(matchers):
-            by_thread[matcher._thread].append(i)
-        mine, *others = by_thread.values()
-        begun = [pool.submit(advance, indices) for indices in others]
-        advance(mine)
-        for future in begun:
-            future.result()
+        for matcher, ids in zip(matchers, token_ids, strict=True):
+            matcher.accept(ids)
+        matchers[0]._workers.fill([(matcher._thread, matcher._matcher) for matcher in matchers], bits)
+        for matcher, row in zip(matchers, bits, strict=True):
+            matcher._complete(row)
 
     def _complete(self, row: np.ndarray) -> None:
         """Put into the row what the library does not know of."""
