@@ -1,9 +1,9 @@
 """How fast a server is, and what streaming costs it: `python -m benchmarks.serving`.
 
 First the headline workload offline. Then a server process of the same engine gets the same requests over HTTP, as
-streams: all at once, and as Poisson arrivals at shares of the offline rate. `--busy` repeats it with a busy process on
-every core. It prints throughput, the times to the first token and between chunks, and the server's CPU time per token;
-with several engines "of offline" is against as many times the offline rate of one.
+streams: all at once (`--at-once N`: N at a time), and as Poisson arrivals at shares of the offline rate. `--busy`
+repeats it with a busy process on every core. It prints throughput, the times to the first token and between chunks, and
+the server's CPU time per token; with several engines "of offline" is against as many times the offline rate of one.
 """
 
 import argparse
@@ -71,12 +71,19 @@ def bodies(workload: Workload) -> list[dict[str, Any]]:
     return [{"prompt": prompt, "max_tokens": n, **more} for prompt, n in pairs]
 
 
-def send(port: int, requests: list[dict[str, Any]], num_clients: int) -> list[dict[str, Any]]:
-    """Send the requests from several processes. Returns what each client saw."""
+def send(
+    port: int, requests: list[dict[str, Any]], num_clients: int, at_once: int | None = None
+) -> list[dict[str, Any]]:
+    """Send the requests from several processes, `at_once` at a time. Returns what each client saw."""
     command, processes = [sys.executable, "-m", "benchmarks.serving_clients"], []
     for i in range(num_clients):
         process = subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
-        process.stdin.write(json.dumps({"port": port, "requests": requests[i::num_clients]}) + "\n")
+        work = {
+            "port": port,
+            "requests": requests[i::num_clients],
+            "at_once": at_once and max(1, at_once // num_clients),
+        }
+        process.stdin.write(json.dumps(work) + "\n")
         process.stdin.flush()
         processes.append(process)
     for process in processes:
@@ -103,11 +110,16 @@ def percentile(values: list[float], share: float) -> float:
 
 
 def run(
-    name: str, process: subprocess.Popen, port: int, requests: list[dict[str, Any]], clients: int
+    name: str,
+    process: subprocess.Popen,
+    port: int,
+    requests: list[dict[str, Any]],
+    clients: int,
+    at_once: int | None = None,
 ) -> dict[str, Any]:
     """Send a load, measure, print a line."""
     before = cpu_seconds(process.pid)
-    answers = send(port, requests, clients)
+    answers = send(port, requests, clients, at_once)
     loop_s, all_s = (after - b for after, b in zip(cpu_seconds(process.pid), before, strict=True))
     failed = [answer for answer in answers if answer["status"] != 200]
     if failed:
@@ -144,10 +156,14 @@ def main() -> None:
     parser.add_argument("--poisson-requests", type=int, default=512)
     parser.add_argument("--clients", type=int, default=4, help="processes that send")
     parser.add_argument("--data-parallel-size", "-dp", type=int, default=1, help="engines behind the port")
+    parser.add_argument(
+        "--at-once", type=int, help="requests at a time, each client's next after its last (default: all)"
+    )
     parser.add_argument("--busy", action="store_true", help="once more, with every core busy")
     args = parser.parse_args()
     model = SHAPES / args.shape
     options = {"load_format": "dummy", "device": args.device, "dtype": "auto", "max_model_len": 4096}
+    options |= {"max_num_seqs": args.at_once} if args.at_once else {}
     mix = shrunk(PRESETS[args.workload], args.shrink)
     mix = replace(mix, num_seqs=args.num_seqs or mix.num_seqs)
     workload = draw(args.workload, mix, read_config(model)["vocab_size"])
@@ -169,8 +185,8 @@ def main() -> None:
         run("warm-up", process, port, all_at_once[:256], args.clients)
         for is_busy in (False, True)[: 1 + args.busy]:
             with busy_cores(os.cpu_count() if is_busy else 0):
-                name = ", every core busy" if is_busy else ""
-                results.append(run(f"all at once{name}", process, port, all_at_once, args.clients))
+                name = f"{args.at_once or 'all'} at once" + (", every core busy" if is_busy else "")
+                results.append(run(name, process, port, all_at_once, args.clients, args.at_once))
                 share_of_offline = results[-1]["tokens_per_s"] / max(rates) / args.data_parallel_size
                 print(f"  {share_of_offline:.1%} of offline", flush=True)
                 for share in args.shares if not is_busy else ():

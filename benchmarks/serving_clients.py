@@ -1,7 +1,7 @@
 """Clients of a server that measure it: a process with an event loop and plain sockets, which cost little per token.
 
-Run by `benchmarks/serving.py`: reads a JSON list of requests from stdin, each with the time at which to send it, says
-"ready", reads the time that theirs count from, and writes a JSON list of what came back.
+Run by `benchmarks/serving.py`: reads requests from stdin as JSON, each with the time at which to send it, and how many
+may run at once; says "ready", reads the time that theirs count from, and writes a JSON list of what came back.
 """
 
 import asyncio
@@ -46,8 +46,13 @@ async def main() -> None:
     work = json.loads(sys.stdin.readline())
     print("ready", flush=True)
     start = float(sys.stdin.readline())
-    asked = [ask(work["port"], start, request) for request in work["requests"]]
-    json.dump(await asyncio.gather(*asked), sys.stdout)
+    turns = asyncio.Semaphore(work["at_once"] or len(work["requests"]))
+
+    async def ask_in_turn(request: dict[str, Any]) -> dict[str, Any]:
+        async with turns:
+            return await ask(work["port"], start, request)
+
+    json.dump(await asyncio.gather(*map(ask_in_turn, work["requests"])), sys.stdout)
 
 
 if __name__ == "__main__":

@@ -22,6 +22,7 @@ _TYPES = {
     405: ("invalid_request_error", "invalid_request_error"),
     408: ("invalid_request_error", "invalid_request_error"),
     413: ("invalid_request_error", "request_too_large"),
+    415: ("invalid_request_error", "invalid_request_error"),
     429: ("rate_limit_error", "rate_limit_error"),
     500: ("server_error", "api_error"),
     503: ("server_error", "overloaded_error"),
@@ -70,6 +71,8 @@ def error_headers(error: ApiError) -> dict[str, str]:
 
 async def respond(request: Request, error: Exception) -> JSONResponse:
     """FastAPI's handler of all errors."""
+    if isinstance(error, RequestValidationError) and "json" not in request.headers.get("content-type", ""):
+        error = ApiError(415, "the request needs the header content-type: application/json")  # or it is not read as JSON
     error = as_api_error(error)
     return JSONResponse(error_body(error, request.url.path), error.status, error_headers(error))
 

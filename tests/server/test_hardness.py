@@ -70,6 +70,12 @@ class TestGarbage:
         assert 400 <= answer.status_code < 500, answer.text
         assert answer.json()["error"]["message"] and "Traceback" not in answer.text
 
+    @pytest.mark.parametrize("headers", [{}, {"content-type": "application/x-www-form-urlencoded"}])
+    def test_without_jsons_content_type_is_told_so(self, http: httpx.Client, headers: dict[str, str]) -> None:
+        for path in ("/v1/completions", "/v1/messages"):
+            answer = http.post(path, content=b'{"model": "demo", "prompt": "x"}', headers=headers)
+            assert answer.status_code == 415 and "content-type: application/json" in answer.json()["error"]["message"]
+
     def test_nul_and_odd_characters_are_text_like_any_other(self, http: httpx.Client) -> None:
         body = {"model": "demo", "prompt": "a\0b\u2028\U0001f600", "max_tokens": 1}
         assert http.post("/v1/completions", json=body).status_code == 200
