@@ -27,13 +27,17 @@ def question(i: int, max_tokens: int) -> dict[str, Any]:
     return body | {"stream": True, "stream_options": {"include_usage": True}}
 
 
-def holdings(pid: int) -> dict[str, float]:
-    status = dict(line.split(":", 1) for line in Path(f"/proc/{pid}/status").read_text().splitlines() if ":" in line)
-    return {
-        "descriptors": len(os.listdir(f"/proc/{pid}/fd")),
-        "threads": int(status["Threads"]),
-        "rss_mb": int(status["VmRSS"].split()[0]) / 1024,
-    }
+def holdings(server_pid: int) -> dict[str, float]:
+    """What the server and its engine's process hold."""
+    children = Path(f"/proc/{server_pid}/task/{server_pid}/children").read_text().split()
+    found = {}
+    for name, pid in zip(("server", "engine"), [server_pid, *children], strict=True):
+        lines = Path(f"/proc/{pid}/status").read_text().splitlines()
+        status = dict(line.split(":", 1) for line in lines if ":" in line)
+        found[f"{name}: descriptors"] = len(os.listdir(f"/proc/{pid}/fd"))
+        found[f"{name}: threads"] = int(status["Threads"])
+        found[f"{name}: rss_mb"] = int(status["VmRSS"].split()[0]) / 1024
+    return found
 
 
 def metrics(port: int) -> dict[str, float]:
@@ -45,7 +49,7 @@ def metrics(port: int) -> dict[str, float]:
 def lag_percentile(values: dict[str, float], share: float) -> float:
     """The upper bound of the histogram's bucket that holds this share, in seconds."""
     name = "nanovllm:event_loop_lag_seconds"
-    total = values[f'{name}_count{{engine="0"}}']
+    total = values[f"{name}_count"]
     bounds = [(float(key.split('le="')[1].split('"')[0]), n) for key, n in values.items() if f"{name}_bucket" in key]
     return min(bound for bound, n in bounds if n >= share * total)
 

@@ -38,17 +38,16 @@ class Engines:
     Args:
         options: of each engine, see `nanovllm.config.Config`.
 
-    Raises: in the constructor as `Config` and `load_tokenizer`; on entry what keeps an engine from serving, as
-        `AsyncLLM`, or ChildProcessError.
+    Raises: in the constructor as `Config`; on entry as `AsyncLLM`, or ChildProcessError.
     """
 
     def __init__(self, model: str, options: dict[str, Any], size: int = 1, log_level: int = 0) -> None:
         if type(size) is not int or size < 1:
             raise ValueError(f"data_parallel_size={size!r} must be an integer >= 1")
         self.config = Config.from_options(model, options)
-        path = str(resolve_model_path(self.config.model, self.config.revision))
-        self._tokenizer = None if self.config.skip_tokenizer_init else load_tokenizer(self.config, path)
-        self._decoder = None if self._tokenizer is None else TokenDecoder(self._tokenizer)
+        self._path = str(resolve_model_path(self.config.model, self.config.revision))
+        self._tokenizer: Any = None
+        self._decoder: TokenDecoder | None = None
         devices = devices_of_engines(size, options)
         self.all = [RemoteEngine(Orders(i, model, options, log_level), devices[i]) for i in range(size)]
         self._affinity: PrefixAffinity | None = None
@@ -59,6 +58,9 @@ class Engines:
         self._keepers = [asyncio.ensure_future(engine.keep()) for engine in self.all]
         ready = asyncio.gather(*(engine.is_ready.wait() for engine in self.all))
         try:
+            if not self.config.skip_tokenizer_init:  # which takes seconds, as do the engines
+                self._tokenizer = await self._in_tokenizer_thread(partial(load_tokenizer, self.config, self._path))
+                self._decoder = TokenDecoder(self._tokenizer)
             await asyncio.wait({ready, *self._keepers}, return_when=asyncio.FIRST_COMPLETED)
             for keeper in self._keepers:
                 if keeper.done():
