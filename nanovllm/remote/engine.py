@@ -101,7 +101,7 @@ class RemoteEngine:
             except Exception as error:
                 if not self.is_ready.is_set():
                     raise
-                logger.exception("what engine %d has sent cannot be read", self.index)
+                logger.exception("engine %d cannot be started or understood", self.index)
                 reason = repr(error)
             if not self.is_ready.is_set():
                 raise ChildProcessError(f"engine {self.index} has ended before it served: what it wrote stands above")
@@ -118,7 +118,7 @@ class RemoteEngine:
 
         Raises OSError if it cannot be started, and the error that keeps it from serving for the first time.
         """
-        self._refusal = None
+        self._refusal = self._link = None
         ours, theirs = socket.socketpair()
         try:
             with theirs:

@@ -56,7 +56,7 @@ class Engines:
 
     async def __aenter__(self) -> Self:
         self._keepers = [asyncio.ensure_future(engine.keep()) for engine in self.all]
-        ready = asyncio.gather(*(engine.is_ready.wait() for engine in self.all))
+        ready = asyncio.ensure_future(self._wait_until_ready())
         try:
             if not self.config.skip_tokenizer_init:  # which takes seconds, as do the engines
                 self._tokenizer = await self._in_tokenizer_thread(partial(load_tokenizer, self.config, self._path))
@@ -81,6 +81,10 @@ class Engines:
             keeper.cancel()
         await asyncio.gather(*self._keepers, return_exceptions=True)  # the first error is raised already
         self._tokenizing.shutdown(wait=False)
+
+    async def _wait_until_ready(self) -> None:
+        for engine in self.all:
+            await engine.is_ready.wait()
 
     async def submit(self, prompt: Prompt, params: SamplingParams, request_id: str) -> RemoteRequest:
         """Run a prompt; `leave` it if its reader leaves. What is wrong with it, `next_output` raises.

@@ -5,9 +5,12 @@ import json
 import random
 import signal
 import socket
+import subprocess
+import sys
 import threading
 import time
 from collections.abc import Callable
+from pathlib import Path
 from types import SimpleNamespace
 
 import httpx
@@ -15,8 +18,9 @@ import openai
 import pytest
 import uvicorn
 from conftest import KEY, Server
-from leftovers import are_gone
+from leftovers import are_gone, children_of
 
+from nanovllm import demo_model
 from nanovllm.server.launch import DrainingServer, listen
 from nanovllm.server.settings import ServerSettings
 
@@ -267,3 +271,16 @@ def wait_for(condition: Callable[[], bool], seconds: float = 10.0) -> None:
     while not condition():
         assert time.monotonic() < deadline
         time.sleep(0.02)
+
+
+def test_ctrl_c_during_the_start_ends_it_without_a_traceback(tmp_path: Path) -> None:
+    command = [sys.executable, "-m", "nanovllm", "serve", str(demo_model()), "--port", "0", "--device", "cpu"]
+    with (tmp_path / "log").open("wb") as log:
+        process = subprocess.Popen(command, stdout=log, stderr=log)
+    deadline = time.monotonic() + 60
+    while not (engines := children_of(process.pid, "remote.process")):
+        assert process.poll() is None and time.monotonic() < deadline
+        time.sleep(0.02)
+    process.send_signal(signal.SIGINT)
+    assert process.wait(20) == 130 and are_gone(list(engines))
+    assert "Traceback" not in (tmp_path / "log").read_text()
