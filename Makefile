@@ -22,7 +22,7 @@ lint: setup
 	$(VENV)/bin/ruff format --check .
 
 test: lint
-	$(PY) -m pytest -q -n 2 --dist loadgroup -m 'not gpu'
+	$(PY) -m pytest -q -n 2 -m 'not gpu'
 
 # Runs in the Python environment that is active, on a machine with a CUDA device.
 test-gpu:

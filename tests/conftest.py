@@ -119,3 +119,18 @@ def nothing_is_left(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator
 def make_tp(nothing_is_left: None, make_llm: Callable[..., Any]) -> Callable[..., Any]:
     """`make_llm`, whose engines are closed before the above looks."""
     return make_llm
+
+
+# Each of these has a server or a model that its tests share: one worker runs all of them.
+TOGETHER = ("tests/server/", "tests/remote/", "tests/tour/", "tests/test_chat_model.py")
+
+
+def pytest_xdist_make_scheduler(config: pytest.Config, log: Any) -> Any:
+    """Hands tests out one by one, except those that belong together."""
+    from xdist.scheduler import LoadScopeScheduling
+
+    class Scheduling(LoadScopeScheduling):
+        def _split_scope(self, nodeid: str) -> str:
+            return next((start for start in TOGETHER if nodeid.startswith(start)), nodeid)
+
+    return Scheduling(config, log)

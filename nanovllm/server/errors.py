@@ -71,8 +71,9 @@ def error_headers(error: ApiError) -> dict[str, str]:
 
 async def respond(request: Request, error: Exception) -> JSONResponse:
     """FastAPI's handler of all errors."""
-    if isinstance(error, RequestValidationError) and "json" not in request.headers.get("content-type", ""):
-        error = ApiError(415, "the request needs the header content-type: application/json")  # or it is not read as JSON
+    is_of_body = isinstance(error, RequestValidationError) and error.errors()[0]["loc"][0] == "body"
+    if is_of_body and "json" not in request.headers.get("content-type", ""):  # then the body was not read as JSON
+        error = ApiError(415, "the request needs the header content-type: application/json")
     error = as_api_error(error)
     return JSONResponse(error_body(error, request.url.path), error.status, error_headers(error))
 

@@ -146,10 +146,3 @@ def scripted(scripted_server: Any) -> Any:
     """A server in this process, which says what the test tells it to (`scripted.py`)."""
     scripted_server.say("Hello.")
     return scripted_server
-
-
-def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """One worker runs all of these, so that they share one process."""
-    for item in items:
-        if "tests/server/" in item.path.as_posix():
-            item.add_marker(pytest.mark.xdist_group("server"))

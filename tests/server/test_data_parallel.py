@@ -111,7 +111,8 @@ class TestRequests:
             assert http.get("/v1/models").json()["data"][0]["id"] == "demo"
             answer = http.post("/v1/completions", json={"prompt": "x", "max_tokens": 1}, headers={"x-request-id": "me"})
             assert answer.headers.get_list("x-request-id") == ["me"] and len(answer.headers.get_list("date")) == 1
-            assert http.post("/v1/completions", content=b"{").status_code == 400
+            json_type = {"content-type": "application/json"}
+            assert http.post("/v1/completions", content=b"{", headers=json_type).status_code == 400
             assert http.post("/v1/completions", json={"prompt": "x", "n": 0}).json()["error"]["param"] == "n"
             assert http.get("/v1/nothing").status_code == 404 and http.head("/v1/models").status_code == 405
             assert http.get("/v1/models", headers={"authorization": "Bearer x"}).status_code == 401

@@ -206,7 +206,7 @@ class TestEnd:
         with pytest.raises(openai.InternalServerError) as caught:
             wait_for(lambda: not server.client().completions.create(model="demo", prompt="x", max_tokens=1))
         assert caught.value.status_code == 503 and caught.value.response.headers["retry-after"]
-        assert sum(len(chunk.choices) for chunk in stream) == 149, "it must finish what it has begun"
+        assert [chunk.choices[0].finish_reason for chunk in stream][-1] == "length", "it must finish what it has begun"
         assert server.process.wait(10) == 0
 
     def test_a_drain_has_an_end(self) -> None:
