@@ -121,16 +121,16 @@ def make_tp(nothing_is_left: None, make_llm: Callable[..., Any]) -> Callable[...
     return make_llm
 
 
-# Each of these has a server or a model that its tests share: one worker runs all of them.
-TOGETHER = ("tests/server/", "tests/remote/", "tests/tour/", "tests/test_chat_model.py")
-
-
 def pytest_xdist_make_scheduler(config: pytest.Config, log: Any) -> Any:
-    """Hands tests out one by one, except those that belong together."""
+    """One worker runs all tests of a file, or of the folders whose tests share a server, so that it makes what they
+    share only once. Those of kernels share nothing, and are handed out one by one.
+    """
     from xdist.scheduler import LoadScopeScheduling
 
     class Scheduling(LoadScopeScheduling):
         def _split_scope(self, nodeid: str) -> str:
-            return next((start for start in TOGETHER if nodeid.startswith(start)), nodeid)
+            parts = nodeid.partition("::")[0].split("/")
+            folder = parts[1] if len(parts) > 2 else ""
+            return nodeid if folder == "kernels" else folder if folder in ("server", "remote") else "/".join(parts)
 
     return Scheduling(config, log)
