@@ -61,7 +61,7 @@ class Engine:
         self.manager = BlockManager(num_blocks, BLOCK_SIZE)
         self.scheduler = Scheduler(self.manager, 16, BUDGET)
         self.random = random.Random(seed)
-        self.names: dict[int, str] = {}
+        self.names: dict[Sequence, str] = {}
         self.alive: list[Sequence] = []
         self.events: list[dict[str, Any]] = []
         self.shown: dict[int, list[Any]] = {}
@@ -73,7 +73,7 @@ class Engine:
         params = SamplingParams(max_tokens=max_tokens, ignore_eos=True)
         seq = Sequence("", tokens, params, num_tokens + max_tokens, frozenset(), {}, 0)
         index = len(self.names)
-        name = self.names[id(seq)] = chr(65 + index % 26) + (str(index // 26) if index >= 26 else "")
+        name = self.names[seq] = chr(65 + index % 26) + (str(index // 26) if index >= 26 else "")
         self.alive.append(seq)
         self.scheduler.add(seq)
         self.events.append(event("arrive", name, "Scheduler.add", f"{name} arrives.", f"{name} 到达。"))
@@ -92,28 +92,30 @@ class Engine:
         plan = scheduler.schedule()
         for seq in before:
             if seq not in scheduler.running:
-                text = f"{names[id(seq)]} is preempted.", f"{names[id(seq)]} 被抢占。"
-                self.events.append(event("preempt", names[id(seq)], "Scheduler._preempt_latest", *text, blocks=[]))
+                text = f"{names[seq]} is preempted.", f"{names[seq]} 被抢占。"
+                self.events.append(event("preempt", names[seq], "Scheduler._preempt_latest", *text, blocks=[]))
         for seq in waiting_before:
             if seq in scheduler.running:
                 self.tell_admission(seq)
         if manager.stats.evictions > evictions:
-            self.events.append(event("evict", None, "BlockManager._take", "A block is evicted.", "一个块被驱逐。", block=0))
+            self.events.append(
+                event("evict", None, "BlockManager._take", "A block is evicted.", "一个块被驱逐。", block=0)
+            )
         self.n += 1
         step = self.as_object(plan, full)
-        step["tokens"] = {names[id(seq)]: [self.random.choice(WORDS)] for seq in plan.samples}
+        step["tokens"] = {names[seq]: [self.random.choice(WORDS)] for seq in plan.samples}
         for seq in plan.samples:
             seq.append_token(self.random.randrange(1000))
             self.output_tokens += 1
             if seq.is_finished:
                 scheduler.finish(seq)
                 self.alive.remove(seq)
-                name = names[id(seq)]
+                name = names[seq]
                 self.events.append(event("finish", name, "Scheduler.finish", f"{name} ends.", f"{name} 完成。"))
         return step
 
     def tell_admission(self, seq: Sequence) -> None:
-        name = self.names[id(seq)]
+        name = self.names[seq]
         by = "Scheduler._admit_waiting"
         self.events.append(event("admit", name, by, f"{name} enters.", f"接纳 {name}。", blocks=seq.block_tables[0]))
         if seq.num_cached_tokens:
@@ -128,12 +130,12 @@ class Engine:
         batch = []
         for row, count in zip(plan.plan.rows, plan.plan.query_lens, strict=True):
             seq, kind = rows[row], "decode" if len(batch) < plan.plan.num_decodes else "prefill"
-            batch.append([self.names[id(seq)], kind, seq.num_computed_tokens - count, count])
+            batch.append([self.names[seq], kind, seq.num_computed_tokens - count, count])
         blocks = {block: [block, "free", [], -1, ""] for block in range(manager.num_blocks)}
         for seq in scheduler.running:
             for i, block in enumerate(seq.block_tables[0]):
                 digest = seq.block_digests[i].hex()[:8] if i < seq.num_published_blocks else ""
-                owners = [*blocks[block][2], self.names[id(seq)]]
+                owners = [*blocks[block][2], self.names[seq]]
                 blocks[block] = [block, "used", owners, i * BLOCK_SIZE, digest]
         for block, before in self.shown.items():
             if blocks[block][1] == "free" and before[4]:
@@ -148,8 +150,8 @@ class Engine:
             "t": self.n * 0.01,
             "ms": 9.5,
             "batch": batch,
-            "running": [self.names[id(seq)] for seq in scheduler.running],
-            "waiting": [self.names[id(seq)] for seq in scheduler.waiting],
+            "running": [self.names[seq] for seq in scheduler.running],
+            "waiting": [self.names[seq] for seq in scheduler.waiting],
             "blocks": [b for b in blocks.values() if b[1] != "free"] if full else changed,
             "events": events,
             "stats": {

@@ -1,12 +1,14 @@
 // Draws every KV block as a cell on a canvas, and finds the cell under a point. Fast enough for thousands of blocks.
 //
-// Used: the color of its request; of several, in stripes, one for each owner. Cached but free: a faint trace of its last
-// owners. Free: empty. A frame marks the blocks that this step changed.
+// Used: the color of its request; of several, in stripes, one for each owner. Cached but free: a faint trace of its
+// last owners. Free: empty. A frame marks the blocks that this step changed.
 
 import { fillOf, INK, patternOf } from "./colors.js";
 import { prepareCanvas, themeColor } from "./dom.js";
 
-const LARGEST = 58, SMALLEST = 7, WITH_LETTER = 15; // pixels
+const LARGEST = 58,
+  SMALLEST = 7,
+  WITH_LETTER = 15; // pixels
 const MOST_HEIGHT = 420;
 
 // Cells of equal size that fill the width: {size, gap, columns, rows, height}.
@@ -21,7 +23,8 @@ export function layoutCells(width, count) {
 
 // The block at a point, or -1.
 export function cellAt({ size, columns }, count, x, y) {
-  const column = Math.floor(x / size), block = Math.floor(y / size) * columns + column;
+  const column = Math.floor(x / size),
+    block = Math.floor(y / size) * columns + column;
   return x >= 0 && y >= 0 && column < columns && block < count ? block : -1;
 }
 
@@ -30,15 +33,21 @@ export function drawCells(canvas, state, { focus = null, cursor = -1 }) {
   const width = canvas.parentElement.clientWidth;
   const layout = layoutCells(width, state.blocks.length);
   const context = prepareCanvas(canvas, width, layout.height);
-  const colors = { line: themeColor("--line"), ink: themeColor("--ink"), muted: themeColor("--muted"),
-    alert: themeColor("--alert"), accent: themeColor("--accent") };
+  const colors = {
+    line: themeColor("--line"),
+    ink: themeColor("--ink"),
+    muted: themeColor("--muted"),
+    alert: themeColor("--alert"),
+    accent: themeColor("--accent"),
+  };
   const changed = new Set(state.changed);
   const evicted = new Set(state.events.filter(({ what }) => what === "evict").map(({ data }) => data.block));
   const side = layout.size - layout.gap;
   context.textAlign = "center";
   context.textBaseline = "middle";
   state.blocks.forEach((block, number) => {
-    const x = (number % layout.columns) * layout.size, y = Math.floor(number / layout.columns) * layout.size;
+    const x = (number % layout.columns) * layout.size,
+      y = Math.floor(number / layout.columns) * layout.size;
     context.globalAlpha = focus && !block.owners.includes(focus) ? 0.25 : 1;
     drawCell(context, block, x, y, side, colors);
     context.globalAlpha = 1;
@@ -68,6 +77,10 @@ function drawCell(context, block, x, y, side, colors) {
   if (side < WITH_LETTER || !names.length) return;
   const text = names.length === 1 ? names[0] : `×${names.length}`;
   context.font = `${isCached ? "" : "600 "}${Math.min(16, Math.round(side * 0.42))}px system-ui, sans-serif`;
+  if (names.length > 1 && !isCached) {
+    context.fillStyle = "rgba(255, 255, 255, 0.82)"; // stripes would hide the number
+    context.fillRect(x + side * 0.2, y + side * 0.29, side * 0.6, side * 0.42);
+  }
   context.fillStyle = isCached ? colors.muted : INK;
   context.fillText(text, x + side / 2, y + side / 2 + 0.5);
 }
@@ -90,7 +103,8 @@ function drawStripes(context, names, x, y, side, colors) {
 function drawPattern(context, pattern, x, y, width, side) {
   context.fillStyle = "rgba(20, 24, 31, 0.28)";
   if (pattern === 1) for (let at = 2; at < side; at += 5) context.fillRect(x, y + at, width, 1.2);
-  else for (let at = 3; at < side; at += 6) for (let to = 3; to < width; to += 6) context.fillRect(x + to, y + at, 2, 2);
+  else
+    for (let at = 3; at < side; at += 6) for (let to = 3; to < width; to += 6) context.fillRect(x + to, y + at, 2, 2);
 }
 
 function outline(context, x, y, side, color, width) {

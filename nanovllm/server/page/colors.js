@@ -26,6 +26,14 @@ export function patternOf(name) {
 export function chip(name, attributes = {}) {
   const tag = attributes.onclick ? "button" : "span";
   const type = attributes.onclick ? { type: "button" } : {};
-  return h(tag, { ...type, ...attributes, class: `chip p${patternOf(name)} ${attributes.class ?? ""}`,
-    style: { "background-color": fillOf(name) } }, name);
+  return h(
+    tag,
+    {
+      ...type,
+      ...attributes,
+      class: `chip p${patternOf(name)} ${attributes.class ?? ""}`,
+      style: { "background-color": fillOf(name) },
+    },
+    name,
+  );
 }

@@ -1,4 +1,7 @@
-// Makes elements: `h` for HTML, `s` for SVG; `replace` puts new children in place and keeps the keyboard's focus.
+// Makes elements: `h` for HTML, `s` for SVG; `replace` turns the children of an element into others.
+//
+// `replace` keeps the elements that are there and changes what differs in them: the page is drawn many times a second,
+// and a click is lost if its button is another one when the finger goes up.
 
 const SVG = "http://www.w3.org/2000/svg";
 
@@ -12,21 +15,61 @@ export function s(tag, attributes = {}, ...children) {
 }
 
 function fill(element, attributes, children) {
+  element.handlers = [];
   for (const [name, value] of Object.entries(attributes)) {
     if (value === undefined || value === null || value === false) continue;
-    if (name.startsWith("on")) element.addEventListener(name.slice(2), value);
-    else if (name === "style") for (const [key, text] of Object.entries(value)) element.style.setProperty(key, text);
+    if (name.startsWith("on")) {
+      element[name] = value;
+      element.handlers.push(name);
+    } else if (name === "style") for (const [key, text] of Object.entries(value)) element.style.setProperty(key, text);
     else element.setAttribute(name, value === true ? "" : value);
   }
-  element.append(...children.flat(Infinity).filter((child) => child !== null && child !== undefined && child !== false));
+  element.append(...nodesOf(children));
   return element;
 }
 
-// Whoever has a `data-key` keeps the focus when an element with the same key takes its place.
+function nodesOf(children) {
+  const shown = children.flat(Infinity).filter((child) => child !== null && child !== undefined && child !== false);
+  return shown.map((child) => (child instanceof Node ? child : document.createTextNode(child)));
+}
+
+// An element whose `data-key` is another one is another element; the focus goes to the one with the same key.
 export function replace(parent, ...children) {
   const focused = parent.contains(document.activeElement) ? document.activeElement.dataset.key : undefined;
-  parent.replaceChildren(...children.flat(Infinity).filter(Boolean));
-  if (focused !== undefined) parent.querySelector(`[data-key="${CSS.escape(focused)}"]`)?.focus({ preventScroll: true });
+  changeChildren(parent, nodesOf(children));
+  if (focused === undefined || document.activeElement.dataset.key === focused) return;
+  parent.querySelector(`[data-key="${CSS.escape(focused)}"]`)?.focus({ preventScroll: true });
+}
+
+function changeChildren(parent, wanted) {
+  const there = [...parent.childNodes];
+  wanted.forEach((node, i) => (i < there.length ? change(there[i], node) : parent.append(node)));
+  there.slice(wanted.length).forEach((node) => node.remove());
+}
+
+function change(node, wanted) {
+  if (node.nodeName !== wanted.nodeName || node.dataset?.key !== wanted.dataset?.key) node.replaceWith(wanted);
+  else if (node.nodeType === Node.TEXT_NODE) {
+    if (node.data !== wanted.data) node.data = wanted.data;
+  } else {
+    changeAttributes(node, wanted);
+    for (const name of new Set([...(node.handlers ?? []), ...wanted.handlers])) node[name] = wanted[name];
+    node.handlers = wanted.handlers;
+    changeChildren(node, [...wanted.childNodes]);
+    if (node.nodeName === "OPTION") node.selected = wanted.selected;
+  }
+}
+
+function changeAttributes(node, wanted) {
+  for (const { name } of [...node.attributes]) {
+    if (!wanted.hasAttribute(name) && name !== "open") node.removeAttribute(name); // whoever opened it may close it
+  }
+  for (const { name, value } of wanted.attributes) {
+    if (node.getAttribute(name) === value) continue;
+    if (name === "style")
+      node.style.cssText = value; // the attribute itself is what the page's policy forbids
+    else node.setAttribute(name, value);
+  }
 }
 
 // A theme's color as the browser computes it, for a canvas.

@@ -11,17 +11,26 @@ export function createServer() {
 
 // Sends a request; `body` makes it a POST. Throws an Error with `status` when the server refuses.
 export async function call(server, path, body = undefined, signal = undefined) {
-  const headers = { ...(server.key && { Authorization: `Bearer ${server.key}` }),
-    ...(body && { "Content-Type": "application/json" }) };
-  const response = await fetch(path, { method: body ? "POST" : "GET", headers, signal,
-    body: body && JSON.stringify(body), cache: "no-store" });
+  const headers = {
+    ...(server.key && { Authorization: `Bearer ${server.key}` }),
+    ...(body && { "Content-Type": "application/json" }),
+  };
+  const response = await fetch(path, {
+    method: body ? "POST" : "GET",
+    headers,
+    signal,
+    body: body && JSON.stringify(body),
+    cache: "no-store",
+  });
   if (response.ok) return response;
   const text = await response.text();
   throw Object.assign(new Error(messageOf(text) || response.statusText), { status: response.status });
 }
 
 function messageOf(text) {
-  return text.startsWith("{") ? (JSON.parse(text).error?.message ?? JSON.parse(text).detail ?? text) : text.slice(0, 200);
+  return text.startsWith("{")
+    ? (JSON.parse(text).error?.message ?? JSON.parse(text).detail ?? text)
+    : text.slice(0, 200);
 }
 
 // The `data:` of each event of a response's stream, as text.

@@ -6,8 +6,16 @@ const KEYFRAME_EVERY = 64; // steps between two copies of the state; to go back 
 
 // A frame is {objects, step, summary, after}: what came up to and with a step; `after` is a copy of the state, or null.
 export function createHistory(limit = 4096) {
-  return { limit, head: null, frames: [], base: emptyState(), latest: emptyState(), pending: [], count: 0,
-    cursor: { index: -1, state: emptyState() } };
+  return {
+    limit,
+    head: null,
+    frames: [],
+    base: emptyState(),
+    latest: emptyState(),
+    pending: [],
+    count: 0,
+    cursor: { index: -1, state: emptyState() },
+  };
 }
 
 // Takes an object of a trace. Returns how many of the oldest frames were forgotten. A new head begins anew.
@@ -78,10 +86,20 @@ export function traceText(history) {
   if (!history.frames.length) return history.head ? JSON.stringify(history.head) + "\n" : "";
   const first = copyState(stateAt(history, 0));
   const blocks = first.blocks.flatMap(({ state, owners, first: position, digest }, number) =>
-    state === "free" ? [] : [[number, state, owners, position, digest]]);
-  const requests = [...first.requests.values()].map((request) => ({ kind: "request", request: request.name,
-    prompt_tokens: request.promptTokens, prompt: request.prompt, max_tokens: request.maxTokens }));
-  const objects = [history.head, ...requests, { ...history.frames[0].step, full: true, blocks },
-    ...history.frames.slice(1).flatMap((frame) => frame.objects)];
+    state === "free" ? [] : [[number, state, owners, position, digest]],
+  );
+  const requests = [...first.requests.values()].map((request) => ({
+    kind: "request",
+    request: request.name,
+    prompt_tokens: request.promptTokens,
+    prompt: request.prompt,
+    max_tokens: request.maxTokens,
+  }));
+  const objects = [
+    history.head,
+    ...requests,
+    { ...history.frames[0].step, full: true, blocks },
+    ...history.frames.slice(1).flatMap((frame) => frame.objects),
+  ];
   return objects.map((object) => JSON.stringify(object) + "\n").join("");
 }

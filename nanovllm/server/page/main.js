@@ -21,21 +21,46 @@ const place = (id) => document.getElementById(id);
 
 // mode: "live", "replay" or "none"; engine: what /page/state says; request: the chosen one; hovered: the pointed one.
 const app = {
-  mode: "none", engine: { teach: false, paused: false, delay_ms: 0 }, feed: "closed", model: "", server: createServer(),
-  history: createHistory(), player: null, state: emptyState(), view: VIEWS[0], theme: "", request: null, hovered: null,
-  render, notice, go, openFile, followNewest, select, hover, knownRequests, findRequest,
+  mode: "none",
+  engine: { teach: false, paused: false, delay_ms: 0 },
+  feed: "closed",
+  model: "",
+  server: createServer(),
+  history: createHistory(),
+  player: null,
+  state: emptyState(),
+  view: VIEWS[0],
+  theme: "",
+  request: null,
+  hovered: null,
+  render,
+  notice,
+  go,
+  openFile,
+  followNewest,
+  select,
+  hover,
+  knownRequests,
+  findRequest,
 };
 const shows = {};
-let closeFeed = () => {}, drawn = 0, waiting = 0, hashTimer = 0;
+let closeFeed = () => {},
+  drawn = 0,
+  waiting = 0,
+  hashTimer = 0;
 
 // Draws the page soon, once for all that has changed until then; never while nobody looks.
 function render() {
   if (waiting || document.hidden) return;
-  waiting = setTimeout(() => requestAnimationFrame(() => {
-    waiting = 0;
-    drawn = performance.now();
-    draw();
-  }), Math.max(0, drawn + DRAW_EVERY_MS - performance.now()));
+  waiting = setTimeout(
+    () =>
+      requestAnimationFrame(() => {
+        waiting = 0;
+        drawn = performance.now();
+        draw();
+      }),
+    Math.max(0, drawn + DRAW_EVERY_MS - performance.now()),
+  );
 }
 
 function draw() {
@@ -47,15 +72,32 @@ function draw() {
   for (const element of document.querySelectorAll("[data-label]")) {
     element.setAttribute("aria-label", say(element.dataset.label));
   }
-  replace(place("views"), VIEWS.map((view, i) => h("a", { href: address({ view }), "data-key": view, title: String(i + 1),
-    "aria-current": view === app.view && "page" }, say(`view.${view}`))));
+  replace(
+    place("views"),
+    VIEWS.map((view, i) =>
+      h(
+        "a",
+        {
+          href: address({ view }),
+          "data-key": view,
+          title: String(i + 1),
+          "aria-current": view === app.view && "page",
+        },
+        say(`view.${view}`),
+      ),
+    ),
+  );
   place("model").textContent = app.history.head?.model?.split("/").pop() ?? app.model;
   showSource();
   place("empty").hidden = !isEmpty;
   place("empty").textContent = say(app.mode === "none" ? "no_engine" : "waiting_for_steps");
   const { skipped, head } = app.state;
-  place("gap").textContent = [skipped && say("gap", { n: skipped }),
-    head?.engines > 1 && say("engines", { n: head.engines })].filter(Boolean).join(" ");
+  place("gap").textContent = [
+    skipped && say("gap", { n: skipped }),
+    head?.engines > 1 && say("engines", { n: head.engines }),
+  ]
+    .filter(Boolean)
+    .join(" ");
   for (const view of VIEWS) place(`view-${view}`).hidden = isEmpty || view !== app.view;
   if (!isEmpty) {
     shows[app.view] ??= BUILDERS[app.view](place(`view-${app.view}`), app);
@@ -72,8 +114,18 @@ function draw() {
 
 function showSource() {
   const isBehind = app.mode === "live" && !app.player.follow;
-  const key = app.mode !== "live" ? (app.mode === "replay" ? "recorded" : "none")
-    : app.feed === "lost" ? "lost" : isBehind ? "hold" : app.engine.paused ? "paused" : "live";
+  const key =
+    app.mode !== "live"
+      ? app.mode === "replay"
+        ? "recorded"
+        : "none"
+      : app.feed === "lost"
+        ? "lost"
+        : isBehind
+          ? "hold"
+          : app.engine.paused
+            ? "paused"
+            : "live";
   place("from").textContent = say(`source.${key}`);
   place("from").className = `pill ${key}`;
 }
@@ -84,9 +136,15 @@ function notice(text) {
 }
 
 function address(change = {}) {
-  const { view, theme, request } = { ...app, ...change }, isBack = app.player.position >= 0 && !app.player.follow;
-  const entries = { view, lang: languageNow(), ...(theme && { theme }), ...(request && { request }),
-    ...(isBack && !app.player.playing && { step: app.state.n }) };
+  const { view, theme, request } = { ...app, ...change },
+    isBack = app.player.position >= 0 && !app.player.follow;
+  const entries = {
+    view,
+    lang: languageNow(),
+    ...(theme && { theme }),
+    ...(request && { request }),
+    ...(isBack && !app.player.playing && { step: app.state.n }),
+  };
   return `#${new URLSearchParams(entries)}`;
 }
 
@@ -98,8 +156,9 @@ function rememberAddress() {
 function readAddress() {
   const asked = new URLSearchParams(location.hash.slice(1));
   if (VIEWS.includes(asked.get("view"))) app.view = asked.get("view");
-  const own = navigator.languages.some((name) => /^(zh|en)/.test(name))
-    && navigator.languages.find((name) => /^(zh|en)/.test(name)).slice(0, 2);
+  const own =
+    navigator.languages.some((name) => /^(zh|en)/.test(name)) &&
+    navigator.languages.find((name) => /^(zh|en)/.test(name)).slice(0, 2);
   setLanguage(LANGUAGES.includes(asked.get("lang")) ? asked.get("lang") : own || "en");
   setTheme(asked.get("theme") ?? "");
   if (asked.get("request")) app.request = asked.get("request");
@@ -148,7 +207,8 @@ function followNewest() {
 }
 
 function take(object) {
-  const forgotten = add(app.history, object), { player } = app;
+  const forgotten = add(app.history, object),
+    { player } = app;
   if (object.kind === "head") Object.assign(player, { position: -1, follow: true });
   else player.position = player.follow ? app.history.frames.length - 1 : Math.max(0, player.position - forgotten);
   render();

@@ -9,8 +9,18 @@ const MOST_FINISHED = 200; // finished requests that are remembered
 
 export function emptyState() {
   return {
-    head: null, n: 0, t: 0, ms: 0, batch: [], running: [], waiting: [], events: [], changed: [], blocks: [],
-    requests: new Map(), skipped: 0,
+    head: null,
+    n: 0,
+    t: 0,
+    ms: 0,
+    batch: [],
+    running: [],
+    waiting: [],
+    events: [],
+    changed: [],
+    blocks: [],
+    requests: new Map(),
+    skipped: 0,
     stats: { usage: 0, hit_rate: 0, queries: 0, hits: 0, preemptions: 0, evictions: 0, output_tokens: 0, tok_s: 0 },
   };
 }
@@ -34,8 +44,18 @@ function applyHead(state, head) {
 
 function applyRequest(state, { request, prompt_tokens, prompt, max_tokens }) {
   const seen = state.requests.get(request);
-  state.requests.set(request, { text: "", pieces: 0, computed: 0, status: "waiting", reason: "", ...seen,
-    name: request, prompt, promptTokens: prompt_tokens, maxTokens: max_tokens });
+  state.requests.set(request, {
+    text: "",
+    pieces: 0,
+    computed: 0,
+    status: "waiting",
+    reason: "",
+    ...seen,
+    name: request,
+    prompt,
+    promptTokens: prompt_tokens,
+    maxTokens: max_tokens,
+  });
 }
 
 function applyStep(state, step) {
@@ -64,8 +84,17 @@ function applyStep(state, step) {
 }
 
 function change(state, name, values) {
-  const unknown = { name, prompt: "", promptTokens: 0, maxTokens: 0, text: "", pieces: 0, computed: 0,
-    status: "waiting", reason: "" };
+  const unknown = {
+    name,
+    prompt: "",
+    promptTokens: 0,
+    maxTokens: 0,
+    text: "",
+    pieces: 0,
+    computed: 0,
+    status: "waiting",
+    reason: "",
+  };
   state.requests.set(name, { ...(state.requests.get(name) ?? unknown), ...values });
 }
 
@@ -110,7 +139,8 @@ export function findFaults(state) {
     }
   });
   const usage = countBlocks(state).used / Math.max(1, state.blocks.length);
-  if (Math.abs(usage - state.stats.usage) > 0.005) faults.push(`usage ${state.stats.usage}, but the blocks say ${usage}`);
+  if (Math.abs(usage - state.stats.usage) > 0.005)
+    faults.push(`usage ${state.stats.usage}, but the blocks say ${usage}`);
   const tokens = state.batch.reduce((sum, entry) => sum + entry[3], 0);
   if (tokens > state.head.max_num_batched_tokens) faults.push(`a batch of ${tokens} tokens is above the budget`);
   for (const name of state.waiting) if (running.has(name)) faults.push(`${name} runs and waits`);

@@ -2,8 +2,10 @@
 
 import { prepareCanvas, themeColor } from "./dom.js";
 
-const HEIGHT = 54, MARKS = 9;
-const NARROWEST = 2, WIDEST = 14; // pixels a bar
+const HEIGHT = 54,
+  MARKS = 9;
+const NARROWEST = 2,
+  WIDEST = 14; // pixels a bar
 
 // Several steps share a bar when they are more than there is room for; a bar shows the largest of its steps.
 export function drawTimeline(canvas, history, position) {
@@ -13,9 +15,16 @@ export function drawTimeline(canvas, history, position) {
   if (!frames.length) return;
   const budget = head.max_num_batched_tokens;
   const perBar = Math.max(1, Math.ceil((frames.length * NARROWEST) / width));
-  const bars = Math.ceil(frames.length / perBar), bar = Math.min(WIDEST, width / bars);
-  const colors = { decode: themeColor("--decode"), prefill: themeColor("--prefill"), usage: themeColor("--ink"),
-    alert: themeColor("--alert"), good: themeColor("--good"), accent: themeColor("--accent") };
+  const bars = Math.ceil(frames.length / perBar),
+    bar = Math.min(WIDEST, width / bars);
+  const colors = {
+    decode: themeColor("--decode"),
+    prefill: themeColor("--prefill"),
+    usage: themeColor("--ink"),
+    alert: themeColor("--alert"),
+    good: themeColor("--good"),
+    accent: themeColor("--accent"),
+  };
   // A decode's token is one of a budget of thousands, so heights are by the root of the share.
   const scale = (tokens) => Math.sqrt(Math.min(1, tokens / budget)) * (HEIGHT - MARKS);
   context.globalAlpha = 1;
@@ -23,7 +32,8 @@ export function drawTimeline(canvas, history, position) {
     const some = frames.slice(i * perBar, (i + 1) * perBar).map((frame) => frame.summary);
     const decode = Math.max(...some.map((step) => step.decode));
     const total = Math.max(...some.map((step) => step.decode + step.prefill));
-    const x = i * bar, gap = bar > 3 ? 1 : 0;
+    const x = i * bar,
+      gap = bar > 3 ? 1 : 0;
     context.fillStyle = colors.prefill;
     context.fillRect(x, HEIGHT - scale(total), bar - gap, scale(total));
     context.fillStyle = colors.decode;
@@ -59,7 +69,8 @@ function mark(context, x, y, color, what) {
 
 // The frame under a point of the timeline.
 export function frameAt(canvas, history, x) {
-  const width = canvas.clientWidth, { frames } = history;
+  const width = canvas.clientWidth,
+    { frames } = history;
   const perBar = Math.max(1, Math.ceil((frames.length * NARROWEST) / width));
   const bar = Math.min(WIDEST, width / Math.ceil(frames.length / perBar));
   return Math.min(frames.length - 1, Math.max(0, Math.floor(x / bar) * perBar));

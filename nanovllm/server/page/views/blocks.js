@@ -11,7 +11,9 @@ const MOST_IN_TABLE = 96;
 
 // Builds the view into `root`; returns the function that shows the state of now.
 export function blocksView(root, app) {
-  let layout = null, hovered = -1, cursor = -1;
+  let layout = null,
+    hovered = -1,
+    cursor = -1;
   const canvas = h("canvas", { tabindex: 0, role: "img", id: "cells", "aria-describedby": "block" });
   const [title, how, legendPlace, table, below] = ["h2", "p", "div", "section", "div"].map((tag) => h(tag));
   const block = h("p", { id: "block", class: "inspector", "aria-live": "polite" });
@@ -59,8 +61,12 @@ export function blocksView(root, app) {
     layout = drawCells(canvas, state, { focus, cursor: pointed });
     canvas.setAttribute("aria-label", describe(state));
     block.textContent = pointed >= 0 ? sayBlock(state, pointed) : say("block.none");
-    replace(legendPlace, ["used", "shared", "cached", "free", "changed", "evicted"].map((key) =>
-      h("span", {}, h("i", { class: `key cell-${key}` }), say(`legend.${key}`))));
+    replace(
+      legendPlace,
+      ["used", "shared", "cached", "free", "changed", "evicted"].map((key) =>
+        h("span", {}, h("i", { class: `key cell-${key}` }), say(`legend.${key}`)),
+      ),
+    );
     const shown = focus ?? state.running.find((name) => state.batch.some((entry) => entry[0] === name));
     replace(table, showTable(app, shown));
     replace(below, batchBar(app), queues(app));
@@ -77,8 +83,13 @@ function describe(state) {
 
 function sayBlock(state, number) {
   const { state: kind, owners, first, digest } = state.blocks[number];
-  return say(`block.${kind}`, { b: number, owners: owners.join(", "), from: first, to: first + state.head.block_size - 1,
-    digest: digest && say("block.digest", { digest }) });
+  return say(`block.${kind}`, {
+    b: number,
+    owners: owners.join(", "),
+    from: first,
+    to: first + state.head.block_size - 1,
+    digest: digest && say("block.digest", { digest }),
+  });
 }
 
 // Logical blocks in order, each above the physical block that it is mapped to.
@@ -88,16 +99,35 @@ export function showTable(app, name) {
   if (!table.length) return [h("h3", {}, chip(name), " ", say("table.none", { name }))];
   const cells = table.slice(0, MOST_IN_TABLE).map(([logical, physical]) => {
     const others = app.state.blocks[physical].owners.filter((owner) => owner !== name);
-    return h("li", { class: others.length ? "is-shared" : "",
-      title: others.length ? say("table.shared", { owners: others.join(", ") }) : null },
-    h("span", { class: "logical" }, String(logical)), h("span", { class: "physical" }, String(physical)));
+    return h(
+      "li",
+      {
+        class: others.length ? "is-shared" : "",
+        title: others.length ? say("table.shared", { owners: others.join(", ") }) : null,
+      },
+      h("span", { class: "logical" }, String(logical)),
+      h("span", { class: "physical" }, String(physical)),
+    );
   });
   return [
     h("h3", {}, chip(name), " ", say("table.title", { name })),
-    h("div", { class: "table-row" },
-      h("div", { class: "table-names quiet small" }, h("span", {}, say("table.logical")), h("span", {}, say("table.physical"))),
-      h("ol", {}, cells,
-        table.length > MOST_IN_TABLE && h("li", { class: "quiet" }, say("table.more", { n: table.length - MOST_IN_TABLE })))),
+    h(
+      "div",
+      { class: "table-row" },
+      h(
+        "div",
+        { class: "table-names quiet small" },
+        h("span", {}, say("table.logical")),
+        h("span", {}, say("table.physical")),
+      ),
+      h(
+        "ol",
+        {},
+        cells,
+        table.length > MOST_IN_TABLE &&
+          h("li", { class: "quiet" }, say("table.more", { n: table.length - MOST_IN_TABLE })),
+      ),
+    ),
     h("p", { class: "quiet small" }, say("table.how")),
   ];
 }

@@ -13,38 +13,68 @@ export function queues(app) {
 }
 
 function queue(app, key, names) {
-  const chips = names.slice(0, MOST_CHIPS).map((name) => chip(name, { "data-key": `${key}-${name}`,
-    "aria-pressed": String(app.request === name), onclick: () => app.select(name) }));
+  const chips = names
+    .slice(0, MOST_CHIPS)
+    .map((name) =>
+      chip(name, {
+        "data-key": `${key}-${name}`,
+        "aria-pressed": String(app.request === name),
+        onclick: () => app.select(name),
+      }),
+    );
   if (names.length > MOST_CHIPS) chips.push(h("span", { class: "quiet" }, `+${names.length - MOST_CHIPS}`));
-  return h("section", { class: "queue", title: say(`queue.${key}.how`) },
+  return h(
+    "section",
+    { class: "queue", title: say(`queue.${key}.how`) },
     h("h3", {}, say(`queue.${key}`), h("span", { class: "count" }, String(names.length))),
     h("div", { class: "chips" }, chips.length ? chips : h("span", { class: "quiet" }, say("queue.empty"))),
-    h("p", { class: "quiet small" }, say(`queue.${key}.how`)));
+    h("p", { class: "quiet small" }, say(`queue.${key}.how`)),
+  );
 }
 
 // The batch as a bar as long as the token budget. Decodes are narrow and come first; the rest of the budget is empty.
 export function batchBar(app) {
-  const { batch, head } = app.state, budget = head.max_num_batched_tokens;
+  const { batch, head } = app.state,
+    budget = head.max_num_batched_tokens;
   const used = batch.reduce((sum, entry) => sum + entry[3], 0);
-  const parts = batch.map(([name, kind, first, count]) => chip(name, { class: `part ${kind}`,
-    title: say("batch.entry", { name, kind: say(`batch.${kind}`), from: first, to: first + count - 1 }) }));
+  const parts = batch.map(([name, kind, first, count]) =>
+    chip(name, { class: `part ${kind}`, title: sayEntry([name, kind, first, count]) }),
+  );
   // A decode is one token of hundreds: it gets the width of its letter, and the rest is to scale.
   batch.forEach(([, kind, , count], i) => {
     parts[i].style.flex = kind === "decode" ? "0 1 20px" : `${count} 1 20px`;
     if (kind === "prefill") parts[i].textContent += ` ${count}`;
   });
-  const rest = h("span", { class: "rest", style: { flex: `${Math.max(0, budget - used)} 1 0` },
-    title: `${say("batch.left")}: ${budget - used}` });
-  return h("section", { class: "batch" },
+  const rest = h("span", {
+    class: "rest",
+    style: { flex: `${Math.max(0, budget - used)} 1 0` },
+    title: `${say("batch.left")}: ${budget - used}`,
+  });
+  return h(
+    "section",
+    { class: "batch" },
     h("h3", {}, say("batch.title", { n: used, budget })),
-    h("div", { class: "bar", role: "img", "aria-label": batch.length ? describe(batch) : say("batch.empty") }, parts, rest),
-    h("div", { class: "legend small" },
+    h(
+      "div",
+      { class: "bar", role: "img", "aria-label": batch.map(sayEntry).join("; ") || say("batch.empty") },
+      parts,
+      rest,
+    ),
+    h(
+      "div",
+      { class: "legend small" },
       h("span", {}, h("i", { class: "key decode" }), say("batch.decode")),
       h("span", {}, h("i", { class: "key prefill" }), say("batch.prefill")),
-      h("span", {}, h("i", { class: "key rest" }), `${say("batch.left")}: ${budget - used}`)));
+      h("span", {}, h("i", { class: "key rest" }), `${say("batch.left")}: ${budget - used}`),
+    ),
+  );
 }
 
-function describe(batch) {
-  return batch.map(([name, kind, first, count]) =>
-    say("batch.entry", { name, kind: say(`batch.${kind}`), from: first, to: first + count - 1 })).join("; ");
+function sayEntry([name, kind, first, count]) {
+  return say(count === 1 ? "batch.one" : "batch.entry", {
+    name,
+    kind: say(`batch.${kind}`),
+    from: first,
+    to: first + count - 1,
+  });
 }
