@@ -58,9 +58,9 @@ FAULTS = """
 
 
 def test_used_blocks_have_running_owners_and_usage_agrees_after_every_step(run: Run) -> None:
-    for seed in range(8):
+    for seed in range(5):
         trace = random_trace(seed)
-        assert trace[-1]["stats"]["preemptions"] > 0 or seed
+        assert trace[-1]["stats"]["preemptions"] > 0
         assert run(FAULTS, trace) == []
 
 

@@ -72,11 +72,18 @@ function changeAttributes(node, wanted) {
   }
 }
 
-// A theme's color as the browser computes it, for a canvas.
+const colors = new Map();
+
+// A theme's color as the browser computes it, for a canvas. To ask the browser costs a layout, so it is asked once.
 export function themeColor(name) {
-  const probe = document.getElementById("probe");
-  probe.style.color = `var(${name})`;
-  return getComputedStyle(probe).color;
+  const isDark = matchMedia("(prefers-color-scheme: dark)").matches;
+  const key = `${document.documentElement.dataset.theme} ${isDark} ${name}`;
+  if (!colors.has(key)) {
+    const probe = document.getElementById("probe");
+    probe.style.color = `var(${name})`;
+    colors.set(key, getComputedStyle(probe).color);
+  }
+  return colors.get(key);
 }
 
 // Sizes a canvas to its place on the page and returns its context, whose unit is a CSS pixel.

@@ -3,9 +3,9 @@
 import { chip } from "./colors.js";
 import { h, replace } from "./dom.js";
 import { eventsUntil } from "./history.js";
-import { say, sayEvent } from "./i18n.js";
+import { languageNow, say, sayEvent } from "./i18n.js";
 
-const MOST = 80;
+const MOST = 60;
 const KEYWORDS =
   "and|as|async|await|break|class|continue|def|elif|else|except|False|finally|for|from|if|import|in|is|" +
   "lambda|None|not|or|pass|raise|return|True|try|while|with|yield";
@@ -14,6 +14,10 @@ const TOKEN = new RegExp(`("""[\\s\\S]*?"""|"[^"\\n]*"|'[^'\\n]*')|(#.*)|\\b(${K
 // Shows the events up to the player's position in `list`.
 export function showEvents(list, app) {
   const found = eventsUntil(app.history, app.player.position, MOST);
+  const newest = found[0]?.n;
+  const shown = [languageNow(), app.history.head?.started, found.length, newest, newest === app.state.n].join();
+  if (list.shown === shown && list.history === app.history) return; // as in most steps
+  Object.assign(list, { shown, history: app.history });
   const lines = found.map(({ n, event }, i) =>
     h(
       "li",

@@ -49,8 +49,8 @@ const WORDS = {
   // blocks
   "blocks.title": ["{n} KV blocks of {size} tokens", "{n} 个 KV 块，每块 {size} 个词元"],
   "blocks.how": [
-    "A block holds keys and values of {size} tokens. Point at one, or walk with the arrow keys.",
-    "一个块存放 {size} 个词元的键和值。指向某个块，或用方向键移动。",
+    "A block holds the keys and values of {size} tokens, in all layers.",
+    "一个块存放 {size} 个词元在所有层里的键和值。",
   ],
   "blocks.aria": [
     "{n} blocks: {used} used, {shared} of them shared, {cached} cached but free, {free} empty. {owners}",
@@ -73,7 +73,7 @@ const WORDS = {
   ],
   "block.free": ["Block {b}: empty", "物理块 {b}：空"],
   "block.digest": [", digest {digest}", "，摘要 {digest}"],
-  "block.none": ["Nothing is chosen.", "没有选中任何块。"],
+  "block.none": ["Point at a block, or walk with the arrow keys.", "指向某个块，或用方向键移动。"],
   "table.title": ["Block table of {name}: logical → physical", "{name} 的块表：逻辑块 → 物理块"],
   "table.none": ["{name} holds no block now.", "{name} 现在不持有任何块。"],
   "table.nobody": ["No request holds a block now.", "现在没有请求持有块。"],
@@ -165,8 +165,8 @@ const WORDS = {
   ],
   "attention.split.how": [
     "One sequence alone would keep few multiprocessors busy, so its context is cut into splits of one " +
-      "size; each has a softmax of its own, and the results are merged. The number is the order in which the device starts " +
-      "them: long ones first.",
+      "size; each has a softmax of its own, and the results are merged. The number is the order in which the " +
+      "device starts them: long ones first.",
     "单个序列只能让少数处理器忙起来，所以把它的上下文切成等长的段：每段各自做 softmax，最后合并结果。数字是设备启动它们的次序，长的先走。",
   ],
   "attention.split.cpu": [

@@ -1,12 +1,13 @@
-// Puts the page together: where the steps come from, what the address says, and when the page is drawn again.
+// Puts the page together: where the steps come from, and when the page is drawn again.
 
+import { address, readAddress, rememberAddress, setTheme } from "./address.js";
 import { chatPanel } from "./chat.js";
 import { controlBar, onKey, VIEWS } from "./controls.js";
 import { showEvents } from "./events.js";
 import { h, replace } from "./dom.js";
 import { call, createServer, openFeed } from "./feed.js";
-import { add, createHistory, indexOfStep, stateAt } from "./history.js";
-import { LANGUAGES, languageNow, say, setLanguage } from "./i18n.js";
+import { add, createHistory, stateAt } from "./history.js";
+import { languageNow, say, setLanguage } from "./i18n.js";
 import { showFigures, showRequests } from "./panels.js";
 import { createPlayer, readTrace, seek } from "./replay.js";
 import { emptyState } from "./state.js";
@@ -15,7 +16,7 @@ import { blocksView } from "./views/blocks.js";
 import { parallelView } from "./views/parallel.js";
 import { schedulerView } from "./views/scheduler.js";
 
-const DRAW_EVERY_MS = 50; // a fast engine takes more steps than a reader sees
+const DRAWING_SHARE = 0.25; // of a core, at most: the engine may run on this machine too
 const BUILDERS = { blocks: blocksView, scheduler: schedulerView, attention: attentionView, parallel: parallelView };
 const place = (id) => document.getElementById(id);
 
@@ -45,22 +46,24 @@ const app = {
 };
 const shows = {};
 let closeFeed = () => {},
-  drawn = 0,
-  waiting = 0,
-  hashTimer = 0;
+  restUntil = 0,
+  waiting = 0;
 
 // Draws the page soon, once for all that has changed until then; never while nobody looks.
 function render() {
   if (waiting || document.hidden) return;
-  waiting = setTimeout(
-    () =>
-      requestAnimationFrame(() => {
-        waiting = 0;
-        drawn = performance.now();
-        draw();
-      }),
-    Math.max(0, drawn + DRAW_EVERY_MS - performance.now()),
-  );
+  waiting = setTimeout(() => requestAnimationFrame(drawAndRest), Math.max(0, restUntil - performance.now()));
+}
+
+function drawAndRest(begun) {
+  const rest = () => {
+    const now = performance.now();
+    restUntil = now + (now - begun) * (1 / DRAWING_SHARE - 1);
+  };
+  waiting = 0;
+  draw();
+  rest();
+  setTimeout(rest); // after this the browser lays out and paints: what that takes counts too
 }
 
 function draw() {
@@ -78,7 +81,7 @@ function draw() {
       h(
         "a",
         {
-          href: address({ view }),
+          href: address(app, { view }),
           "data-key": view,
           title: String(i + 1),
           "aria-current": view === app.view && "page",
@@ -109,7 +112,7 @@ function draw() {
   place("chat").hidden = app.mode !== "live";
   shows.chat();
   shows.controls();
-  rememberAddress();
+  rememberAddress(app);
 }
 
 function showSource() {
@@ -135,46 +138,9 @@ function notice(text) {
   place("notice").hidden = !text;
 }
 
-function address(change = {}) {
-  const { view, theme, request } = { ...app, ...change },
-    isBack = app.player.position >= 0 && !app.player.follow;
-  const entries = {
-    view,
-    lang: languageNow(),
-    ...(theme && { theme }),
-    ...(request && { request }),
-    ...(isBack && !app.player.playing && { step: app.state.n }),
-  };
-  return `#${new URLSearchParams(entries)}`;
-}
-
-function rememberAddress() {
-  clearTimeout(hashTimer); // browsers refuse too many changes
-  hashTimer = setTimeout(() => history.replaceState(null, "", address()), 300);
-}
-
-function readAddress() {
-  const asked = new URLSearchParams(location.hash.slice(1));
-  if (VIEWS.includes(asked.get("view"))) app.view = asked.get("view");
-  const own =
-    navigator.languages.some((name) => /^(zh|en)/.test(name)) &&
-    navigator.languages.find((name) => /^(zh|en)/.test(name)).slice(0, 2);
-  setLanguage(LANGUAGES.includes(asked.get("lang")) ? asked.get("lang") : own || "en");
-  setTheme(asked.get("theme") ?? "");
-  if (asked.get("request")) app.request = asked.get("request");
-  const step = Number(asked.get("step"));
-  if (step > 0 && app.history.frames.length) seek(app.player, indexOfStep(app.history, step));
-  render();
-}
-
-function setTheme(theme) {
-  app.theme = ["dark", "light"].includes(theme) ? theme : "";
-  document.documentElement.dataset.theme = app.theme;
-}
-
 function go(change) {
   if (change.lang) setLanguage(change.lang);
-  if (change.theme) setTheme(change.theme);
+  if (change.theme) setTheme(app, change.theme);
   if (change.view) app.view = change.view;
   render();
 }
@@ -263,9 +229,9 @@ function start() {
   shows.controls = controlBar(place("controls"), app);
   const trace = place("trace");
   if (trace) openTrace(JSON.parse(trace.textContent));
-  readAddress();
+  readAddress(app);
   if (!trace) findEngine();
-  addEventListener("hashchange", readAddress);
+  addEventListener("hashchange", () => readAddress(app));
   addEventListener("resize", render);
   document.addEventListener("visibilitychange", render);
   document.addEventListener("keydown", (event) => onKey(app, event));

@@ -47,37 +47,35 @@ export function showRequests(place, app) {
   }
   replace(
     place,
-    shown
-      .slice(0, MOST_REQUESTS)
-      .map((request) =>
+    shown.slice(0, MOST_REQUESTS).map((request) =>
+      h(
+        "li",
+        {
+          class: `request ${request.status}`,
+          onpointerenter: () => app.hover(request.name),
+          onpointerleave: () => app.hover(null),
+        },
         h(
-          "li",
-          {
-            class: `request ${request.status}`,
-            onpointerenter: () => app.hover(request.name),
-            onpointerleave: () => app.hover(null),
-          },
+          "div",
+          {},
+          chip(request.name, {
+            "data-key": `request-${request.name}`,
+            "aria-pressed": String(app.request === request.name),
+            onclick: () => app.select(request.name),
+            onfocus: () => app.hover(request.name),
+            onblur: () => app.hover(null),
+          }),
+          h("span", { class: "small" }, ` ${say(`status.${request.status}`)}`),
           h(
-            "div",
-            {},
-            chip(request.name, {
-              "data-key": `request-${request.name}`,
-              "aria-pressed": String(app.request === request.name),
-              onclick: () => app.select(request.name),
-              onfocus: () => app.hover(request.name),
-              onblur: () => app.hover(null),
-            }),
-            h("span", { class: "small" }, ` ${say(`status.${request.status}`)}`),
-            h(
-              "span",
-              { class: "quiet small to-end" },
-              say("request.tokens", { prompt: request.promptTokens, output: request.pieces }),
-            ),
+            "span",
+            { class: "quiet small to-end" },
+            say("request.tokens", { prompt: request.promptTokens, output: request.pieces }),
           ),
-          h("p", { class: "prompt quiet" }, request.prompt.replace(/\s+/g, " ").trim()),
-          h("p", { class: "text" }, tail(request.text)),
         ),
+        h("p", { class: "prompt quiet" }, request.prompt.replace(/\s+/g, " ").trim()),
+        h("p", { class: "text" }, tail(request.text)),
       ),
+    ),
   );
 }
 

@@ -8,25 +8,28 @@ const MOST_CHIPS = 48;
 
 // Running and waiting requests in their order. `app.select(name)` is called with the one that is chosen.
 export function queues(app) {
-  const { running, waiting } = app.state;
-  return h("div", { class: "queues" }, queue(app, "running", running), queue(app, "waiting", waiting));
+  const { running, waiting, stats } = app.state; // a trace lists only the first of a long queue
+  return h(
+    "div",
+    { class: "queues" },
+    queue(app, "running", running, stats.num_running ?? running.length),
+    queue(app, "waiting", waiting, stats.num_waiting ?? waiting.length),
+  );
 }
 
-function queue(app, key, names) {
-  const chips = names
-    .slice(0, MOST_CHIPS)
-    .map((name) =>
-      chip(name, {
-        "data-key": `${key}-${name}`,
-        "aria-pressed": String(app.request === name),
-        onclick: () => app.select(name),
-      }),
-    );
-  if (names.length > MOST_CHIPS) chips.push(h("span", { class: "quiet" }, `+${names.length - MOST_CHIPS}`));
+function queue(app, key, names, count) {
+  const chips = names.slice(0, MOST_CHIPS).map((name) =>
+    chip(name, {
+      "data-key": `${key}-${name}`,
+      "aria-pressed": String(app.request === name),
+      onclick: () => app.select(name),
+    }),
+  );
+  if (count > chips.length) chips.push(h("span", { class: "quiet" }, `+${count - chips.length}`));
   return h(
     "section",
     { class: "queue", title: say(`queue.${key}.how`) },
-    h("h3", {}, say(`queue.${key}`), h("span", { class: "count" }, String(names.length))),
+    h("h3", {}, say(`queue.${key}`), h("span", { class: "count" }, String(count))),
     h("div", { class: "chips" }, chips.length ? chips : h("span", { class: "quiet" }, say("queue.empty"))),
     h("p", { class: "quiet small" }, say(`queue.${key}.how`)),
   );
