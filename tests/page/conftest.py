@@ -16,6 +16,8 @@ CHROMIUM = shutil.which("chromium")
 FLAGS = ["--no-sandbox", "--disable-gpu", "--disable-background-networking", "--disable-component-update"]
 FLAGS += ["--disable-sync", "--no-first-run"]
 
+WAIT_MS = 15_000  # for what comes in tenths of a second on an idle machine
+
 
 @pytest.fixture(scope="session")
 def browser() -> Iterator[Any]:
@@ -23,6 +25,7 @@ def browser() -> Iterator[Any]:
     if CHROMIUM is None:
         pytest.skip("there is no chromium (apt-get install chromium)")
     with playwright.sync_playwright() as started:
+        playwright.expect.set_options(timeout=WAIT_MS)
         browser = started.chromium.launch(executable_path=CHROMIUM, args=FLAGS)
         yield browser
         browser.close()
@@ -38,7 +41,7 @@ def open_page(browser: Any, serve: Any) -> Iterator[Callable[..., Any]]:
 
     def open_page(url: str, allowed: str = "", **options: Any) -> Any:
         context = browser.new_context(**{"locale": "en-US", **options})
-        context.set_default_timeout(5000)
+        context.set_default_timeout(WAIT_MS)
         contexts.append(context)
         page = context.new_page()
 

@@ -15,8 +15,8 @@ Open, Serve = Callable[..., Any], Callable[..., Any]
 
 
 def until(condition: Callable[[], bool]) -> None:
-    """Waits until the condition holds. Fails after five seconds."""
-    deadline = time.monotonic() + 5
+    """Waits until the condition holds. Fails after fifteen seconds."""
+    deadline = time.monotonic() + 15
     while not condition():
         assert time.monotonic() < deadline
         time.sleep(0.01)

@@ -73,6 +73,7 @@ def test_keyboard_goes_through_time_views_and_blocks(open_page: Open, demo: str)
     page.keyboard.press("2")
     expect(page.locator("#view-scheduler")).to_be_visible()
     page.keyboard.press("1")
+    expect(page.locator("#view-blocks")).to_be_visible()
     page.locator("#cells").focus()
     page.keyboard.press("ArrowRight")
     page.keyboard.press("ArrowRight")
@@ -169,6 +170,23 @@ def test_dark_follows_the_system_and_the_switch(open_page: Open, demo: str) -> N
     page.click("#theme")
     expect(page.locator("html")).to_have_attribute("data-theme", "light")
     assert dark == "rgb(18, 21, 26)" and page.evaluate(paper) == "rgb(246, 247, 249)"
+
+
+def test_nothing_moves_by_itself_for_readers_who_want_no_motion(open_page: Open, demo: str) -> None:
+    moving = "[...document.querySelectorAll('*')].filter((e) => getComputedStyle(e).transitionDuration !== '0s').length"
+    assert open_page(demo).evaluate(moving) > 0
+    assert open_page(demo, reduced_motion="reduce").evaluate(moving) == 0
+
+
+def test_hidden_tab_stops_the_replay(open_page: Open, demo: str) -> None:
+    page = open_page(f"{demo}#lang=en&step=3")
+    page.click("#toggle")
+    expect(page.locator("#toggle")).to_have_text("Pause")
+    show = "(hidden) => { Object.defineProperty(document, 'hidden', {value: hidden, configurable: true});"
+    show += " document.dispatchEvent(new Event('visibilitychange')); }"
+    page.evaluate(show, True)
+    page.evaluate(show, False)
+    expect(page.locator("#toggle")).to_have_text("Play")
 
 
 def test_event_opens_the_source_of_its_function(open_page: Open, demo: str) -> None:

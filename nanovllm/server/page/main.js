@@ -9,7 +9,7 @@ import { call, createServer, openFeed } from "./feed.js";
 import { add, createHistory, stateAt } from "./history.js";
 import { languageNow, say, setLanguage } from "./i18n.js";
 import { showFigures, showRequests } from "./panels.js";
-import { createPlayer, readTrace, seek } from "./replay.js";
+import { createPlayer, pause, readTrace, seek } from "./replay.js";
 import { emptyState } from "./state.js";
 import { attentionView } from "./views/attention.js";
 import { blocksView } from "./views/blocks.js";
@@ -233,7 +233,10 @@ function start() {
   if (!trace) findEngine();
   addEventListener("hashchange", () => readAddress(app));
   addEventListener("resize", render);
-  document.addEventListener("visibilitychange", render);
+  document.addEventListener("visibilitychange", () => {
+    if (document.hidden && app.player.playing) pause(app.player);
+    render();
+  });
   document.addEventListener("keydown", (event) => onKey(app, event));
   matchMedia("(prefers-color-scheme: dark)").addEventListener("change", render);
   document.addEventListener("dragover", (event) => event.preventDefault());
