@@ -35,11 +35,11 @@ DESKTOP, PHONE = {"width": 1280, "height": 800}, {"width": 360, "height": 780}
 PICTURES = [
     ("blocks-en-light", DESKTOP, "view=blocks&lang=en&theme=light&step=15"),
     ("blocks-zh-dark", DESKTOP, "view=blocks&lang=zh&theme=dark&step=15"),
-    ("scheduler-en-dark", DESKTOP, "view=scheduler&lang=en&theme=dark&step=100"),
+    ("scheduler-en-dark", DESKTOP, "view=scheduler&lang=en&theme=dark&step=86"),
     ("attention-en-light", DESKTOP, "view=attention&lang=en&theme=light&step=131"),
     ("parallel-zh-light", DESKTOP, "view=parallel&lang=zh&theme=light&step=15"),
     ("phone-en-light", PHONE, "view=blocks&lang=en&theme=light&step=15"),
-    ("phone-zh-dark", PHONE, "view=scheduler&lang=zh&theme=dark&step=100"),
+    ("phone-zh-dark", PHONE, "view=scheduler&lang=zh&theme=dark&step=86"),
 ]
 
 

@@ -49,8 +49,8 @@ const WORDS = {
   // blocks
   "blocks.title": ["{n} KV blocks of {size} tokens", "{n} 个 KV 块，每块 {size} 个词元"],
   "blocks.how": [
-    "A block holds the keys and values of {size} tokens, in all layers.",
-    "一个块存放 {size} 个词元在所有层里的键和值。",
+    "A block holds the keys and values of {size} tokens of one sequence, or of several that begin alike.",
+    "一个块存放 {size} 个词元的键和值，属于一个序列，或由几个开头相同的序列共享。",
   ],
   "blocks.aria": [
     "{n} blocks: {used} used, {shared} of them shared, {cached} cached but free, {free} empty. {owners}",
