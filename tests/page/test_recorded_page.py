@@ -11,7 +11,7 @@ import pytest
 pytest.importorskip("playwright", reason="there is no playwright (pip install playwright)")
 from playwright.sync_api import expect
 
-from tools.make_demo_page import DEMO, TRACE, as_function, demo_page
+from tools.make_demo_page import demo_page
 
 Open = Callable[..., Any]
 VIEWS = ["blocks", "scheduler", "attention", "parallel"]
@@ -218,16 +218,3 @@ def test_text_of_a_trace_cannot_end_the_element_that_holds_it(open_page: Open, t
     page = open_page(f"{path.as_uri()}#lang=en")
     expect(page.locator("#requests")).to_contain_text("</script><b id=x>")
     assert page.locator("#x").count() == 0
-
-
-def test_demo_page_refuses_what_it_cannot_put_into_one_file(trace_text: str) -> None:
-    with pytest.raises(ValueError, match="at most 1500000 are allowed"):
-        demo_page(trace_text * 40)
-    with pytest.raises(ValueError, match="neither an import of names"):
-        as_function("x.js", 'import * as all from "./y.js";\n')
-
-
-@pytest.mark.skipif(not TRACE.exists(), reason="there is no docs/traces/demo.jsonl")
-def test_demo_page_of_the_docs_is_the_page_of_now() -> None:
-    made = demo_page(TRACE.read_text(encoding="utf-8"))
-    assert made == DEMO.read_text(encoding="utf-8"), "run python tools/make_demo_page.py"
