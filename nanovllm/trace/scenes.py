@@ -88,12 +88,8 @@ def _fill(text_ids: list[int], shape: EngineShape) -> list[SceneRequest]:
             f"scene='fill' needs a smaller cache: {number} requests of max_model_len={shape.max_model_len} do not "
             f"fill {shape.num_blocks} blocks of {size} tokens"
         )
-    # Each with its own first token, so that none shares a block.
-    prompts = [_cut(text_ids, 11 * i + 1, size + size // 2) for i in range(number)]
-    return [
-        SceneRequest([text_ids[i % len(text_ids)], *ids], num_blocks * size - len(ids) - 1)
-        for i, ids in enumerate(prompts)
-    ]
+    prompts = [_cut(text_ids, 11 * i, size + size // 2) for i in range(number)]
+    return [SceneRequest(token_ids, num_blocks * size - len(token_ids)) for token_ids in prompts]
 
 
 def _long(text_ids: list[int], shape: EngineShape) -> list[SceneRequest]:

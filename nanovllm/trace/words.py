@@ -22,16 +22,14 @@ def words(event: Event) -> dict[str, str]:
             zh = f"{name} 获准进入：它的 prompt 占用 {n} 个块。"
         case "hit":
             n, tokens = len(data["blocks"]), data["tokens"]
-            en = (
-                f"{name} begins like an earlier request: it shares {_blocks(n)}, and {tokens} tokens need no computing."
-            )
-            zh = f"{name} 的开头与先前的请求相同：共享 {n} 个块，{tokens} 个 token 无需重新计算。"
+            en = f"The cache has the beginning of {name}: it takes {_blocks(n)} as they are, {tokens} tokens for free."
+            zh = f"缓存中已有 {name} 的开头：直接共用 {n} 个块，{tokens} 个 token 无需计算。"
         case "chunk":
             start, end, of = data["from"], data["to"], data["of"]
-            en = f"A chunk of {name}'s prompt: tokens {start} to {end} of {of}. The budget of a step has no room for more."
+            en = f"A chunk of {name}'s prompt, tokens {start} to {end} of {of}: that is all the step's budget allows."
             zh = f"{name} 的 prompt 的一个分块：第 {start} 到 {end} 个 token，共 {of} 个。一步的预算只够这么多。"
             if end == of:
-                en = f"The last chunk of {name}'s prompt: tokens {start} to {end} of {of}."
+                en = f"The last chunk of {name}'s prompt, tokens {start} to {end} of {of}."
                 zh = f"{name} 的 prompt 的最后一个分块：第 {start} 到 {end} 个 token，共 {of} 个。"
         case "preempt":
             n = len(data["blocks"])
