@@ -52,6 +52,9 @@ class StepTracer:
     Args:
         owner: each unfinished sequence's request and completion.
         decoder: None if the engine has no tokenizer.
+
+    Attributes:
+        cost_s: what the last trace of a step took, beside the step itself.
     """
 
     def __init__(
@@ -69,7 +72,7 @@ class StepTracer:
         self._arrivals: list[Arrival] = []
         self._events: list[Event] = []
         self._batch: list[BatchEntry] = []
-        self._step_s = 0.0
+        self._step_s = self.cost_s = 0.0
         self._num_steps: int | None = None  # as of the last trace; None before the first
 
     def step(self) -> None:
@@ -87,7 +90,10 @@ class StepTracer:
 
     def trace(self) -> StepTrace:
         """The trace of the step, once its tokens have become text."""
-        return self._trace(self._steps_since() - 1)
+        began = time.perf_counter()
+        trace = self._trace(self._steps_since() - 1)
+        self.cost_s += time.perf_counter() - began
+        return trace
 
     def between_steps(self) -> StepTrace | None:
         """A trace of no step, if something has changed since the last trace."""
@@ -130,10 +136,12 @@ class StepTracer:
 
     def _watch(self, scheduler: Scheduler, schedule: Callable[[], ScheduledStep]) -> ScheduledStep:
         """Plan a step, and note what that did."""
-        manager = scheduler.block_manager
+        began, manager = time.perf_counter(), scheduler.block_manager
         before = {seq: _before(seq, manager.block_size) for seq in scheduler.running}
         digests = digests_of(manager)
+        self.cost_s = time.perf_counter() - began
         step = schedule()
+        began = time.perf_counter()
         self._follow()
         of_row = {seq.row: seq for seq in scheduler.running}
         new = {of_row[row.row]: row.num_computed_tokens for row in step.plan.new_rows}  # its tokens that were cached
@@ -163,6 +171,7 @@ class StepTracer:
             if not is_decode and (seq not in new or end < prompt_len):
                 by = "Scheduler._admit_waiting" if seq in new else "Scheduler._continue_prefills"
                 self._events.append(Event("chunk", name, by, {"from": end - num_tokens, "to": end, "of": prompt_len}))
+        self.cost_s += time.perf_counter() - began
         return step
 
     def _preemptions(self, before: dict[Sequence, _Before]) -> Iterator[Event]:

@@ -44,6 +44,9 @@ class TraceWriter:
         if trace.num_skipped:
             made.append({"kind": "gap", "steps": trace.num_skipped})
         self._n += trace.num_skipped + 1
+        if trace.is_full:
+            self._blocks.clear()
+            self._requests.clear()
         for name, num_prompt_tokens, prompt, max_tokens in trace.arrivals:
             self._requests[name] = {
                 "kind": "request",
@@ -53,8 +56,6 @@ class TraceWriter:
                 "max_tokens": max_tokens,
             }
             made.append(self._requests[name])
-        if trace.is_full:
-            self._blocks.clear()
         for state in trace.blocks:
             self._blocks[state.block] = list(state)
             if state.state == "free":
