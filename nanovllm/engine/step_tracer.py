@@ -10,7 +10,7 @@ The cost grows with the batch and with what has changed, not with the cache or t
 """
 
 import time
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from itertools import chain, count, islice
 from string import ascii_uppercase
@@ -146,23 +146,13 @@ class StepTracer:
         of_row = {seq.row: seq for seq in scheduler.running}
         new = {of_row[row.row]: row.num_computed_tokens for row in step.plan.new_rows}  # its tokens that were cached
         self._events += self._preemptions(before)
-        taken = [block for *_, block in step.plan.new_blocks]
+        cached = {block for block, digest in enumerate(digests) if digest is not None}
+        cached |= self._published_by_victims(before)
+        self._events += _evictions(cached, (block for *_, block in step.plan.new_blocks))
         for seq, num_cached in new.items():
-            num_hit, name = num_cached // manager.block_size, self._followed[seq].name
-            held = [block for block in dict.fromkeys(chain.from_iterable(seq.block_tables)) if block >= 0]
-            self._events.append(Event("admit", name, "Scheduler._admit_waiting", {"blocks": held}))
-            if num_hit:
-                hit = [block for table in seq.block_tables for block in table[:num_hit] if block >= 0]
-                self._events.append(
-                    Event("hit", name, "BlockManager.find_prefix", {"tokens": num_cached, "blocks": hit})
-                )
-            taken += [block for table in seq.block_tables for block in table[num_hit:] if block >= 0]
-        published = self._published_by_victims(before)
-        self._events += [
-            Event("evict", None, "BlockManager._take", {"block": block})
-            for block in taken
-            if digests[block] is not None or block in published
-        ]
+            self._events += self._admission(seq, num_cached)
+            fresh = (table[num_cached // manager.block_size :] for table in seq.block_tables)
+            self._events += _evictions(cached, chain.from_iterable(fresh))
         for i, (row, num_tokens) in enumerate(zip(step.plan.rows, step.plan.query_lens, strict=True)):
             seq = of_row[row]
             end, prompt_len, name = seq.num_computed_tokens, len(seq.token_ids), self._followed[seq].name
@@ -173,6 +163,15 @@ class StepTracer:
                 self._events.append(Event("chunk", name, by, {"from": end - num_tokens, "to": end, "of": prompt_len}))
         self.cost_s += time.perf_counter() - began
         return step
+
+    def _admission(self, seq: Sequence, num_cached: int) -> Iterator[Event]:
+        name, tables = self._followed[seq].name, seq.block_tables
+        held = [block for block in dict.fromkeys(chain.from_iterable(tables)) if block >= 0]
+        yield Event("admit", name, "Scheduler._admit_waiting", {"blocks": held})
+        if num_cached:
+            num_hit = num_cached // self._engine.block_manager.block_size
+            hit = [block for table in tables for block in table[:num_hit] if block >= 0]
+            yield Event("hit", name, "BlockManager.find_prefix", {"tokens": num_cached, "blocks": hit})
 
     def _preemptions(self, before: dict[Sequence, _Before]) -> Iterator[Event]:
         """The latest arrival first, as the scheduler takes them. A block is freed by the last of its owners."""
@@ -246,6 +245,11 @@ def names() -> Iterator[str]:
     """A, B, …, Z, A1, B1, …"""
     for i in count():
         yield from (f"{letter}{i or ''}" for letter in ascii_uppercase)
+
+
+def _evictions(cached: set[int], taken: Iterable[int]) -> list[Event]:
+    """Of the blocks that were taken, those that others could still find."""
+    return [Event("evict", None, "BlockManager._take", {"block": block}) for block in taken if block in cached]
 
 
 def _before(seq: Sequence, block_size: int) -> _Before:
