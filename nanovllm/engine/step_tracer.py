@@ -10,7 +10,7 @@ The cost grows with the batch and with what has changed, not with the cache or t
 """
 
 import time
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from itertools import chain, count, islice
 from string import ascii_uppercase
@@ -138,7 +138,7 @@ class StepTracer:
         """Plan a step, and note what that did."""
         began, manager = time.perf_counter(), scheduler.block_manager
         before = {seq: _before(seq, manager.block_size) for seq in scheduler.running}
-        digests = digests_of(manager)
+        digests, num_evictions = digests_of(manager), manager.stats.evictions
         self.cost_s = time.perf_counter() - began
         step = schedule()
         began = time.perf_counter()
@@ -146,13 +146,18 @@ class StepTracer:
         of_row = {seq.row: seq for seq in scheduler.running}
         new = {of_row[row.row]: row.num_computed_tokens for row in step.plan.new_rows}  # its tokens that were cached
         self._events += self._preemptions(before)
-        cached = {block for block, digest in enumerate(digests) if digest is not None}
-        cached |= self._published_by_victims(before)
-        self._events += _evictions(cached, (block for *_, block in step.plan.new_blocks))
+        fresh: list[tuple[list[Event], list[int]]] = [([], [block for *_, block in step.plan.new_blocks])]
         for seq, num_cached in new.items():
-            self._events += self._admission(seq, num_cached)
-            fresh = (table[num_cached // manager.block_size :] for table in seq.block_tables)
-            self._events += _evictions(cached, chain.from_iterable(fresh))
+            tables = (table[num_cached // manager.block_size :] for table in seq.block_tables)
+            taken = [block for block in chain.from_iterable(tables) if block >= 0]
+            fresh.append((list(self._admission(seq, num_cached)), taken))
+        num_evicted = manager.stats.evictions - num_evictions
+        evicted = self._evicted([block for _, taken in fresh for block in taken], num_evicted, digests, before)
+        for events, taken in fresh:
+            self._events += events
+            self._events += [
+                Event("evict", None, "BlockManager._take", {"block": block}) for block in taken if block in evicted
+            ]
         for i, (row, num_tokens) in enumerate(zip(step.plan.rows, step.plan.query_lens, strict=True)):
             seq = of_row[row]
             end, prompt_len, name = seq.num_computed_tokens, len(seq.token_ids), self._followed[seq].name
@@ -191,20 +196,34 @@ class StepTracer:
             name = self._followed[seq].name
             yield Event("preempt", name, "Scheduler._preempt_latest", {"blocks": freed})
 
-    def _published_by_victims(self, before: dict[Sequence, _Before]) -> set[int]:
-        """Blocks that others could find only since their preempted owner was released.
+    def _evicted(
+        self,
+        taken: list[int],
+        number: int,
+        digests: list[bytes | None],
+        before: dict[Sequence, _Before],
+    ) -> set[int]:
+        """Which of the blocks that were taken others could find until then; so many, by the manager's count.
 
-        With a step in flight a block's last token is known late, so its owner publishes it at the next chance.
+        Those with a digest before the plan. With a step in flight there may be more: a block's last token is known
+        late, so a preempted sequence publishes its last full block only when it is released, and that block may be
+        taken next. Of equal blocks of several such sequences the first to be released is meant.
         """
-        manager = self._engine.block_manager
-        return {
-            table[i]
-            for seq, books in before.items()
-            if seq.num_preemptions > books.num_preemptions and manager.enable_prefix_caching
-            for block_with, table in zip(manager._block_with, books.tables, strict=True)
-            for i in books.published
-            if table[i] >= 0 and block_with.get(seq.block_digests[i], table[i]) == table[i]
-        }
+        evicted = {block for block in taken if digests[block] is not None}
+        if len(evicted) == number:
+            return evicted
+        found: dict[bytes, int] = {}
+        others: list[int] = []
+        known = set(digests)
+        for seq, books in reversed(before.items()):
+            if seq.num_preemptions > books.num_preemptions:
+                for table in books.tables:
+                    for i in books.published:
+                        if table[i] in taken and table[i] not in evicted:
+                            is_new = seq.block_digests[i] not in known and seq.block_digests[i] not in found
+                            found.setdefault(seq.block_digests[i], table[i])
+                            others = [table[i], *others] if is_new else [*others, table[i]]
+        return evicted | set(others[: number - len(evicted)])
 
     def _follow(self) -> None:
         """Name the sequences that no trace has seen, in order of arrival."""
@@ -245,11 +264,6 @@ def names() -> Iterator[str]:
     """A, B, …, Z, A1, B1, …"""
     for i in count():
         yield from (f"{letter}{i or ''}" for letter in ascii_uppercase)
-
-
-def _evictions(cached: set[int], taken: Iterable[int]) -> list[Event]:
-    """Of the blocks that were taken, those that others could still find."""
-    return [Event("evict", None, "BlockManager._take", {"block": block}) for block in taken if block in cached]
 
 
 def _before(seq: Sequence, block_size: int) -> _Before:
