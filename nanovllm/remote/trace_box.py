@@ -14,8 +14,8 @@ from nanovllm.remote.messages import ForgetCache, Pace, Watch
 
 MOST_TRACES = 256
 LEAST_PAUSE_S = 1 / 30  # from trace to trace, unless every step is wanted: more than an eye can follow
-# Of the time of the engine's thread. Pickling costs about as much again, in a thread that shares Python's lock.
-LARGEST_SHARE = 0.0025
+# Of the time of the engine's thread. Pickling costs half as much again, in a thread that shares Python's lock.
+LARGEST_SHARE = 0.004
 
 
 class TraceBox:

@@ -84,13 +84,15 @@ class TestScenes:
         assert len([step for step in beside if name in {entry[0] for entry in step["batch"]}]) >= 3
 
     def test_an_engine_that_cannot_show_one_says_why(self) -> None:
-        large = EngineShape("cpu", 4096, 256, 1, 8, 64, 512, 1, 64, 2, 4, 2)
+        def shape(budget: int) -> EngineShape:
+            return EngineShape("cpu", 4096, 256, 1, 8, budget, 512, 1, 64, 2, 4, 2)
+
         with pytest.raises(ValueError, match="scene='fill' needs a smaller cache"):
-            scene("fill", [1, 2, 3], large)
+            scene("fill", [1, 2, 3], shape(64))
         with pytest.raises(ValueError, match="max_model_len is 512"):
-            scene("long", [1, 2, 3], large._replace(max_num_batched_tokens=1024))
+            scene("long", [1, 2, 3], shape(1024))
         with pytest.raises(ValueError, match="scene='other' must be one of shared, fill, long"):
-            scene("other", [1], large)
+            scene("other", [1], shape(64))
 
 
 def test_the_sources_of_functions_are_those_of_the_files() -> None:
