@@ -86,7 +86,7 @@ class StepTracer:
             self._engine.step()
         finally:
             vars(scheduler).pop("schedule", None)  # the instance's own, which hides the class's
-        self._step_s = time.perf_counter() - began
+        self._step_s = time.perf_counter() - began - self.cost_s
 
     def trace(self) -> StepTrace:
         """The trace of the step, once its tokens have become text."""

@@ -3,9 +3,9 @@
 from nanovllm.engine.step_trace import Event
 
 ENDS = {
-    "stop": ("it has drawn a stop token or a stop string", "生成了停止符或停止字符串"),
+    "stop": ("it has drawn a stop token or a stop string", "生成了停止词元或停止字符串"),
     "length": ("it has reached its maximum length", "达到了最大长度"),
-    "error": ("its logits gave no token", "它的 logits 给不出 token"),
+    "error": ("its logits gave no token", "它的 logits 给不出词元"),
     "abort": ("", ""),
 }
 
@@ -19,18 +19,18 @@ def words(event: Event) -> dict[str, str]:
         case "admit":
             n = len(data["blocks"])
             en = f"{name} is admitted: its prompt has room in {_blocks(n)}."
-            zh = f"{name} 获准进入：它的 prompt 占用 {n} 个块。"
+            zh = f"{name} 被接纳：它的提示占用 {n} 个块。"
         case "hit":
             n, tokens = len(data["blocks"]), data["tokens"]
             en = f"The cache has the beginning of {name}: it takes {_blocks(n)} as they are, {tokens} tokens for free."
-            zh = f"缓存中已有 {name} 的开头：直接共用 {n} 个块，{tokens} 个 token 无需计算。"
+            zh = f"前缀命中：缓存中已有 {name} 的开头，直接共用 {n} 个块，{tokens} 个词元无需计算。"
         case "chunk":
             start, end, of = data["from"], data["to"], data["of"]
             en = f"A chunk of {name}'s prompt, tokens {start} to {end} of {of}: that is all the step's budget allows."
-            zh = f"{name} 的 prompt 的一个分块：第 {start} 到 {end} 个 token，共 {of} 个。一步的预算只够这么多。"
+            zh = f"{name} 的提示的一个分块：第 {start} 到 {end} 个词元，共 {of} 个。这一步的预算只够这么多。"
             if end == of:
                 en = f"The last chunk of {name}'s prompt, tokens {start} to {end} of {of}."
-                zh = f"{name} 的 prompt 的最后一个分块：第 {start} 到 {end} 个 token，共 {of} 个。"
+                zh = f"{name} 的提示的最后一个分块：第 {start} 到 {end} 个词元，共 {of} 个。"
         case "preempt":
             n = len(data["blocks"])
             en = f"No block is free, so {name}, the latest arrival, is preempted and gives {_blocks(n)} back."
@@ -38,7 +38,7 @@ def words(event: Event) -> dict[str, str]:
         case "evict":
             block = data["block"]
             en = f"Block {block} gets a new owner; what was cached in it is lost."
-            zh = f"块 {block} 换了主人，其中缓存的内容被淘汰。"
+            zh = f"块 {block} 换了主人，其中缓存的内容被驱逐。"
         case "finish":
             en, zh = ENDS[data["reason"]]
             en, zh = f"{name} is finished: {en}.", f"{name} 完成：{zh}。"

@@ -64,7 +64,11 @@ def teaching(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Server]:
     command += ["--device", "cpu", "--dtype", "float32", "--max-num-seqs", "6", "--served-model-name", "demo"]
     server = Server(tmp_path_factory.mktemp("teach") / "log", command)
     yield server
+    viewer = Viewer(server)  # who looks, or has paused the engine, keeps no server alive
+    post(server, "control", action="pause")
+    post(server, "scene", scene="long")
     assert server.stop() == 0
+    assert len(viewer.events("finish")) == 4
     assert "Traceback" not in server.log.read_text(), server.log.read_text()[-4000:]
 
 
