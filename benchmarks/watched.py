@@ -1,8 +1,9 @@
 """What it costs that somebody looks: `python -m benchmarks.watched`.
 
 A server process gets one load again and again, by turns with a viewer of its page connected and without. It prints the
-throughput of each run, the medians, and their difference. The viewer is a process that reads the feed and throws it
-away; on a CPU it takes time of the engine's own cores, which a browser elsewhere would not.
+throughput of each run, the medians, their difference, and that of neighbouring runs, which a machine whose speed drifts
+disturbs less. The viewer is a process that reads the feed and throws it away; on a CPU it takes time of the engine's
+own cores, which a browser elsewhere would not.
 
 python -m benchmarks.watched --device cpu                          the demo model
 python -m benchmarks.watched --device cpu --model chat             SmolLM2
@@ -105,7 +106,9 @@ def main() -> None:
                 rates[side].append(throughput(port, load, args.clients))
             print(f"{side}: {rates[side][-1]:,.0f} tok/s", flush=True)
     alone, watched = median(rates["alone"]), median(rates["watched"])
+    pairs = sorted(w / a - 1 for a, w in zip(rates["alone"], rates["watched"], strict=True))
     print(f"median alone {alone:,.0f}, watched {watched:,.0f} tok/s: {watched / alone - 1:+.2%}")
+    print(f"pairs, one run beside the other: median {median(pairs):+.2%}, from {pairs[0]:+.2%} to {pairs[-1]:+.2%}")
     print(json.dumps({"benchmark": "watched", "device": args.device, "model": str(model.name), "rates": rates}))
 
 
