@@ -55,6 +55,14 @@ def serve(
             help="Engines behind the port, each with --tensor-parallel-size devices; requests that begin alike meet.",
         ),
     ] = 1,
+    page: Annotated[bool, typer.Option(help="Show the engine at work, to a browser, at /.")] = True,
+    teach: Annotated[
+        bool,
+        typer.Option(
+            help="An engine to look at: the page can pause, step and load it. Its cache and its steps are small, "
+            "unless options say otherwise."
+        ),
+    ] = False,
     log_requests: Annotated[bool, typer.Option(help="A line for each request, without its text.")] = True,
     *,
     engine: dict[str, Any],
@@ -70,10 +78,13 @@ def serve(
         from nanovllm.server.parsing.reasoning import REASONING_PARSERS
         from nanovllm.server.parsing.tool_calls import TOOL_CALL_PARSERS
         from nanovllm.server.settings import Limits, ServerSettings
+        from nanovllm.trace.scenes import TEACHING
     except ModuleNotFoundError as error:
         fail(f"the server needs {error.name}: pip install 'nano-vllm[serve]'")
     if (ssl_keyfile is None) != (ssl_certfile is None):
         fail("--ssl-keyfile and --ssl-certfile need each other")
+    if teach and data_parallel_size > 1:
+        fail(f"--teach shows one engine: it needs --data-parallel-size 1, not {data_parallel_size}")
     logging.basicConfig(level=logging.INFO if log_requests else logging.WARNING, format="%(asctime)s %(message)s")
     with usage_errors():
         settings = ServerSettings(
@@ -84,12 +95,17 @@ def serve(
             tool_call_parser=_parser("tool_call_parser", tool_call_parser, TOOL_CALL_PARSERS),
             allowed_origins=allowed_origin or [],
             drain_timeout_s=drain_timeout_s,
+            page=page,
+            teach=teach,
             limits=Limits(queue=max_queue, body_bytes=max_body_bytes),
         )
         ssl = {"ssl_keyfile": str(ssl_keyfile), "ssl_certfile": str(ssl_certfile)} if ssl_keyfile else None
         listener = listen(host, port)
         with listener:
             path, options = model_and_options(model, engine)
+            if teach:
+                without = {"num_kvcache_blocks"} if "kvcache_memory_bytes" in options else set()
+                options = {name: value for name, value in TEACHING.items() if name not in without} | options
             if model is None and not settings.served_model_names:
                 settings.served_model_names = [Path(path).stem]
             run(path, options, settings, listener, ssl, data_parallel_size)

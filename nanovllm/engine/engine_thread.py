@@ -13,6 +13,7 @@ from concurrent.futures import Future
 from typing import Any
 
 from nanovllm.engine.forks import FORKED
+from nanovllm.engine.pacing import Pacing
 from nanovllm.engine.request import Progress, Request
 from nanovllm.engine.text_engine import TextEngine
 from nanovllm.errors import EngineDeadError
@@ -30,7 +31,7 @@ class EngineThread:
     Attributes:
         text_engine: None once its memory has been given back.
         ended: done when the thread has ended, or ends without running anything more.
-        is_paused: the thread runs commands, but no steps.
+        pacing: when it may do its next step. It runs commands also while it waits for that.
     """
 
     def __init__(self, text_engine: TextEngine, after_news: Callable[[], None] = lambda: None) -> None:
@@ -43,7 +44,7 @@ class EngineThread:
         self._listeners: dict[Request, Listener] = {}
         self._wakeup = threading.Condition()
         self._is_closing = False
-        self.is_paused = False
+        self.pacing = Pacing()
         self._ignores_pauses = False
         self.ended: Future[None] = Future()
         self._thread = threading.Thread(target=self._run, name="nanovllm-engine", daemon=True)
@@ -164,8 +165,9 @@ class EngineThread:
             while self._wait():
                 while self._commands:
                     self._commands.popleft()()
-                if self._has_steps_to_do():
+                if self._seconds_to_step() == 0:
                     self._step()
+                    self.pacing.count_step()
                 self._after_news()
         except BaseException as error:
             logger.exception("the engine's thread has died")
@@ -187,15 +189,18 @@ class EngineThread:
     def _wait(self) -> bool:
         """Wait for a command or a step to do. False: the engine is closed, and none will come."""
         with self._wakeup:
-            while not self._commands and not self._has_steps_to_do():
+            while not self._commands and (seconds := self._seconds_to_step()) != 0:
                 if self._is_closing:
                     self.ended.set_result(None)  # with the lock held, so that no command is posted after it
                     return False
-                self._wakeup.wait()
+                self._wakeup.wait(seconds)
         return True
 
-    def _has_steps_to_do(self) -> bool:
-        return self.text_engine.engine.has_unfinished_requests and (not self.is_paused or self._ignores_pauses)
+    def _seconds_to_step(self) -> float | None:
+        """0: there is a step to do now. None: there is none to do."""
+        if not self.text_engine.engine.has_unfinished_requests:
+            return None
+        return 0.0 if self._ignores_pauses else self.pacing.seconds_to_step()
 
     def _step(self) -> None:
         try:

@@ -43,7 +43,7 @@ class LLMEngine:
     """
 
     is_changing = False  # a method is changing the books, or was interrupted while it did
-
+    observer: "Observer | None" = None  # noqa: F821 -- gets what each step did, see engine/step_trace.py
     logits_processors: "Processors | None" = None  # noqa: F821 -- the user's, see vllm/logits_processors.py
 
     def __init__(self, config: Config) -> None:

@@ -24,6 +24,8 @@ from nanovllm.text.token_decoder import TokenDecoder
 from nanovllm.text.tokenizer import load_tokenizer
 
 if TYPE_CHECKING:
+    from nanovllm.engine.step_trace import Observer
+    from nanovllm.engine.step_tracer import StepTracer
     from nanovllm.text.grammar import Grammars
 
 
@@ -36,6 +38,7 @@ class TextEngine:
 
     _is_changing = False
     _grammars: "Grammars | None" = None  # made when a request first asks for it
+    tracer: "StepTracer | None" = None  # made when the engine's observer first gets a step
 
     def __init__(self, config: Config) -> None:
         self.engine = LLMEngine(config)
@@ -186,11 +189,13 @@ class TextEngine:
 
         With FINAL_ONLY a request has news twice: at its first token and at its end.
 
-        If the step fails, it aborts all requests and raises the error; the engine serves the next request.
+        If the step fails, it aborts all requests and raises the error; the engine serves the next request. What
+        `engine.observer` raises comes after the step, and aborts nothing here.
         """
+        tracer = self.tracer_of(self.engine.observer)
         self._begin_change()
         try:
-            self.engine.step()
+            (tracer or self.engine).step()
             changed: dict[Request, None] = {}
             now = time.monotonic()
             for seq in self.engine.advanced:
@@ -204,7 +209,19 @@ class TextEngine:
             self._reset()
             raise
         self._is_changing = False
+        if tracer is not None:
+            tracer.observer(tracer.trace())
         return advanced
+
+    def tracer_of(self, observer: "Observer | None") -> "StepTracer | None":
+        """What makes this observer's traces, from its first step on; None for no observer."""
+        if observer is None:
+            return None
+        if self.tracer is None or self.tracer.observer != observer:
+            from nanovllm.engine.step_tracer import StepTracer
+
+            self.tracer = StepTracer(self.engine, observer, self._owner, self._decoder)
+        return self.tracer
 
     def _detokenize(self, completion: Completion) -> None:
         """Make text of a completion's new tokens, and end its sequence if the text contains a stop string."""

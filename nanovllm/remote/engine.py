@@ -9,15 +9,17 @@ import os
 import socket
 import subprocess
 import sys
+from collections.abc import Callable
 from functools import partial
 from multiprocessing import spawn
 from pathlib import Path
 from typing import Any
 
 from nanovllm.engine.stats import StepStats
+from nanovllm.engine.step_trace import StepTrace
 from nanovllm.errors import EngineDeadError
 from nanovllm.remote.link import Link
-from nanovllm.remote.messages import Abort, Add, Facts, Orders
+from nanovllm.remote.messages import Abort, Add, Facts, ForgetCache, Orders, Pace, Watch
 from nanovllm.remote.request import RemoteRequest
 from nanovllm.sampling_params import SamplingParams
 from nanovllm.text.token_decoder import TokenDecoder
@@ -46,6 +48,7 @@ class RemoteEngine:
         stats: the latest that have come.
         num_restarts: how often it was started again.
         is_ready: set when it has served once.
+        pace: how its steps follow each other.
         process: the last one that was started.
     """
 
@@ -56,6 +59,9 @@ class RemoteEngine:
         self.num_restarts = 0
         self.is_ready = asyncio.Event()
         self.process: subprocess.Popen[bytes] | None = None
+        self.pace = Pace()
+        self._watcher: Callable[[StepTrace], None] | None = None
+        self._watch = Watch(False)
         self._orders, self._devices = orders, devices
         self._requests: dict[int, RemoteRequest] = {}
         self._next_key = 0
@@ -88,6 +94,24 @@ class RemoteEngine:
         """Abort a request, unless it is finished."""
         if self._requests.pop(request.key, None) is not None:
             self._link.send(Abort(request.key))
+
+    def watch(self, watcher: Callable[[StepTrace], None] | None, every_step: bool = False) -> None:
+        """Give the watcher traces of steps, the first of them full, and again after a restart. None: no more."""
+        self._watcher, self._watch = watcher, Watch(watcher is not None, every_step)
+        self._send_if_serving(self._watch)
+
+    def set_pace(self, pace: Pace) -> None:
+        """Let its steps follow each other so, also after a restart."""
+        self.pace = pace._replace(num_steps=0)
+        self._send_if_serving(pace)
+
+    def forget_cache(self) -> None:
+        """Empty its prefix cache."""
+        self._send_if_serving(ForgetCache())
+
+    def _send_if_serving(self, command: Any) -> None:
+        if self.facts is not None:
+            self._link.send(command)
 
     async def keep(self) -> None:
         """Start the engine, and again whenever it ends, until this is cancelled.
@@ -145,11 +169,17 @@ class RemoteEngine:
         if isinstance(message, Exception):
             self._refusal = message
             return
-        self.stats, content = message
+        self.stats, content, traces = message
         if isinstance(content, Facts):
             self.facts = content
             self.is_ready.set()
+            if self._watch.is_on:
+                self._link.send(self._watch)
+            if self.pace != Pace():
+                self._link.send(self.pace)
             return
+        for trace in traces if self._watcher is not None else ():
+            self._watcher(trace)
         for news in content:
             if request := self._requests.get(news.key):
                 request.take(news)

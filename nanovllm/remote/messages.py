@@ -1,8 +1,9 @@
 """What an engine's process and its client say to each other: pickled objects, each behind its length.
 
-The client sends its orders first, and then commands: `Add`, `Abort`, `More`. The process answers with its `Facts`, or
-with the error that keeps it from serving, and then to each `More` with a pair (statistics, news): of each request that
-got something, what is new since its last news. `Outgoing` finds that there, and `RemoteRequest` (`remote/request.py`)
+The client sends its orders first, and then commands: `Add`, `Abort`, `More`, and for a page that shows the engine
+`Watch`, `Pace`, `ForgetCache`. The process answers with its `Facts`, or with the error that keeps it from serving, and
+then to each `More` with (statistics, news, traces): of each request that got something, what is new since its last
+news, and the traces of steps since the last. `Outgoing` finds that there, and `RemoteRequest` (`remote/request.py`)
 takes it here.
 
 Both processes are of one program, and their socket has no name that others could connect to: hence pickle.
@@ -15,6 +16,7 @@ from io import BufferedReader
 from typing import Any, NamedTuple
 
 from nanovllm.engine.request import Progress, Request, is_last
+from nanovllm.engine.step_trace import EngineShape
 from nanovllm.errors import EngineDeadError
 from nanovllm.outputs import RequestMetrics, TokenLogprobs
 from nanovllm.sampling_params import SamplingParams
@@ -37,6 +39,7 @@ class Facts(NamedTuple):
     max_model_len: int
     block_size: int
     default_sampling: dict[str, Any]
+    shape: EngineShape
 
 
 class Add(NamedTuple):
@@ -56,6 +59,25 @@ class Abort(NamedTuple):
 
 class More(NamedTuple):
     """The client has handled the last message, and waits for the next."""
+
+
+class Watch(NamedTuple):
+    """Trace steps from now on, or stop. Not every one, unless `every_step`, where that would cost too much."""
+
+    is_on: bool
+    every_step: bool = False
+
+
+class Pace(NamedTuple):
+    """How steps follow each other, see `Pacing`. `num_steps` more are allowed if there is work for them."""
+
+    is_paused: bool = False
+    num_steps: int = 0
+    delay_s: float = 0.0
+
+
+class ForgetCache(NamedTuple):
+    """Empty the prefix cache."""
 
 
 # Of a completion: its Progress, and the token ids, pieces of text and log-probabilities since the last.

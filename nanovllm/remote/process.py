@@ -12,6 +12,7 @@ import os
 import socket
 import sys
 import threading
+from concurrent.futures import Future
 from functools import partial
 from io import BufferedReader
 
@@ -19,8 +20,10 @@ from nanovllm.config import Config
 from nanovllm.engine.engine_thread import EngineThread
 from nanovllm.engine.request import Progress
 from nanovllm.engine.stats import StepStats
+from nanovllm.engine.step_trace import shape_of
 from nanovllm.engine.text_engine import TextEngine
 from nanovllm.remote.messages import Abort, Add, Facts, More, Orders, Outgoing, packed, plain, read
+from nanovllm.remote.trace_box import TraceBox
 
 logger = logging.getLogger(__name__)
 # How long the engine's thread waits for Python's lock while another has work. Python's own 5 ms are a step.
@@ -41,8 +44,9 @@ def run(fd: int) -> None:
             link.sendall(packed(plain(error)))
             return
         engine, outbox = text_engine.engine, Outbox(link, text_engine)
-        facts = Facts(engine.max_model_len, engine.runner.block_size, engine.default_sampling)
-        link.sendall(packed((engine.current_stats(), facts)))
+        shape = shape_of(engine)
+        facts = Facts(shape.max_model_len, shape.block_size, engine.default_sampling, shape)
+        link.sendall(packed((engine.current_stats(), facts, [])))
         outbox.start()
         try:
             _obey(commands, text_engine, outbox)
@@ -53,13 +57,16 @@ def run(fd: int) -> None:
 def _obey(commands: BufferedReader, text_engine: TextEngine, outbox: "Outbox") -> None:
     """Run commands. Raises EOFError or ConnectionError when the client has ended."""
     while True:
-        command: Add | Abort | More = read(commands)
+        command = read(commands)
         if isinstance(command, More):
             outbox.is_asked.set()
             continue
         if isinstance(command, Abort):
             if outgoing := outbox.running.get(command.key):
                 outbox.thread.abort(outgoing.request)
+            continue
+        if not isinstance(command, Add):
+            outbox.thread.call(partial(outbox.traces.obey, command)).add_done_callback(_log_failure)
             continue
         outgoing = Outgoing(command.key)
         try:
@@ -75,6 +82,11 @@ def _obey(commands: BufferedReader, text_engine: TextEngine, outbox: "Outbox") -
             outbox.flush()
 
 
+def _log_failure(done: Future[None]) -> None:
+    if error := done.exception():
+        logger.error("a command of the page has failed", exc_info=error)
+
+
 class Outbox:
     """What the client does not know yet. A thread sends it.
 
@@ -82,11 +94,13 @@ class Outbox:
         thread: the engine's, which puts and flushes.
         running: requests that have not ended, by their keys.
         is_asked: set while the client waits for news.
+        traces: of steps, if the client watches.
     """
 
     def __init__(self, link: socket.socket, text_engine: TextEngine) -> None:
         self.running: dict[int, Outgoing] = {}
-        self.thread = EngineThread(text_engine, after_news=self.flush)
+        self.thread = EngineThread(text_engine, after_news=self._after_news)
+        self.traces = TraceBox(text_engine, self.thread)
         self._link, self._engine = link, text_engine.engine
         self._lock = threading.Lock()
         self._logged: BaseException | None = None
@@ -106,9 +120,14 @@ class Outbox:
             self._latest[outgoing] = item
 
     def flush(self) -> None:
-        """Let the thread send. The engine's thread calls this once after each step, rather than for each request."""
-        if self._latest:
+        """Let the thread send."""
+        if self._latest or self.traces:
             self._has_news.set()
+
+    def _after_news(self) -> None:
+        """The engine's thread calls this once after each step, rather than for each request."""
+        self.traces.look()
+        self.flush()
 
     def _run(self) -> None:
         stats: StepStats | None = None
@@ -119,7 +138,7 @@ class Outbox:
             with self._lock:
                 latest, self._latest = self._latest, {}
             last, stats = stats, self._engine.current_stats()
-            if latest or stats != last:
+            if latest or self.traces or stats != last:
                 self.is_asked.clear()
                 self._send(stats, latest)
             if self.thread.error is not None:
@@ -132,6 +151,6 @@ class Outbox:
             if isinstance(one.of, BaseException) or outgoing.request.is_finished:
                 self.running.pop(outgoing.key, None)
         try:
-            self._link.sendall(packed((stats, news)))
+            self._link.sendall(packed((stats, news, self.traces.take())))
         except OSError:
             pass  # the client has ended: the main thread sees it, too

@@ -9,6 +9,7 @@ from nanovllm.remote.engines import Engines
 from nanovllm.server import anthropic, chat, completions, responses, utility
 from nanovllm.server.errors import ApiError, respond
 from nanovllm.server.guard import Guard
+from nanovllm.server.page import add_page
 from nanovllm.server.response_store import ResponseStore
 from nanovllm.server.settings import ServerSettings
 from nanovllm.server.state import ServerState
@@ -23,6 +24,8 @@ def make_app(llm: Engines, settings: ServerSettings) -> FastAPI:
         app.include_router(part.router)
     for error in (ApiError, RequestValidationError, HTTPException, ValueError, TypeError, RuntimeError):
         app.add_exception_handler(error, respond)
+    if settings.page:
+        add_page(app, app.state.server)
     app.add_middleware(Guard, settings=settings)
     if settings.allowed_origins:
         app.add_middleware(

@@ -23,6 +23,8 @@ App = Callable[[MutableMapping[str, Any], Receive, Send], Awaitable[None]]
 
 access = logging.getLogger("nanovllm.access")
 OPEN_PATHS = {"/health", "/ping", "/version", "/metrics"}  # for probes, which have no key
+# A browser opens the page's files without a key, and sends it with what they ask for.
+KEYED_PAGE_PATHS = {"/page/trace", "/page/state", "/page/control", "/page/scene", "/page/clear"}
 _ID = re.compile(rb"[\x21-\x7e]{1,128}")
 _BRACKET_OR_STRING = re.compile(rb'[\[{\]}]|"[^"\\]*+(?:\\.[^"\\]*+)*+"?', re.DOTALL)
 
@@ -69,7 +71,7 @@ class Guard:
 
     def _check_key(self, scope: MutableMapping[str, Any], headers: dict[bytes, bytes]) -> None:
         """Raises ApiError unless the request has one of the keys. Takes the same time whatever it has."""
-        if not self._keys or scope["path"] in OPEN_PATHS or scope["method"] == "OPTIONS":
+        if not self._keys or scope["method"] == "OPTIONS" or is_open(scope["method"], scope["path"]):
             return
         scheme, _, key = headers.get(b"authorization", b"").partition(b" ")
         key = key.strip() if scheme.lower() == b"bearer" else headers.get(b"x-api-key", b"")
@@ -110,6 +112,14 @@ class Guard:
             return {"type": "http.request", "body": body, "more_body": False}
 
         return replay
+
+
+def is_open(method: str, path: str) -> bool:
+    """Whether a request needs no key."""
+    if path in OPEN_PATHS:
+        return True
+    is_of_page = path == "/" or path.startswith("/page/")
+    return method in ("GET", "HEAD") and is_of_page and path.rstrip("/") not in KEYED_PAGE_PATHS
 
 
 def check_depth(body: bytes, most: int) -> None:

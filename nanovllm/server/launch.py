@@ -101,6 +101,8 @@ class DrainingServer(uvicorn.Server):
         return await super().on_tick(counter)
 
     async def _wait_until_idle(self) -> None:
+        if self._state.page is not None:
+            self._state.page.let_go()
         try:
             async with asyncio.timeout(self._state.settings.drain_timeout_s):
                 while self._state.num_active:
@@ -108,4 +110,6 @@ class DrainingServer(uvicorn.Server):
                     await self._state.became_idle.wait()
         except TimeoutError:
             logger.warning("%d completions are cut off", self._state.num_active)
+        if self._state.page is not None:
+            self._state.page.feed.end()
         self.should_exit = True

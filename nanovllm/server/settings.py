@@ -38,6 +38,8 @@ class ServerSettings:
         tool_call_parser: the form of the model's tool calls: a name, "auto" (by the chat template) or None.
         allowed_origins: of browsers' pages (CORS); empty: none.
         drain_timeout_s: how long a server that was told to end waits for its requests.
+        page: show the engine at work at GET /.
+        teach: let the page pause and steer the engine, and trace every step. For an engine that serves nobody else.
         ping_interval_s: seconds without an event after which a stream of /v1/messages gets a ping.
     """
 
@@ -49,11 +51,15 @@ class ServerSettings:
     allowed_origins: list[str] = field(default_factory=list)
     drain_timeout_s: float = 30.0
     ping_interval_s: float = 10.0
+    page: bool = True
+    teach: bool = False
     limits: Limits = field(default_factory=Limits)
 
     def __post_init__(self) -> None:
         if any(not key for key in self.api_keys):
             raise ValueError("api_key must not be empty")
+        if self.teach and not self.page:
+            raise ValueError("teach=True needs the page, and page=False leaves it out")
         for name in ("drain_timeout_s", "ping_interval_s"):
             if not 0 <= getattr(self, name) <= 86400:
                 raise ValueError(f"{name}={getattr(self, name)!r} must be a number of seconds in [0, 86400]")

@@ -3,7 +3,7 @@
 import asyncio
 import time
 from collections.abc import AsyncIterator, Awaitable
-from typing import Any, TypeVar
+from typing import TYPE_CHECKING, Any, TypeVar
 
 from fastapi import Request
 
@@ -16,6 +16,9 @@ from nanovllm.server.metrics import Metrics
 from nanovllm.server.openai_fields import SamplingFields
 from nanovllm.server.settings import Limits, ServerSettings
 
+if TYPE_CHECKING:
+    from nanovllm.server.page import Page
+
 T = TypeVar("T")
 
 
@@ -25,6 +28,7 @@ class ServerState:
     Attributes:
         num_active: completions that were let in and have not ended.
         is_draining: the server was told to end, and takes no more requests.
+        page: what shows the engine; None if it is left out.
     """
 
     def __init__(self, llm: Engines, settings: ServerSettings) -> None:
@@ -35,6 +39,7 @@ class ServerState:
         self.metrics = Metrics(llm, self.names[0])
         self.num_active = 0
         self.is_draining = False
+        self.page: Page | None = None
         self.became_idle = asyncio.Event()
         self._most_active = llm.max_num_seqs + settings.limits.queue
 

@@ -162,7 +162,7 @@ class AsyncLLMMethods(AbsentMethods):
             await asyncio.sleep(0.005)
 
         def pause(engine: ours.LLMEngine) -> None:
-            self._thread.is_paused = True
+            self._thread.pacing.is_paused = True
             if clear_cache:
                 engine.reset_prefix_cache(reset_running_requests=True)
 
@@ -181,12 +181,12 @@ class AsyncLLMMethods(AbsentMethods):
         """Let the engine's steps go on after `pause_generation()`."""
 
         def resume(engine: ours.LLMEngine) -> None:
-            self._thread.is_paused = False
+            self._thread.pacing.is_paused = False
 
         await self._between_steps(resume)
 
     async def is_paused(self) -> bool:
-        return self._thread.is_paused
+        return self._thread.pacing.is_paused
 
     async def start_profile(self, profile_prefix: str | None = None) -> None:
         """As `LLM.start_profile`; the profiler traces the engine's thread."""

@@ -58,7 +58,7 @@ class ScriptedServer:
     def __init__(self) -> None:
         self.settings = ServerSettings(
             served_model_names=["demo"], chat_template=TEMPLATE, reasoning_parser="qwen3", tool_call_parser="hermes",
-            ping_interval_s=0.1, limits=Limits(stored_responses=8, stop_strings=2, tools=2),
+            ping_interval_s=0.1, page=False, limits=Limits(stored_responses=8, stop_strings=2, tools=2),
         )  # fmt: skip
         app = make_app(TextSide(), self.settings)  # type: ignore[arg-type]
         app.state.server.run = self._run

@@ -212,7 +212,7 @@ class TestEnd:
     def test_a_drain_has_an_end(self) -> None:
         state = SimpleNamespace(
             is_draining=False, num_active=3, became_idle=asyncio.Event(), settings=ServerSettings(drain_timeout_s=0.05),
-            metrics=SimpleNamespace(see_loop_lag=lambda lag: None),
+            page=None, metrics=SimpleNamespace(see_loop_lag=lambda lag: None),
         )  # fmt: skip
         server = DrainingServer(uvicorn.Config(lambda: None), state)
 
