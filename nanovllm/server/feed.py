@@ -1,12 +1,14 @@
 """The live trace of an engine, for any number of viewers: one writer, and a queue of bounded length for each viewer.
 
 A viewer that falls behind loses what waits for it, and gets a gap and then the whole state, so it never costs more than
-its queue. While nobody looks, the engine makes no traces.
+its queue. While nobody looks, the engine makes no traces. The texts of other clients' requests are nobody's business:
+only an engine that was started to be looked at shows them.
 """
 
 import asyncio
 from collections import deque
 from collections.abc import AsyncGenerator
+from dataclasses import replace
 
 from nanovllm.engine.step_trace import StepTrace
 from nanovllm.errors import EngineDeadError
@@ -30,12 +32,12 @@ class Feed:
     """Of one event loop.
 
     Args:
-        every_step: trace every step, whatever it costs.
+        is_teaching: trace every step, whatever it costs, with the texts of all requests.
         num_engines: of the server; the feed is of the first.
     """
 
-    def __init__(self, engine: RemoteEngine, model: str, every_step: bool, num_engines: int) -> None:
-        self._engine, self._model, self._every_step, self._num_engines = engine, model, every_step, num_engines
+    def __init__(self, engine: RemoteEngine, model: str, is_teaching: bool, num_engines: int) -> None:
+        self._engine, self._model, self._is_teaching, self._num_engines = engine, model, is_teaching, num_engines
         self._viewers: set[Viewer] = set()
         self._writer = TraceWriter()
         self._head: Object = {}
@@ -53,7 +55,7 @@ class Feed:
         if not self._viewers:
             self._writer = TraceWriter()
             self._head = head(facts.shape, self._model, self._num_engines)
-            self._engine.watch(self._take, self._every_step)
+            self._engine.watch(self._take, self._is_teaching)
         viewer = Viewer()
         self._viewers.add(viewer)
         viewer.has_news.set()
@@ -88,7 +90,7 @@ class Feed:
     def _take(self, trace: StepTrace) -> None:
         if not trace.is_full and self._writer.n == 0:
             return  # it was on its way when the last viewer left
-        objects = self._writer.objects(trace)
+        objects = self._writer.objects(trace if self._is_teaching else _without_texts(trace))
         step = (self._writer.n, _events(objects))
         for viewer in self._viewers:
             if len(viewer.steps) == MOST_STEPS:
@@ -97,6 +99,11 @@ class Feed:
             if not viewer.is_behind:
                 viewer.steps.append(step)
             viewer.has_news.set()
+
+
+def _without_texts(trace: StepTrace) -> StepTrace:
+    arrivals = [arrival._replace(prompt="") for arrival in trace.arrivals]
+    return replace(trace, arrivals=arrivals, pieces={name: [""] * len(new) for name, new in trace.pieces.items()})
 
 
 def _events(objects: list[Object]) -> bytes:

@@ -101,3 +101,20 @@ def test_nobody_joins_while_the_engine_does_not_serve() -> None:
     engine.facts = None
     with pytest.raises(EngineDeadError):
         Feed(engine, "m", False, 1).join()  # type: ignore[arg-type]
+
+
+@pytest.mark.parametrize("is_teaching", [False, True])
+def test_the_texts_of_requests_are_shown_only_by_an_engine_that_was_started_for_it(is_teaching: bool) -> None:
+    async def watch() -> None:
+        engine = Engine()
+        feed = Feed(engine, "m", is_teaching, 1)  # type: ignore[arg-type]
+        events = feed.events(feed.join())
+        await read(events)
+        engine.watcher(traced(1))
+        request, _ = await read(events)
+        engine.watcher(traced(2))
+        (step,) = await read(events)
+        assert (request["prompt"], step["tokens"]) == (("text", {"A": ["x"]}) if is_teaching else ("", {"A": [""]}))
+        assert request["prompt_tokens"] == 4
+
+    asyncio.run(watch())
