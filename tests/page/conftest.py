@@ -19,8 +19,9 @@ FLAGS += ["--disable-sync", "--no-first-run"]
 WAIT_MS = 15_000  # for what comes in tenths of a second on an idle machine
 
 
-@pytest.fixture(scope="session")
+@pytest.fixture(scope="module")
 def browser() -> Iterator[Any]:
+    """While it is open, playwright runs an event loop in this thread: so no longer than a file's tests."""
     playwright = pytest.importorskip("playwright.sync_api", reason="there is no playwright (pip install playwright)")
     if CHROMIUM is None:
         pytest.skip("there is no chromium (apt-get install chromium)")

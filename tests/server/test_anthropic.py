@@ -7,8 +7,8 @@ from typing import Any
 import anthropic
 import openai
 import pytest
-from conftest import KEY, Server
 from scripted import ScriptedServer
+from server_process import KEY, Server
 
 USER = {"role": "user", "content": "import os\n"}
 GREEDY = {"temperature": 0}

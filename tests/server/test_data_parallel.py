@@ -14,9 +14,9 @@ from typing import Any
 import httpx
 import openai
 import pytest
-from conftest import KEY, ROOT, TEMPLATE, Server
 from leftovers import are_gone, children_of
 from prometheus_client.parser import text_string_to_metric_families
+from server_process import KEY, ROOT, TEMPLATE, Server
 
 from nanovllm import demo_model
 

@@ -17,8 +17,8 @@ import httpx
 import openai
 import pytest
 import uvicorn
-from conftest import KEY, Server
 from leftovers import are_gone, children_of
+from server_process import KEY, Server
 
 from nanovllm import demo_model
 from nanovllm.server.launch import DrainingServer, listen
@@ -88,7 +88,6 @@ class TestGarbage:
         assert http.get("/v1/nothing").status_code == 404 and "error" in http.get("/v1/nothing").json()
         assert http.get("/v1/completions").status_code == 405
         assert http.request("DELETE", "/v1/models").status_code == 405
-        assert http.post("/v1/completions", content=b"a=b").status_code == 400
 
     @pytest.mark.parametrize(
         "data",

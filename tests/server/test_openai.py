@@ -6,7 +6,7 @@ from collections import defaultdict
 import jsonschema
 import openai
 import pytest
-from conftest import KEY, Server
+from server_process import KEY, Server
 
 from nanovllm import LLM, SamplingParams, demo_model
 

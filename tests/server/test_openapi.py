@@ -3,7 +3,7 @@
 import subprocess
 import sys
 
-from conftest import KEY, Server
+from server_process import KEY, Server
 
 
 def test_no_request_that_schemathesis_makes_of_the_document_is_a_server_error(server: Server) -> None:

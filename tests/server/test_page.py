@@ -10,7 +10,7 @@ from typing import Any
 
 import httpx
 import pytest
-from conftest import KEY, Server
+from server_process import KEY, Server
 from trace_reading import check_format
 
 from nanovllm import demo_model

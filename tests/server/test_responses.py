@@ -5,9 +5,9 @@ from typing import Any
 
 import openai
 import pytest
-from conftest import Server
 from response_checks import CALL, WEATHER, message, post, stream, without_ids
 from scripted import ScriptedServer
+from server_process import Server
 
 GREEDY = {"model": "demo", "temperature": 0, "max_output_tokens": 8}
 

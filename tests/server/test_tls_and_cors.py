@@ -27,7 +27,7 @@ def asked_of_the_server(monkeypatch: pytest.MonkeyPatch, *options: str) -> Any:
     """What the command hands on to the server for these options: settings, ssl."""
     calls: list[Any] = []
     monkeypatch.setattr(launch, "serve", lambda *given: calls.append(given))
-    result = CliRunner().invoke(command, ["serve", "some/model", "--port", "0", *options])
+    result = CliRunner().invoke(command, ["serve", "some/model", "--port", "0", "--no-page", *options])
     assert result.exit_code == 0, result.output
     (_, _, settings, listener, certificate, _) = calls[0]
     listener.close()
@@ -96,7 +96,7 @@ def test_pages_from_allowed_origins_alone_may_call(monkeypatch: pytest.MonkeyPat
     refused = asyncio.run(call(settings, "POST", PAGE, {}))
     assert refused.status_code == 401 and refused.headers[allowed] == PAGE, "the page must be able to read the error"
     assert allowed not in asyncio.run(call(settings, "OPTIONS", "https://other.example", preflight)).headers
-    assert allowed not in asyncio.run(call(ServerSettings(), "OPTIONS", PAGE, preflight)).headers
+    assert allowed not in asyncio.run(call(ServerSettings(page=False), "OPTIONS", PAGE, preflight)).headers
 
 
 def test_the_command_starts_as_many_engines_as_it_is_told(monkeypatch: pytest.MonkeyPatch) -> None:
