@@ -199,10 +199,6 @@ class AsyncLLM(AsyncLLMMethods):
         """The token ids of a prompt, as `generate` makes them."""
         return (await self._in_tokenizer_thread(partial(self._text_engine.encode, prompt)))[1]
 
-    async def chat_prompt(self, messages: list[dict[str, Any]], **options: Any) -> dict[str, Any]:
-        """The prompt that `chat` makes, with its text and token ids: see `nanovllm.text.chat.chat_prompt`."""
-        return await self._in_tokenizer_thread(partial(chat_prompt, self._text_engine.tokenizer, messages, **options))
-
     async def get_tokenizer(self) -> Any:
         """The `transformers` tokenizer. Raises ValueError if the engine was made without one."""
         return self._text_engine.tokenizer
@@ -210,16 +206,6 @@ class AsyncLLM(AsyncLLMMethods):
     def get_default_sampling_params(self) -> SamplingParams:
         """As `LLM.get_default_sampling_params`."""
         return self._text_engine.default_sampling_params()
-
-    @property
-    def config(self) -> Config:
-        """The options that the engine was made with."""
-        return self._text_engine.engine.config
-
-    @property
-    def max_model_len(self) -> int:
-        """How many tokens the prompt and the output of a request may have together."""
-        return self._text_engine.engine.max_model_len
 
     async def reset_prefix_cache(self, reset_running_requests: bool = False, reset_connector: bool = False) -> bool:
         """As `LLM.reset_prefix_cache`."""

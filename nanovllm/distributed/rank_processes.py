@@ -14,22 +14,20 @@ import os
 import socket
 import struct
 import subprocess
-import sys
 import threading
 import time
 from collections.abc import Callable
 from contextlib import suppress
-from multiprocessing import Pipe, connection, spawn
+from multiprocessing import Pipe, connection
 from multiprocessing.connection import Connection
-from pathlib import Path
 from typing import Any
 
+from nanovllm.distributed.interpreter import start_interpreter
 from nanovllm.distributed.tensor_parallel import PeerLostError
 from nanovllm.errors import RankError
 
 GRACE = 2.0  # seconds in which the cause of a lost connection, which another rank has seen, arrives here
 TICK = 0.5  # seconds between two checks of whether rank 0 has waited too long for its device
-PACKAGES = str(Path(__file__).parents[2])  # the folder that has this package
 
 # What a rank's interpreter runs. Only rank 0 answers Ctrl-C, also during the imports, which take seconds.
 PROGRAM = """
@@ -243,11 +241,8 @@ class RankProcesses:
 
 
 def _start_rank(rank: int, link: Connection) -> "subprocess.Popen[bytes]":
-    """Start `nanovllm.distributed.follower.follow` in an interpreter like this one, with its end of the socket."""
-    path = [*map(str, sys.path), PACKAGES]
-    program = PROGRAM.format(rank=rank, parent=os.getpid(), fd=link.fileno(), path=path)
-    command = [os.fsdecode(spawn.get_executable()), "-c", program]
-    return subprocess.Popen(command, stdin=subprocess.DEVNULL, pass_fds=[link.fileno()])
+    """Start `nanovllm.distributed.follower.follow` with its end of the socket."""
+    return start_interpreter(PROGRAM, link.fileno(), rank=rank)
 
 
 def _limit_sending(link: Connection, seconds: float) -> None:

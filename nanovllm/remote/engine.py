@@ -5,16 +5,13 @@ An engine owns nothing that outlives it. However the client ends, its engines en
 
 import asyncio
 import logging
-import os
 import socket
 import subprocess
-import sys
 from collections.abc import Callable
 from functools import partial
-from multiprocessing import spawn
-from pathlib import Path
 from typing import Any
 
+from nanovllm.distributed.interpreter import start_interpreter
 from nanovllm.engine.stats import StepStats
 from nanovllm.engine.step_trace import StepTrace
 from nanovllm.errors import EngineDeadError
@@ -26,7 +23,6 @@ from nanovllm.text.token_decoder import TokenDecoder
 
 logger = logging.getLogger(__name__)
 LONGEST_PAUSE_S = 30.0  # before an engine that does not come up is started again
-PACKAGES = str(Path(__file__).parents[2])  # the folder that has this package
 # What its interpreter runs. Only the client answers signals, which a terminal or a service manager sends to all.
 PROGRAM = """
 import signal, sys
@@ -146,7 +142,7 @@ class RemoteEngine:
         ours, theirs = socket.socketpair()
         try:
             with theirs:
-                self.process = _start(theirs, self._devices)
+                self.process = start_interpreter(PROGRAM, theirs.fileno(), self._devices)
             make_link = partial(Link, self._take)
             _, self._link = await asyncio.get_running_loop().create_connection(make_link, sock=ours)
             self._link.send(self._orders)
@@ -185,11 +181,3 @@ class RemoteEngine:
                 request.take(news)
                 if request.is_finished:
                     del self._requests[news.key]
-
-
-def _start(link: socket.socket, devices: dict[str, str]) -> "subprocess.Popen[bytes]":
-    """Start `nanovllm.remote.process.run` in an interpreter like this one, with its end of the socket."""
-    program = PROGRAM.format(path=[*map(str, sys.path), PACKAGES], parent=os.getpid(), fd=link.fileno())
-    command = [os.fsdecode(spawn.get_executable()), "-c", program]
-    env = {**os.environ, **devices}
-    return subprocess.Popen(command, stdin=subprocess.DEVNULL, pass_fds=[link.fileno()], env=env)

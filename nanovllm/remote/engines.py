@@ -71,9 +71,9 @@ class Engines:
         finally:
             ready.cancel()
         facts = self.all[0].facts
-        self.max_model_len, self._default_sampling = facts.max_model_len, facts.default_sampling
+        self.max_model_len, self._default_sampling = facts.shape.max_model_len, facts.default_sampling
         if len(self.all) > 1:
-            self._affinity = PrefixAffinity(facts.block_size)
+            self._affinity = PrefixAffinity(facts.shape.block_size)
         return self
 
     async def __aexit__(self, *_: object) -> None:
@@ -112,7 +112,7 @@ class Engines:
         return (await self._in_tokenizer_thread(partial(self._encode, prompt)))[1]
 
     async def chat_prompt(self, messages: list[dict[str, Any]], **options: Any) -> dict[str, Any]:
-        """As `AsyncLLM.chat_prompt`."""
+        """The prompt of a conversation, with its text and token ids: see `nanovllm.text.chat.chat_prompt`."""
         return await self._in_tokenizer_thread(partial(chat_prompt, self.tokenizer, messages, **options))
 
     async def get_tokenizer(self) -> Any:

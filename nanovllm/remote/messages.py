@@ -36,8 +36,6 @@ class Orders(NamedTuple):
 class Facts(NamedTuple):
     """What a client must know of an engine that serves."""
 
-    max_model_len: int
-    block_size: int
     default_sampling: dict[str, Any]
     shape: EngineShape
 

@@ -44,8 +44,7 @@ def run(fd: int) -> None:
             link.sendall(packed(plain(error)))
             return
         engine, outbox = text_engine.engine, Outbox(link, text_engine)
-        shape = shape_of(engine)
-        facts = Facts(shape.max_model_len, shape.block_size, engine.default_sampling, shape)
+        facts = Facts(engine.default_sampling, shape_of(engine))
         link.sendall(packed((engine.current_stats(), facts, [])))
         outbox.start()
         try:
