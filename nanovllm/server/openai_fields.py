@@ -11,9 +11,6 @@ from pydantic import BaseModel, ConfigDict, Field, field_validator, model_valida
 from nanovllm.sampling_params import SamplingParams
 from nanovllm.structured_outputs import StructuredOutputsParams
 
-# Between JSON's tokens in an answer to `response_format`: room to indent, but none for endless blank lines, into which
-# weak models fall.
-WHITESPACE = r"\n? {0,24}"
 TokenIds = list[Annotated[int, Field(ge=0, lt=2**31)]]
 
 
@@ -190,9 +187,9 @@ def _structured(fields: SamplingFields) -> Any:
             asked[f"guided_{kind}"] = {kind: value}
     form = fields.response_format
     if form is not None and form.json_schema is not None:
-        asked["response_format"] = {"json": form.json_schema.schema_, "whitespace_pattern": WHITESPACE}
+        asked["response_format"] = {"json": form.json_schema.schema_}
     elif form is not None and form.type == "json_object":
-        asked["response_format"] = {"json_object": True, "whitespace_pattern": WHITESPACE}
+        asked["response_format"] = {"json_object": True}
     if len(asked) > 1:
         raise ValueError(f"{' and '.join(asked)} both say what the answer must be: give one")
     if not asked:

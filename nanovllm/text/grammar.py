@@ -30,6 +30,9 @@ from nanovllm.text.surrogates import refuse_surrogates
 MAX_COMPILED = 512  # compilations kept, the latest used; a large one has some MB
 MAX_COPIES = 256  # matchers of one compilation: what they learn has a limit, at which all of them would fail
 MAX_THREADS = 16
+# Between JSON's tokens, unless a request says otherwise: room to indent, but none for endless blank lines, into which
+# weak models fall until their tokens are used up.
+WHITESPACE = r"\n?[ \t]{0,24}"
 # Tokens of up to so many characters that a JSON string may have as they are. A string of bounded length allows those of
 # its remaining length. The library's own slices end at 10 and 30: their masks take twice to three times as long.
 SLICES = [r'[^"\\\x00-\x1F\x7F]' + times for times in ("{1,4}", "{1,8}", "{1,12}", "{1,20}", "{1,30}", "+")]
@@ -268,12 +271,15 @@ def _grammar(params: StructuredOutputsParams, kind: str, source: str) -> str:
     # An escape could spell a property's name a second time, and hide its first value. Where a schema itself has
     # characters that only escapes can write, they are allowed.
     has_control = re.search(r"\\u00[01][0-9a-f]", schema) is not None
+    whitespace = params.whitespace_pattern
+    if whitespace is None and not params.disable_any_whitespace:
+        whitespace = WHITESPACE
     # These override what a schema may say of itself: it must not have keywords ignored.
     options = {
         "lenient": False,
         "coerce_one_of": False,
-        "whitespace_flexible": not params.disable_any_whitespace,
-        "whitespace_pattern": params.whitespace_pattern,
+        "whitespace_flexible": False,
+        "whitespace_pattern": whitespace,
         "json_allowed_escapes": 'nrbtf\\"' + "u" * has_control,
     }
     return LLMatcher.grammar_from_json_schema(schema, overrides=options)

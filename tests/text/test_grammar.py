@@ -53,6 +53,13 @@ def takes(matcher: Matcher, tokenizer: Any, text: str) -> bool:
         ({"json_object": True}, ['{"a": [1, {}]}', "{}"], ["[]", "{'a': 1}", '{"a": 1', "1"]),
         ({"json": {"type": "integer", "minimum": 3}}, ["3", "12"], ["2", "03", '"3"', "3.5"]),
         ({"json": '{"enum": ["a", 1, null]}'}, ['"a"', "1", "null"], ["a", "2"]),
+        (
+            {"json": {"type": "array"}},
+            ["[1,2]", "[ 1 ,\t2 ]", json.dumps([1, [2, {"a": []}]], indent=8), "[\n" + " " * 24 + "1]"],
+            ["[\n\n1]", "[1" + " " * 25 + "]", "[1,\n \n2]"],
+        ),
+        ({"json_object": True}, [json.dumps({"a": {"b": 1}}, indent=2)], ['{"a":\n\n1}']),
+        ({"json": {"type": "array"}, "whitespace_pattern": r"\s*"}, ["[\n\n\n 1]", "[]"], []),
         ({"json": {"type": "array"}, "disable_any_whitespace": True}, ["[1,2]"], ["[1, 2]", "[ ]"]),
         ({"json": {"type": "array"}, "whitespace_pattern": " ?"}, ["[1, 2]", "[1,2]"], ["[1,  2]", "[1,\n2]"]),
         ({"json": {"properties": {"a": {}}, "type": "object"}}, ['{"a": 1, "b": 2}'], ['{"b": 2, "a": 1}']),
