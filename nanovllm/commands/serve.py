@@ -67,8 +67,9 @@ def serve(
     *,
     engine: dict[str, Any],
 ) -> None:
-    """Serve a model over HTTP: OpenAI's /v1/completions, /v1/chat/completions and /v1/models, and vLLM's /tokenize,
-    /detokenize, /health, /version and /metrics. Every parameter of `SamplingParams` is a field of the requests.
+    """Serve a model over HTTP: OpenAI's /v1/completions, /v1/chat/completions, /v1/responses and /v1/models,
+    Anthropic's /v1/messages, vLLM's /tokenize, /detokenize, /health, /version and /metrics, and at / a page that shows
+    the engine at work. Every parameter of `SamplingParams` is a field of the requests.
 
     SIGTERM or Ctrl-C finishes the running requests first, and refuses new ones.
     """
@@ -80,7 +81,7 @@ def serve(
         from nanovllm.server.settings import Limits, ServerSettings
         from nanovllm.trace.scenes import TEACHING
     except ModuleNotFoundError as error:
-        fail(f"the server needs {error.name}: pip install 'nano-vllm[serve]'")
+        fail(f"the server needs {error.name}: `pip install '.[serve]'` in nano-vLLM's folder")
     if (ssl_keyfile is None) != (ssl_certfile is None):
         fail("--ssl-keyfile and --ssl-certfile need each other")
     if teach and data_parallel_size > 1:

@@ -23,6 +23,7 @@ from nanovllm.engine.stats import StepStats
 from nanovllm.engine.step_trace import shape_of
 from nanovllm.engine.text_engine import TextEngine
 from nanovllm.remote.messages import Abort, Add, Facts, More, Orders, Outgoing, packed, plain, read
+from nanovllm.remote.step_watch import StepWatch
 from nanovllm.remote.trace_box import TraceBox
 
 logger = logging.getLogger(__name__)
@@ -130,9 +131,10 @@ class Outbox:
 
     def _run(self) -> None:
         stats: StepStats | None = None
+        watch = StepWatch(self._engine, self.thread.pacing, TICK_S)
         while True:
             self.is_asked.wait()
-            self._has_news.wait(TICK_S)
+            is_quiet = not self._has_news.wait(TICK_S)
             self._has_news.clear()
             with self._lock:
                 latest, self._latest = self._latest, {}
@@ -143,6 +145,9 @@ class Outbox:
             if self.thread.error is not None:
                 logger.error("the engine has failed for good: %s", self.thread.error)
                 os._exit(1)  # the client starts another
+            if is_quiet and watch.is_stalled():
+                logger.error("a step has not ended for %.0f s: the engine hangs", watch.longest_s)
+                os._exit(1)
 
     def _send(self, stats: StepStats, latest: dict[Outgoing, list[Progress] | BaseException]) -> None:
         news = [outgoing.news(item) for outgoing, item in latest.items()]

@@ -193,6 +193,41 @@ def test_an_engine_that_is_killed_fails_its_requests_and_comes_back(run: Run, en
     run(kill())
 
 
+HANGING = """
+import time
+from nanovllm.engine.engine_thread import EngineThread
+from nanovllm.remote.step_watch import LONGEST_STEP_S
+LONGEST_STEP_S["cpu"] = 1.0
+step = EngineThread._step
+def hang(thread):
+    while any(request.request_id == "hangs" for request in thread._listeners):
+        time.sleep(1)
+    step(thread)
+EngineThread._step = hang
+"""
+
+
+def test_an_engine_whose_step_does_not_end_fails_its_requests_and_comes_back(
+    run: Run, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(remote_engine, "PROGRAM", remote_engine.PROGRAM.replace("run({fd})", HANGING + "run({fd})"))
+
+    async def hang() -> None:
+        async with Engines(str(demo_model()), OPTIONS) as engines:
+            await asyncio.sleep(1.5)  # without work it waits, and does not hang
+            assert (await outputs_of(engines, "A", params_of(GREEDY)))[-1].finished
+            request = await engines.submit("A", params_of(GREEDY), "hangs")
+            async with asyncio.timeout(30):
+                with pytest.raises(EngineDeadError, match="has ended before its answer was complete"):
+                    await request.next_output()
+                while engines.all[0].facts is None:
+                    await asyncio.sleep(0.05)
+            assert engines.all[0].num_restarts == 1
+            assert (await outputs_of(engines, "A", params_of(GREEDY)))[-1].finished
+
+    run(hang())
+
+
 class TestTheStart:
     def test_raises_what_keeps_the_engine_from_serving(self, run: Run) -> None:
         engines = Engines(str(demo_model()), OPTIONS | {"max_model_len": 10**7})
