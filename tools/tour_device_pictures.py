@@ -1,6 +1,7 @@
 """The tour's pictures of what the device does, from the engine's own functions, run on the CPU."""
 
 from dataclasses import dataclass
+from math import log10
 from typing import Any
 
 import torch
@@ -150,20 +151,22 @@ def rows(language: str) -> str:
         f"其中 {silent} 步主机什么也不发送",
     )
     sheet.text(20, 52, line, 13, MUTED)
-    cell, base = 930 / len(steps), 270
+    cell, base = 900 / len(steps), 270
+    for power in range(4):
+        y = base - 16 - 44 * power
+        sheet.line((60, y), (960, y), color=EMPTY)
+        sheet.text(54, y + 4, f"{10**power:,}", 11, MUTED, anchor="end")
     for i, step in enumerate(steps):
-        x = 30 + i * cell
-        height = 0 if not step.sent else 12 + 40 * len(str(step.sent)) - 30
+        x = 60 + i * cell
         if step.sent:
+            height = 16 + 44 * log10(step.sent)
             sheet.rect(x, base - height, cell - 1.5, height, COLORS[1 if step.tokens > 8 else 0])
-        if step.sent > 99:
-            sheet.text(x, base - height - 5, f"{step.sent:,}", 10, MUTED)
-    sheet.line((30, base), (960, base))
-    sheet.text(30, base + 18, ("step 0", "第 0 步"), 11, MUTED)
+    sheet.line((60, base), (960, base))
+    sheet.text(60, base + 18, ("step 0", "第 0 步"), 11, MUTED)
     sheet.text(960, base + 18, (f"step {len(steps) - 1}", f"第 {len(steps) - 1} 步"), 11, MUTED, anchor="end")
     note = (
-        "orange: prompts enter; blue: a new block, or another list of rows; a bar's height is its number's digits",
-        "橙：提示进入；蓝：新块，或运行行的列表有变化；高度为数字的位数。由引擎的 InputBatch 统计",
+        "numbers of 32 bits, on a logarithmic scale. Orange: prompts enter; blue: a new block, or another list of rows",
+        "纵轴：32 位数的个数，对数刻度。橙：提示进入；蓝：新块，或活跃行的列表有变化。由引擎的 InputBatch 统计",
     )
     sheet.text(20, 318, note, 12, MUTED)
     return sheet.svg()
@@ -198,10 +201,11 @@ def sampler(language: str) -> str:
             if i == best:
                 sheet.rect(x - 2, end - 6, 24, 4, INK)
                 sheet.text(x + 10, end - 10, str(i), 12, bold=True, anchor="middle")
-        sheet.text(left, 294, (f"drawn: token {best}", f"抽中：词元 {best}"), 13)
+            sheet.text(x + 10, 282, str(i), 11, MUTED, anchor="middle")
+        sheet.text(left, 306, (f"drawn: token {best}", f"抽中：词元 {best}"), 13)
     note = (
-        "blue: the logits, equal in all four; orange: the engine's noise on top of them, up or down",
-        "蓝：logit，四幅相同；橙：引擎的噪声，叠加其上，可正可负",
+        "under each pair its token's id; blue: the logits, equal in all four; orange: the engine's noise, up or down",
+        "横轴：词元 id；蓝：logit，四幅相同；橙：引擎的噪声，叠加其上，可正可负",
     )
     sheet.text(20, 326, note, 12, MUTED)
     return sheet.svg()

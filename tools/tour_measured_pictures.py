@@ -6,11 +6,17 @@ from typing import Any
 
 import torch
 
+import benchmarks.roofline
+from benchmarks.ceilings import Ceilings
+from benchmarks.model_shape import model_shape
 from nanovllm.distributed.tensor_parallel import TensorParallel
 from nanovllm.layers.linear import ColumnParallelLinear, RowParallelLinear
+from tools.tour_memory_pictures import headline
 from tools.tour_svg import COLORS, LINE, MUTED, PAPER, Sheet, Words
 
-FIGURES = Path(__file__).parents[1] / "docs" / "tour" / "figures.json"
+ROOT = Path(__file__).parents[1]
+FIGURES = ROOT / "docs" / "tour" / "figures.json"
+SHAPES = ROOT / "benchmarks" / "shapes"
 
 
 def figures(name: str) -> dict[str, Any]:
@@ -45,8 +51,11 @@ def ablation(language: str) -> str:
             sheet.text(x + 2.2 * percent + 6, y + 18, f"{rate:,} · {percent} %", 12)
     for i, words in enumerate(WITHOUT.values()):
         sheet.text(20, 84 + i * 36, words, 13)
-    source = f"{measured['source']}: {measured['section']}"
-    sheet.text(20, 346, source, 12, MUTED)
+    note = (
+        f"per cent: of the rate with everything on. Measured: {measured['source']}",
+        f"百分比：相对于全部开启时。实测见 {measured['source']}",
+    )
+    sheet.text(20, 346, note, 12, MUTED)
     return sheet.svg()
 
 
@@ -75,11 +84,15 @@ def ranks(language: str) -> str:
         sheet.line((80, y + 45), (108, y + 45), tip=True)
         sheet.line((234, y + 45), (268, y + 45), tip=True)
         sheet.line((394, y + 45), (430, 186), tip=True)
-        sheet.text(252, y + 108, ("its own share: no talk", "只用自己的一份：无通信"), 11, MUTED, anchor="middle")
+        sheet.text(
+            252, y + 108, ("its own share: no communication", "只用自己的一份：无通信"), 11, MUTED, anchor="middle"
+        )
     sheet.rect(432, 160, 92, 52, COLORS[4], LINE, 0.6, 4)
     sheet.text(478, 183, "all-reduce", 13, bold=True, anchor="middle")
     sheet.text(478, 201, "PartialSum", 11, anchor="middle")
-    sheet.line((524, 186), (546, 186), tip=True)
+    for y in (111, 261):
+        sheet.line((524, 186), (546, 186 + (y - 186) // 2), tip=True)
+    sheet.text(478, 232, ("both get the sum", "两边都得到和"), 11, MUTED, anchor="middle")
     measured = figures("all_reduce")
     left, base = 600, 330
     line = ("µs of a sum with its norm, 2 H200s", "求和连同归一化的时间（µs），2 张 H200")
@@ -96,15 +109,29 @@ def ranks(language: str) -> str:
     sheet.text(left - 2, 58, ("NCCL, then the norm", "NCCL，再做归一化"), 12)
     sheet.rect(left + 160, 48, 12, 12, COLORS[2], opacity=0.8)
     sheet.text(left + 178, 58, ("both in one kernel", "两者合为一个内核"), 12)
-    source = f"{measured['source']}: {measured['section']}"
-    sheet.text(20, 388, source, 12, MUTED)
+    sheet.text(left + 168, base + 36, ("tokens × features", "词元数 × 特征数"), 11, MUTED, anchor="middle")
+    note = (
+        f"sizes: of the stored weights, [output, input] features. Measured: {measured['source']}",
+        f"方括号内是所存权重的形状 [输出特征, 输入特征]。实测见 {measured['source']}",
+    )
+    sheet.text(20, 388, note, 12, MUTED)
     return sheet.svg()
+
+
+def least_seconds(read: float, matmul: float) -> dict[str, float]:
+    """What the benchmark takes at least with Qwen3-0.6B, at so many TB/s and TFLOP/s."""
+    lengths = headline()
+    ceilings = Ceilings(read * 1e12, 0, matmul * 1e12)
+    line = benchmarks.roofline.roofline(
+        model_shape(SHAPES / "qwen3-0.6b", 2), [n for n, _ in lengths], [n for _, n in lengths], ceilings
+    )
+    return {"keys and values": line.kv_read_s, "weights": line.weight_read_s, "prompts": line.prefill_s}
 
 
 def roofline(language: str) -> str:
     """Chapter 9: what the roofline is made of, and how near engines come to it, as it was measured."""
     measured = figures("roofline")
-    title = ("The headline's roofline, and who reaches how much of it", "基准测试的屋顶线，各引擎达到多少")
+    title = ("The benchmark's roofline, and which share of it engines reach", "基准测试的屋顶线，各引擎达到多少")
     sheet = Sheet(980, 330, language, title)
     sheet.text(20, 30, title, 15, bold=True)
     words = {
@@ -112,17 +139,16 @@ def roofline(language: str) -> str:
         "weights": ("reading weights", "读取权重"),
         "prompts": ("computing prompts", "计算提示"),
     }
-    seconds = measured["seconds"]
-    x, scale = 180.0, 720 / sum(seconds.values())
-    sheet.text(20, 74, ("at least", "下限"), 13)
+    seconds = least_seconds(measured["read TB/s"], measured["matmul TFLOP/s"])
+    least = sum(seconds.values())
+    x, scale = 180.0, 720 / least
+    sheet.text(20, 74, (f"at least {least:.1f} s", f"至少 {least:.1f} s"), 13)
     for i, value in enumerate(seconds.values()):
         sheet.rect(x, 54, value * scale, 30, COLORS[i], PAPER, 0.8)
-        if i == 0:
-            sheet.text(x + value * scale / 2, 74, f"{value} s", 12, anchor="middle")
         x += value * scale
     for i, (name, value) in enumerate(seconds.items()):
         sheet.rect(180 + i * 260, 96, 12, 12, COLORS[i], opacity=0.8)
-        sheet.text(198 + i * 260, 107, (f"{words[name][0]}, {value} s", f"{words[name][1]}，{value} s"), 12)
+        sheet.text(198 + i * 260, 107, (f"{words[name][0]}, {value:.2f} s", f"{words[name][1]}，{value:.2f} s"), 12)
     for i, (name, share) in enumerate(measured["percent"].items()):
         y = 136 + i * 40
         label = ("upstream nano-vLLM", "上游 nano-vLLM") if name == "upstream" else name
@@ -130,9 +156,12 @@ def roofline(language: str) -> str:
         sheet.rect(180, y, 7.2 * share, 28, COLORS[2 if i == 0 else 5], opacity=0.8)
         sheet.text(186 + 7.2 * share, y + 19, f"{share:g} %", 12)
     sheet.line((900, 48), (900, 296), dashed=True)
+    sheet.text(906, 150, "100 %", 12, MUTED)
     note = (
-        f"{measured['source']}: one H100; each share is of the roofline of its own run, taken on different days",
-        f"{measured['source']}：一张 H100；各比例都相对自己那次运行的屋顶线，测于不同日期",
+        f"one H100; the seconds are of nano-vLLM's run; each share is of its own run's roofline, some on another day "
+        f"({measured['source']})",
+        f"一张 H100；秒数取自 nano-vLLM 那次运行；各比例都相对自己那次运行的屋顶线，有的测于另一天"
+        f"（{measured['source']}）",
     )
     sheet.text(20, 318, note, 12, MUTED)
     return sheet.svg()

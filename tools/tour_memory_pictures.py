@@ -73,16 +73,20 @@ def paging(language: str) -> str:
         sheet.text(x, 30, head, 15, bold=True)
         line = f"{requests} requests, {share:.0%} filled", f"{requests} 个请求，填充率 {share:.0%}"
         sheet.text(x, 50, line, 13, MUTED)
-        sheet.rect(x, 64, 447, 300)
     for i, (request, share) in enumerate(reserved):
+        sheet.rect(20 + i * 7, 64, 6, 300)
         sheet.rect(20 + i * 7, 64 + 300 * (1 - share), 6, 300 * share, COLORS[request % len(COLORS)])
     for i, (request, share) in enumerate(blocks):
         x, y = 510 + i % 32 * 14, 64 + i // 32 * 18.75
+        if share < 1:
+            sheet.rect(x, y, 13, 17.5)
         if request >= 0:
             sheet.rect(x, y, 13 * share, 17.5, COLORS[request % len(COLORS)])
     foot = (
-        "a colour is a request, grey holds no token; upstream's 256 requests after 300 steps of the engine's scheduler",
-        "一种颜色是一个请求，灰色处没有存任何词元；上游基准测试的 256 个请求跑 300 步之后，由引擎自己的调度器得出",
+        "left: a bar is a reservation; a colour is a request, grey holds no token; the benchmark's 256 requests after "
+        "300 steps of the scheduler",
+        "左：一根柱是一份预留；一种颜色是一个请求，灰色处没有存任何词元；基准测试的 256 个请求，"
+        "由引擎的调度器跑 300 步之后",
     )
     sheet.text(20, 388, foot, 12, MUTED)
     return sheet.svg()
@@ -210,14 +214,15 @@ def schedule(language: str) -> str:
                 height = 8 if num_tokens == 1 else min(12 + num_tokens / 2, 32)
                 sheet.rect(x, y + 32 - height, cell - 1, height, COLORS[i], opacity=1 if num_tokens > 1 else 0.6)
             if num_tokens > 1 and (s == first or num_tokens > 3):
-                sheet.text(x + cell / 2, y + 29, str(num_tokens), 9, PAPER if i != 4 else INK, anchor="middle")
+                sheet.text(x + cell / 2, y + 29, str(num_tokens), 11, PAPER if i != 4 else INK, anchor="middle")
     y = 290
-    sheet.text(20, y + 30, ("free blocks", "空闲块"), 13)
+    sheet.text(20, y + 40, ("free blocks", "空闲块"), 13)
     for s, free in enumerate(timeline.free):
         sheet.rect(left + s * cell, y + 42 - 3 * free, cell - 1, 3 * free, LINE)
     sheet.line((left, y + 43), (left + 850, y + 43))
-    sheet.text(left, y + 60, f"0 … {steps - 1}", 11, MUTED)
-    sheet.text(left + 850, y + 60, ("steps", "步"), 11, MUTED, anchor="end")
+    sheet.text(left + 850, y - 4, str(timeline.free[-1]), 11, MUTED, anchor="end")
+    sheet.text(left, y + 60, ("step 0", "第 0 步"), 11, MUTED)
+    sheet.text(left + 850, y + 60, (f"step {steps - 1}", f"第 {steps - 1} 步"), 11, MUTED, anchor="end")
     note = (
         "tall: a chunk and its tokens; low: a decode; grey: waits; red: preempted. 14 blocks of 16, 40 tokens a step.",
         "高：提示的分块及其词元数；矮：解码；灰：等待；红：被抢占。14 块，每块 16 个词元，每步最多 40 个",

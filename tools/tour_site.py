@@ -10,6 +10,12 @@ LINK = re.compile(r"\[([^\]]*)\]\(([^)\s]+)\)")
 LIST_AFTER_TEXT = re.compile(r"^([^\s|#<>\-*`\d].*)\n(?=(?:- |1\. ))", re.MULTILINE)
 
 
+def on_config(config: Any, **_: Any) -> Any:
+    """The site's configuration with a column that is wide enough for the code."""
+    config["extra_css"].append("tour/site.css")
+    return config
+
+
 def on_page_markdown(markdown: str, page: Any, **_: Any) -> str:
     """The page as mkdocs needs it.
 

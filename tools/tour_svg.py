@@ -4,7 +4,7 @@ from dataclasses import dataclass, field
 from html import escape
 from unicodedata import east_asian_width
 
-INK, MUTED, LINE, PAPER, EMPTY = "#1f2933", "#52606d", "#7b8794", "#ffffff", "#eef1f4"
+INK, MUTED, LINE, PAPER, EMPTY = "#1f2933", "#52606d", "#7b8794", "#ffffff", "#e3e8ec"
 COLORS = ["#4e79a7", "#f28e2b", "#59a14f", "#b07aa1", "#edc948", "#76b7b2", "#9c755f", "#ff9da7"]
 RED = "#c62828"
 

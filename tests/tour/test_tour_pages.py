@@ -1,7 +1,9 @@
 """What the tour promises of its pages: quotes are the source's, links lead somewhere, both languages say the same."""
 
+import json
 import re
 from pathlib import Path
+from urllib.parse import parse_qsl
 
 import pytest
 from markdown_it import MarkdownIt
@@ -13,6 +15,7 @@ TOUR = ROOT / "docs" / "tour"
 CHAPTERS = sorted(page.name for page in TOUR.glob("0*.md"))
 PAGES = quote_tour.pages()
 NOTED = [ROOT / "docs" / "lab-notebook.md", ROOT / "docs" / "tensor_parallelism.md"]
+TRACE = ROOT / "docs" / "traces" / "demo.jsonl"
 VIEWS = {"02": "blocks", "03": "scheduler", "04": "attention", "08": "parallel"}
 
 LINK = re.compile(r"\[[^\]]*\]\(([^)\s]+)\)")
@@ -33,6 +36,11 @@ def name(page: Path) -> str:
 
 def language(page: Path) -> str:
     return "zh" if page.parent.name == "zh" else "en"
+
+
+def asked(link: str) -> dict[str, str]:
+    """What a link to the page asks it to show."""
+    return dict(parse_qsl(link.partition("#")[2]))
 
 
 def headings(text: str, level: str = "##") -> list[str]:
@@ -113,10 +121,30 @@ def test_every_link_leads_to_a_file_and_a_heading(page: Path) -> None:
 def test_a_chapter_ends_with_its_view_of_the_page_and_the_next_chapter(chapter: str) -> None:
     for folder, up in ((TOUR, "../"), (TOUR / "zh", "../../")):
         links = LINK.findall((folder / chapter).read_text(encoding="utf-8").rstrip().splitlines()[-1])
-        view = VIEWS.get(chapter[:2])
-        assert (f"{up}demo.html#view={view}" in links) == (view is not None)
+        recorded = [link for link in links if link.startswith(f"{up}demo.html#")]
+        view, lang = VIEWS.get(chapter[:2]), language(folder / chapter)
+        assert [asked(link)["view"] for link in recorded] == ([view] if view else [])
+        assert all(asked(link)["lang"] == lang for link in recorded)
+        assert (f"http://127.0.0.1:8000/#view={view}&lang={lang}" in links) == (view is not None)
         following = CHAPTERS[CHAPTERS.index(chapter) + 1 :][:1]
-        assert all(file in links for file in [*following, "README.md"])
+        other = f"zh/{chapter}" if lang == "en" else f"../{chapter}"
+        assert all(file in links for file in [*following, "README.md", other])
+
+
+@pytest.mark.parametrize("chapter", [chapter for chapter in CHAPTERS if chapter[:2] in VIEWS])
+def test_the_recorded_step_that_a_chapter_opens_shows_what_the_chapter_is_about(chapter: str) -> None:
+    lines = map(json.loads, TRACE.read_text(encoding="utf-8").splitlines())
+    steps = {line["n"]: line for line in lines if line["kind"] == "step"}
+    for folder in (TOUR, TOUR / "zh"):
+        (link,) = (link for link in LINK.findall((folder / chapter).read_text("utf-8")) if "demo.html#" in link)
+        query = asked(link)
+        step = steps[int(query["step"])]
+        assert {
+            "blocks": {"used", "cached"} <= {state for _, state, *_ in step["blocks"]},
+            "scheduler": "preempt" in {event["what"] for event in step["events"]},
+            "attention": [query.get("request"), "decode"] in [entry[:2] for entry in step["batch"]],
+            "parallel": {kind for _, kind, *_ in step["batch"]} == {"decode"},
+        }[query["view"]]
 
 
 @pytest.mark.parametrize("page", PAGES, ids=name)

@@ -48,3 +48,4 @@ def test_the_site_builds_strictly_and_loads_nothing_from_outside(tmp_path: Path)
     for page in (tmp_path / "site" / "tour").rglob("*.html"):
         html = page.read_text(encoding="utf-8")
         assert not re.findall(r'<(?:script|img|link)[^>]+(?:src|href)="https?://', html), page
+        assert re.search(r'<link rel="stylesheet" href="(\.\./)?site.css">', html), "code fits into the column"

@@ -36,14 +36,17 @@ def main() -> None:
     third = sequence("third", [9, *system[1:], 1, 2, 3])
     for seq in (first, second, third):
         admit(manager, seq)
-    print(f"free: {manager.num_free_blocks} of 8 blocks; without sharing it would be 0: three tables have 9 entries")
+    entries = sum(len(seq.block_tables[0]) for seq in (first, second, third))
+    print(f"{8 - manager.num_free_blocks} of 8 blocks are used; without sharing it would be {entries}, too many")
 
     manager.release(first)
     print(f"first has gone: {manager.num_free_blocks} free; second still holds the shared two")
     manager.release(second)
+    print(f"second has gone too: {manager.num_free_blocks} free, the shared two among them")
     again = sequence("again", [*system, 6])
     admit(manager, again)
-    print(f"their content was still there: {manager.stats.prefix_hits} tokens were found in all, none computed twice")
+    stats = manager.stats
+    print(f"their content was still there; in all {stats.prefix_hits} of {stats.prefix_queries} tokens were found")
 
 
 if __name__ == "__main__":

@@ -43,9 +43,9 @@ def main() -> None:
     torch.manual_seed(0)
     keys, queries = torch.randn(sum(LENGTHS), KV_HEADS, DIM), torch.randn(len(LENGTHS), KV_HEADS, DIM)
     results = []
-    for order in torch.arange(NUM_BLOCKS), torch.randperm(NUM_BLOCKS):
+    for name, order in ("in order", torch.arange(NUM_BLOCKS)), ("shuffled", torch.randperm(NUM_BLOCKS)):
         cache, tables = scatter(keys, order)
-        print(f"the second sequence's block table: {tables[1, :3].tolist()}")
+        print(f"blocks {name}: the second sequence's block table is {tables[1, :3].tolist()}")
         results.append([attend(q, gather_kv(cache, t, n))[0] for q, t, n in zip(queries, tables, LENGTHS, strict=True)])
     in_order, in_pieces = map(torch.stack, results)
     print(f"in pieces as in order, bit for bit: {torch.equal(in_order, in_pieces)}")
