@@ -29,10 +29,10 @@ def mask_tokens(logits: torch.Tensor, masks: TokenBits) -> None:
 
 
 def mask_reference(logits: torch.Tensor, entries: torch.Tensor, bits: torch.Tensor) -> None:
-    """Mask the logits of `entries`, `[any]` int64, by `bits`, `[any, words]` int32; all on the CPU."""
-    as_bytes = bits.numpy().astype("<i4", copy=False).view(np.uint8)
+    """Mask the logits of `entries`, `[any]` int64, by `bits`, `[any, words]` int32."""
+    as_bytes = bits.cpu().numpy().astype("<i4", copy=False).view(np.uint8)
     is_allowed = np.unpackbits(as_bytes, axis=1, bitorder="little", count=logits.shape[1]).view(bool)
-    logits[entries] = logits[entries].masked_fill_(~torch.from_numpy(is_allowed), -math.inf)
+    logits[entries] = logits[entries].masked_fill_(torch.from_numpy(~is_allowed).to(logits.device), -math.inf)
 
 
 def mask_triton(logits: torch.Tensor, entries: torch.Tensor, bits: torch.Tensor) -> None:
