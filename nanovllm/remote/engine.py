@@ -91,9 +91,9 @@ class RemoteEngine:
         if self._requests.pop(request.key, None) is not None:
             self._link.send(Abort(request.key))
 
-    def watch(self, watcher: Callable[[StepTrace], None] | None, every_step: bool = False) -> None:
+    def watch(self, watcher: Callable[[StepTrace], None] | None, is_teaching: bool = False) -> None:
         """Give the watcher traces of steps, the first of them full, and again after a restart. None: no more."""
-        self._watcher, self._watch = watcher, Watch(watcher is not None, every_step)
+        self._watcher, self._watch = watcher, Watch(watcher is not None, is_teaching)
         self._send_if_serving(self._watch)
 
     def set_pace(self, pace: Pace) -> None:

@@ -8,7 +8,6 @@ only an engine that was started to be looked at shows them.
 import asyncio
 from collections import deque
 from collections.abc import AsyncGenerator
-from dataclasses import replace
 
 from nanovllm.engine.step_trace import StepTrace
 from nanovllm.errors import EngineDeadError
@@ -90,7 +89,7 @@ class Feed:
     def _take(self, trace: StepTrace) -> None:
         if not trace.is_full and self._writer.n == 0:
             return  # it was on its way when the last viewer left
-        objects = self._writer.objects(trace if self._is_teaching else _without_texts(trace))
+        objects = self._writer.objects(trace)
         step = (self._writer.n, _events(objects))
         for viewer in self._viewers:
             if len(viewer.steps) == MOST_STEPS:
@@ -99,11 +98,6 @@ class Feed:
             if not viewer.is_behind:
                 viewer.steps.append(step)
             viewer.has_news.set()
-
-
-def _without_texts(trace: StepTrace) -> StepTrace:
-    arrivals = [arrival._replace(prompt="") for arrival in trace.arrivals]
-    return replace(trace, arrivals=arrivals, pieces={name: [""] * len(new) for name, new in trace.pieces.items()})
 
 
 def _events(objects: list[Object]) -> bytes:

@@ -6,6 +6,7 @@ from collections.abc import Iterator
 from typing import Any
 
 from nanovllm.engine.block_manager import BlockManager
+from nanovllm.engine.cache_changes import CacheChanges
 from nanovllm.engine.scheduler import ScheduledStep, Scheduler
 from nanovllm.engine.sequence import Sequence
 from nanovllm.sampling_params import SamplingParams
@@ -33,12 +34,12 @@ def head(num_blocks: int = 40, **more: Any) -> dict[str, Any]:
     }
     return {
         "kind": "head",
-        "format": "nano-vllm-trace-1",
+        "format": "nano-vllm-trace-2",
         "model": "demo",
         "device": "cpu",
         "num_blocks": num_blocks,
         "block_size": BLOCK_SIZE,
-        "num_groups": 1,
+        "windows": [None],
         "max_num_seqs": 16,
         "max_num_batched_tokens": BUDGET,
         "started": 1790000000.0,
@@ -64,7 +65,7 @@ class Engine:
         self.names: dict[Sequence, str] = {}
         self.alive: list[Sequence] = []
         self.events: list[dict[str, Any]] = []
-        self.shown: dict[int, list[Any]] = {}
+        self.cache = CacheChanges()
         self.n = self.output_tokens = 0
 
     def add(self, num_tokens: int, max_tokens: int, prefix: int = 0, prompt: str = "def mean(values):") -> dict:
@@ -131,17 +132,9 @@ class Engine:
         for row, count in zip(plan.plan.rows, plan.plan.query_lens, strict=True):
             seq, kind = rows[row], "decode" if len(batch) < plan.plan.num_decodes else "prefill"
             batch.append([self.names[seq], kind, seq.num_computed_tokens - count, count])
-        blocks = {block: [block, "free", [], -1, ""] for block in range(manager.num_blocks)}
-        for seq in scheduler.running:
-            for i, block in enumerate(seq.block_tables[0]):
-                digest = seq.block_digests[i].hex()[:8] if i < seq.num_published_blocks else ""
-                owners = [*blocks[block][2], self.names[seq]]
-                blocks[block] = [block, "used", owners, i * BLOCK_SIZE, digest]
-        for block, before in self.shown.items():
-            if blocks[block][1] == "free" and before[4]:
-                blocks[block] = [block, "cached", [], before[3], before[4]]
-        changed = [b for b in blocks.values() if b != self.shown.get(b[0], [b[0], "free", [], -1, ""])]
-        self.shown = blocks
+        running = {self.names[seq]: seq.block_tables for seq in scheduler.running}
+        tables = self.cache.tables(running, manager.windows)
+        digests = {block: digest[:4].hex() if digest else "" for block, digest in self.cache.digests(manager).items()}
         events, self.events = self.events, []
         stats = manager.stats
         return {
@@ -152,7 +145,8 @@ class Engine:
             "batch": batch,
             "running": [self.names[seq] for seq in scheduler.running],
             "waiting": [self.names[seq] for seq in scheduler.waiting],
-            "blocks": [b for b in blocks.values() if b[1] != "free"] if full else changed,
+            "tables": tables,
+            "digests": [list(digests), list(digests.values())],
             "events": events,
             "stats": {
                 "usage": manager.usage,

@@ -11,7 +11,7 @@ from typing import Any
 import httpx
 import pytest
 from server_process import KEY, Server
-from trace_reading import check_format
+from trace_reading import apply, check_format
 
 from nanovllm import demo_model
 
@@ -98,7 +98,7 @@ def post(server: Server, path: str, **body: Any) -> dict[str, Any]:
 class TestTheFeed:
     def test_begins_with_the_head_and_with_all_blocks(self, viewer: Viewer) -> None:
         head, first = viewer.seen[:2]
-        assert head["format"] == "nano-vllm-trace-1" and head["model"] == "demo" and head["engines"] == 1
+        assert head["format"] == "nano-vllm-trace-2" and head["model"] == "demo" and head["engines"] == 1
         # The teaching sizes, but for what the command line said
         sizes = ("num_blocks", "block_size", "max_num_seqs", "max_num_batched_tokens")
         assert [head[name] for name in sizes] == [24, 16, 6, 64]
@@ -177,11 +177,11 @@ class TestTheLevers:
         viewer.wait(lambda: viewer.steps[-1]["running"])
         post(calm, "clear")
         viewer.wait(lambda: len(viewer.events("abort")) == 6)
-        states: dict[int, str] = {}
         viewer.wait(lambda: not viewer.steps[-1]["running"])
-        for step in viewer.steps:
-            states |= {block[0]: block[1] for block in step["blocks"]}
-        assert set(states.values()) == {"free"}
+        tables, digests = {}, {}
+        for step in list(viewer.steps):
+            apply(step, tables, digests)
+        assert not tables and set(digests.values()) == {""}
 
     def test_what_is_wrong_is_refused(self, calm: Server) -> None:
         with calm.http() as http:
@@ -206,6 +206,9 @@ class TestAServerForOthers:
                 assert answer.status_code == 403 and "--teach" in answer.json()["error"]["message"]
             http.post("/v1/completions", json={"model": "demo", "prompt": "x", "max_tokens": 60, "temperature": 0})
         viewer.wait(lambda: len(viewer.steps) > 2 and not viewer.steps[-1]["running"])
+        (request,) = [thing for thing in viewer.seen if thing["kind"] == "request"]
+        assert (request["prompt"], request["prompt_tokens"]) == ("", 1), "the texts of requests are nobody's business"
+        assert not any(step["tokens"] for step in viewer.steps)
         covered = sum(
             thing["steps"] if thing["kind"] == "gap" else 1 for thing in viewer.seen if thing["kind"] in ("gap", "step")
         )

@@ -85,9 +85,11 @@ export function eventsUntil(history, index, most) {
 export function traceText(history) {
   if (!history.frames.length) return history.head ? JSON.stringify(history.head) + "\n" : "";
   const first = copyState(stateAt(history, 0));
-  const blocks = first.blocks.flatMap(({ state, owners, first: position, digest }, number) =>
-    state === "free" ? [] : [[number, state, owners, position, digest]],
+  const tables = [...first.tables].flatMap(([name, groups]) =>
+    groups.map((table, group) => [name, group, 0, 0, table]),
   );
+  const found = [...first.blocks.entries()].filter(([, { digest }]) => digest);
+  const digests = [found.map(([number]) => number), found.map(([, { digest }]) => digest)];
   const requests = [...first.requests.values()].map((request) => ({
     kind: "request",
     request: request.name,
@@ -98,7 +100,7 @@ export function traceText(history) {
   const objects = [
     history.head,
     ...requests,
-    { ...history.frames[0].step, full: true, blocks },
+    { ...history.frames[0].step, full: true, tables, digests },
     ...history.frames.slice(1).flatMap((frame) => frame.objects),
   ];
   return objects.map((object) => JSON.stringify(object) + "\n").join("");

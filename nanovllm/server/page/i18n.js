@@ -81,6 +81,15 @@ const WORDS = {
   "table.physical": ["physical", "物理块"],
   "table.shared": ["shared with {owners}", "与 {owners} 共享"],
   "table.more": ["and {n} more", "另有 {n} 个"],
+  "table.group.full": ["Layer group {n}: sees every token", "第 {n} 组层：能看到所有词元"],
+  "table.group.window": [
+    "Layer group {n}: sees the last {window} tokens (sliding window)",
+    "第 {n} 组层：只看最近 {window} 个词元（滑动窗口）",
+  ],
+  "table.groups": [
+    "Each group of layers has a table of its own, and all take blocks from one pool. A group with a window gives blocks back as soon as no token to come sees them: its table begins later.",
+    "每组层各有一张块表，所有组共用一个块池。带滑动窗口的组会把后续词元再也看不到的块立即交还，所以它的块表从后面的逻辑块开始。",
+  ],
   "table.how": [
     "The request sees one row of tokens. Its blocks lie anywhere in the cache.",
     "请求看到的是连续的词元，而它的块可以散落在缓存的任何地方。",

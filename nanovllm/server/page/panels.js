@@ -69,7 +69,7 @@ export function showRequests(place, app) {
           h(
             "span",
             { class: "quiet small to-end" },
-            say("request.tokens", { prompt: request.promptTokens, output: request.pieces }),
+            say("request.tokens", { prompt: request.promptTokens, output: request.output }),
           ),
         ),
         h("p", { class: "prompt quiet" }, request.prompt.replace(/\s+/g, " ").trim()),

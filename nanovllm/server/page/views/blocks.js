@@ -4,7 +4,7 @@ import { cellAt, drawCells } from "../cells.js";
 import { chip } from "../colors.js";
 import { h, replace } from "../dom.js";
 import { say } from "../i18n.js";
-import { blockTable, countBlocks } from "../state.js";
+import { blockTables, countBlocks } from "../pool.js";
 import { batchBar, queues } from "./schedule.js";
 
 const MOST_IN_TABLE = 96;
@@ -92,11 +92,29 @@ function sayBlock(state, number) {
   });
 }
 
-// Logical blocks in order, each above the physical block that it is mapped to.
+// Logical blocks in order, each above the physical block that it is mapped to; a row for each group of layers.
 export function showTable(app, name) {
   if (!name) return h("p", { class: "quiet" }, say("table.nobody"));
-  const table = blockTable(app.state, name);
-  if (!table.length) return [h("h3", {}, chip(name), " ", say("table.none", { name }))];
+  const tables = blockTables(app.state, name),
+    windows = app.state.head.windows ?? [null];
+  if (!tables.some((table) => table.length)) return [h("h3", {}, chip(name), " ", say("table.none", { name }))];
+  return [
+    h("h3", {}, chip(name), " ", say("table.title", { name })),
+    tables.map((table, group) => [
+      tables.length > 1 && h("h4", { class: "small" }, sayGroup(windows, group)),
+      showRow(app, name, table),
+    ]),
+    h("p", { class: "quiet small" }, say("table.how")),
+    tables.length > 1 && h("p", { class: "quiet small" }, say("table.groups")),
+  ];
+}
+
+function sayGroup(windows, group) {
+  const n = group + 1;
+  return windows[group] ? say("table.group.window", { n, window: windows[group] }) : say("table.group.full", { n });
+}
+
+function showRow(app, name, table) {
   const cells = table.slice(0, MOST_IN_TABLE).map(([logical, physical]) => {
     const others = app.state.blocks[physical].owners.filter((owner) => owner !== name);
     return h(
@@ -109,25 +127,21 @@ export function showTable(app, name) {
       h("span", { class: "physical" }, String(physical)),
     );
   });
-  return [
-    h("h3", {}, chip(name), " ", say("table.title", { name })),
+  return h(
+    "div",
+    { class: "table-row" },
     h(
       "div",
-      { class: "table-row" },
-      h(
-        "div",
-        { class: "table-names quiet small" },
-        h("span", {}, say("table.logical")),
-        h("span", {}, say("table.physical")),
-      ),
-      h(
-        "ol",
-        {},
-        cells,
-        table.length > MOST_IN_TABLE &&
-          h("li", { class: "quiet" }, say("table.more", { n: table.length - MOST_IN_TABLE })),
-      ),
+      { class: "table-names quiet small" },
+      h("span", {}, say("table.logical")),
+      h("span", {}, say("table.physical")),
     ),
-    h("p", { class: "quiet small" }, say("table.how")),
-  ];
+    h(
+      "ol",
+      {},
+      cells,
+      table.length > MOST_IN_TABLE &&
+        h("li", { class: "quiet" }, say("table.more", { n: table.length - MOST_IN_TABLE })),
+    ),
+  );
 }

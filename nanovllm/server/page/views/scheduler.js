@@ -26,7 +26,7 @@ function entries(app) {
   const columns = ["request", "kind", "positions", "tokens", "progress"];
   const lines = batch.slice(0, MOST_LINES).map(([name, kind, first, count]) => {
     const request = requests.get(name),
-      total = (request?.promptTokens ?? 0) + (request?.pieces ?? 0);
+      total = (request?.promptTokens ?? 0) + (request?.output ?? 0);
     const done = Math.min(total, first + count);
     return h(
       "tr",
