@@ -14,6 +14,8 @@ from server_process import KEY, Server
 from trace_reading import apply, check_format
 
 from nanovllm import demo_model
+from nanovllm.config import Config
+from nanovllm.trace.scenes import TEACHING
 
 KEYED = [("GET", "trace"), ("GET", "state"), ("POST", "control"), ("POST", "scene"), ("POST", "clear")]
 
@@ -240,3 +242,18 @@ def test_teaching_needs_the_page_and_one_engine(tmp_path: Path) -> None:
     for options, says in ((["--no-page"], "teach=True needs the page"), (["-dp", "2"], "--data-parallel-size 1")):
         result = CliRunner().invoke(app, ["serve", str(demo_model()), "--teach", *options])
         assert result.exit_code == 2 and says in result.output
+
+
+def test_an_option_wins_over_teaching_s_size_though_it_is_the_engine_s_default(monkeypatch: pytest.MonkeyPatch) -> None:
+    from typer.testing import CliRunner
+
+    from nanovllm.cli import app
+    from nanovllm.server import launch
+
+    made: list[dict[str, Any]] = []
+    monkeypatch.setattr(launch, "serve", lambda path, options, *_: made.append(options))
+    default = Config.__dataclass_fields__["max_num_seqs"].default
+    for options in ([], ["--max-num-seqs", str(default)]):
+        result = CliRunner().invoke(app, ["serve", str(demo_model()), "--port", "0", "--teach", *options])
+        assert result.exit_code == 0, result.output
+    assert [options["max_num_seqs"] for options in made] == [TEACHING["max_num_seqs"], default]
