@@ -20,14 +20,14 @@ FORMAT = "nano-vllm-trace-2"
 Object = dict[str, Any]
 
 
-def head(shape: EngineShape, model: str, num_engines: int = 1) -> Object:
+def head(shape: EngineShape, model: str, num_engines: int = 1, num_restarts: int = 0) -> Object:
     """The first object: what the engine is, and the source of every function that an event names.
 
     Args:
-        num_engines: of a server; the trace is of the first.
+        num_engines: of a server; the trace is of the first. num_restarts: of that one.
     """
-    about = {"kind": "head", "format": FORMAT, "model": model, "engines": num_engines, "started": time.time()}
-    return about | shape._asdict() | {"functions": functions()}
+    about = {"kind": "head", "format": FORMAT, "model": model, "engines": num_engines, "restarts": num_restarts}
+    return about | {"started": time.time()} | shape._asdict() | {"functions": functions()}
 
 
 class TraceWriter:

@@ -42,6 +42,7 @@ def head(num_blocks: int = 40, **more: Any) -> dict[str, Any]:
         "windows": [None],
         "max_num_seqs": 16,
         "max_num_batched_tokens": BUDGET,
+        "restarts": 0,
         "started": 1790000000.0,
         "hidden_size": 256,
         "num_layers": 8,

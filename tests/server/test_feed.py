@@ -20,7 +20,7 @@ class Engine:
     """Stands in for `RemoteEngine`: the test makes its traces."""
 
     def __init__(self) -> None:
-        self.facts, self.watcher = SimpleNamespace(shape=SHAPE), None
+        self.facts, self.watcher, self.num_restarts = SimpleNamespace(shape=SHAPE), None, 0
 
     def watch(self, watcher: Any, is_teaching: bool = False) -> None:
         self.watcher = watcher

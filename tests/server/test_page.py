@@ -1,6 +1,8 @@
 """The page's endpoints on a real server: what its viewers get, and what they may do."""
 
 import json
+import os
+import signal
 import socket
 import threading
 import time
@@ -10,6 +12,7 @@ from typing import Any
 
 import httpx
 import pytest
+from leftovers import children_of
 from server_process import KEY, Server
 from trace_reading import apply, check_format
 
@@ -196,6 +199,48 @@ class TestTheLevers:
                 ("control", {"action": "pause", "more": 1}),
             ):
                 assert http.post(f"/page/{path}", json=body).status_code == 400, body
+
+
+class TestAnEngineThatEnds:
+    """Kills the engine's process: the server starts another."""
+
+    def test_a_viewer_sees_it_and_then_the_whole_state_of_the_next_one_at_the_old_pace(
+        self, make_server: Callable[..., Server]
+    ) -> None:
+        server = make_server(teach=True, options=TEACHING)
+        viewer = Viewer(server)
+        post(server, "control", action="slow", delay_ms=30)
+        post(server, "scene", scene="fill")
+        viewer.wait(lambda: viewer.steps[-1]["running"])
+        post(server, "control", action="pause")
+        (pid,) = children_of(server.process.pid, "remote.process")
+        os.kill(pid, signal.SIGKILL)
+        viewer.wait(lambda: {"kind": "lost"} in viewer.seen)
+        with server.http() as http:
+            refused = http.get("/page/trace")
+            assert (refused.status_code, refused.json()["error"]["code"]) == (503, "engine_lost")
+            assert http.post("/page/scene", json={"scene": "fill"}).status_code == 503
+            state = http.get("/page/state").json()
+            assert (state["paused"], state["delay_ms"]) == (True, 30)
+        viewer.wait(lambda: viewer.seen[-1]["kind"] == "step" and viewer.seen[-1].get("full"), 60)
+        after = viewer.seen[viewer.seen.index({"kind": "lost"}) + 1 :]
+        assert [thing["kind"] for thing in after] == ["head", "step"] and after[0]["restarts"] == 1
+        assert after[1]["n"] == 1 and not after[1]["running"] and after[1]["stats"]["usage"] == 0
+        second = Viewer(server)
+        number = post(server, "scene", scene="long")["requests"]
+        viewer.wait(lambda: len(viewer.steps[-1]["waiting"]) == number)
+        time.sleep(0.2)
+        assert not viewer.steps[-1]["batch"], "it is paused as the one before"
+        post(server, "control", action="resume")
+        viewer.wait_for_end(number)
+        since = viewer.seen[viewer.seen.index({"kind": "lost"}) + 1 :]
+        times = [thing["t"] for thing in since if thing["kind"] == "step" and thing["batch"]]
+        assert min(b - a for a, b in zip(times, times[1:], strict=False)) >= 0.03, "and as slow"
+        check_format(since)
+        second.wait_for_end(number)
+        check_format(second.seen)
+        viewer.close()
+        second.close()
 
 
 class TestAServerForOthers:

@@ -28,6 +28,11 @@ const WORDS = {
     "这个页面背后没有引擎。请打开一份录好的轨迹（.jsonl 文件），或把文件拖到这里。",
   ],
   bad_trace: ["This is no trace. Line {error}", "这不是轨迹文件。第 {error}"],
+  lost: ["The engine has ended, and is being started again.", "引擎已终止，正在重新启动。"],
+  restarted: [
+    "The engine was started again: its cache is empty, and what ran has failed.",
+    "引擎已重新启动：缓存已清空，原先运行的请求已失败。",
+  ],
   refused: ["The server refused: {error}", "服务器拒绝：{error}"],
   "key.title": ["This server wants an API key", "此服务器需要 API 密钥"],
   "key.label": ["API key", "API 密钥"],

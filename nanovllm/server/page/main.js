@@ -173,6 +173,18 @@ function followNewest() {
 }
 
 function take(object) {
+  if (object.kind === "lost") {
+    app.feed = "lost";
+    notice(say("lost"));
+    render();
+    return;
+  }
+  if (object.kind === "head") {
+    app.feed = "open";
+    const before = app.history.head;
+    notice(before && object.restarts > before.restarts ? say("restarted") : "");
+    app.request = null;
+  }
   const forgotten = add(app.history, object),
     { player } = app;
   if (object.kind === "head") Object.assign(player, { position: -1, follow: true });
