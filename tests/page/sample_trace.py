@@ -5,6 +5,7 @@ import random
 from collections.abc import Iterator
 from typing import Any
 
+from nanovllm.cache_groups import Windows
 from nanovllm.engine.block_manager import BlockManager
 from nanovllm.engine.cache_changes import CacheChanges
 from nanovllm.engine.scheduler import ScheduledStep, Scheduler
@@ -59,8 +60,8 @@ def event(what: str, request: str | None, by: str, en: str, zh: str, **data: Any
 class Engine:
     """Steps a scheduler whose sequences draw random tokens, and tells each step as a trace does."""
 
-    def __init__(self, num_blocks: int = 40, seed: int = 0) -> None:
-        self.manager = BlockManager(num_blocks, BLOCK_SIZE)
+    def __init__(self, num_blocks: int = 40, seed: int = 0, windows: Windows = (None,)) -> None:
+        self.manager = BlockManager(num_blocks, BLOCK_SIZE, windows=windows)
         self.scheduler = Scheduler(self.manager, 16, BUDGET)
         self.random = random.Random(seed)
         self.names: dict[Sequence, str] = {}
@@ -178,3 +179,14 @@ def sample_trace(num_blocks: int = 40) -> Iterator[dict[str, Any]]:
     while engine.alive:
         yield engine.step()
     yield engine.step()  # the last blocks go back
+
+
+def window_trace() -> Iterator[dict[str, Any]]:
+    """Three requests of a model with one group of layers that sees all and two with a window of 48 tokens."""
+    windows = (None, 48, 48)
+    engine = Engine(80, windows=windows)
+    yield head(80, windows=windows)
+    for _ in range(3):
+        yield engine.add(100, 60, prefix=32)
+    while engine.alive:
+        yield engine.step(full=engine.n == 0)

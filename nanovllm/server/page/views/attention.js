@@ -5,6 +5,7 @@ import { h, replace } from "../dom.js";
 import { say } from "../i18n.js";
 import { splitContexts } from "../splits.js";
 import { blockTables } from "../pool.js";
+import { sayGroup } from "./blocks.js";
 
 const MULTIPROCESSORS = [8, 36, 80, 132],
   OF_AN_H100 = 132,
@@ -167,6 +168,7 @@ function read(state, [name, , first, count]) {
     "section",
     {},
     h("h3", {}, say("attention.read", { n: end, blocks: table.length })),
+    state.head.windows?.length > 1 && h("p", { class: "quiet" }, sayGroup(state.head.windows, 0)),
     h("p", { class: "quiet" }, say("attention.read.how")),
     h(
       "ol",

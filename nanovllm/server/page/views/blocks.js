@@ -82,14 +82,16 @@ function describe(state) {
 }
 
 function sayBlock(state, number) {
-  const { state: kind, owners, first, digest } = state.blocks[number];
-  return say(`block.${kind}`, {
+  const { state: kind, owners, first, group, digest } = state.blocks[number],
+    { windows, block_size: size } = state.head;
+  const said = say(`block.${kind}`, {
     b: number,
     owners: owners.join(", "),
     from: first,
-    to: first + state.head.block_size - 1,
+    to: first + size - 1,
     digest: digest && say("block.digest", { digest }),
   });
+  return kind === "used" && windows?.length > 1 ? `${said} ${sayGroup(windows, group)}.` : said;
 }
 
 // Logical blocks in order, each above the physical block that it is mapped to; a row for each group of layers.
@@ -109,7 +111,8 @@ export function showTable(app, name) {
   ];
 }
 
-function sayGroup(windows, group) {
+// Which layers a table serves, where they have several.
+export function sayGroup(windows, group) {
   const n = group + 1;
   return windows[group] ? say("table.group.window", { n, window: windows[group] }) : say("table.group.full", { n });
 }
