@@ -103,6 +103,18 @@ def test_refusal_of_the_server_is_shown(open_page: Open, serve: Serve) -> None:
     expect(page.locator("#notice")).to_have_text("The server refused: nothing to clear")
 
 
+def test_whoever_comes_first_is_told_what_to_do_and_then_what_to_look_at(open_page: Open, serve: Serve) -> None:
+    page = open_page(f"{serve().url}#lang=en")
+    hint = page.locator("#hint")
+    expect(hint).to_contain_text("buttons at the foot of the page")
+    page.click("#scene-shared")
+    expect(hint).to_contain_text("watch the striped blocks")
+    page.click("#language")
+    expect(hint).to_contain_text("前缀命中")
+    page = open_page(f"{serve(teach=False).url}#lang=en")
+    expect(page.locator("#hint")).to_contain_text("the page shows no texts")
+
+
 def test_engine_that_ends_and_is_started_again_is_told_of(open_page: Open, serve: Serve) -> None:
     stub = serve()
     page = open_page(f"{stub.url}#lang=en")

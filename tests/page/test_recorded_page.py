@@ -53,6 +53,15 @@ def test_recorded_trace_plays_pauses_and_steps(open_page: Open, demo: str) -> No
     expect(page.locator("#stat-step")).to_have_text(str(at))
 
 
+def test_meters_are_as_long_as_their_figures_say(open_page: Open, demo: str) -> None:
+    page = open_page(f"{demo}#lang=en&step=8")
+    meters = page.locator("#figures .meter")
+    shares = meters.evaluate_all("(all) => all.map((one) => one.firstChild.offsetWidth / one.offsetWidth)")
+    figures = [page.locator(f"#stat-{key}").inner_text() for key in ("usage", "hit_rate")]
+    assert shares == pytest.approx([int(text.removesuffix(" %")) / 100 for text in figures], abs=0.02)
+    assert 0 < min(shares) and max(shares) < 1
+
+
 def test_model_with_windows_has_a_row_of_blocks_for_each_group_of_layers(open_page: Open, window_demo: str) -> None:
     page = open_page(f"{window_demo}#lang=en&step=40&request=B")
     expect(page.locator(".block-table h4")).to_have_text(

@@ -175,7 +175,9 @@ def test_4500_blocks_are_drawn_within_a_frame(run: Run) -> None:
         document.body.innerHTML = "<span id='probe'></span><div style='width: 900px'><canvas></canvas></div>";
         const canvas = document.querySelector("canvas"), begun = performance.now();
         for (let i = 0; i < 10; i += 1) cells.drawCells(canvas, now, {});
-        return [(performance.now() - begun) / 10, cells.layoutCells(900, 4500).size, pool.countBlocks(now).used];
+        const heights = [4500, 70000].map((count) => cells.layoutCells(900, count).height);
+        return [(performance.now() - begun) / 10, cells.layoutCells(900, 4500).size, pool.countBlocks(now).used, heights];
     """
-    ms, size, used = run(body, json.loads(json.dumps(trace)))
+    ms, size, used, heights = run(body, json.loads(json.dumps(trace)))
     assert ms < 50 and size >= 7 and used > 100
+    assert heights[0] <= 420 and heights[1] <= 720, "what stands below the blocks can be reached, whatever their number"

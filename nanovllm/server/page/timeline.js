@@ -11,9 +11,9 @@ const NARROWEST = 2,
 export function drawTimeline(canvas, history, position) {
   const width = canvas.parentElement.clientWidth;
   const context = prepareCanvas(canvas, width, HEIGHT);
-  const { frames, head } = history;
+  const { frames } = history;
   if (!frames.length) return;
-  const budget = head.max_num_batched_tokens;
+  const most = Math.max(1, ...frames.map(({ summary }) => summary.decode + summary.prefill));
   const perBar = Math.max(1, Math.ceil((frames.length * NARROWEST) / width));
   const bars = Math.ceil(frames.length / perBar),
     bar = Math.min(WIDEST, width / bars);
@@ -25,8 +25,8 @@ export function drawTimeline(canvas, history, position) {
     good: themeColor("--good"),
     accent: themeColor("--accent"),
   };
-  // A decode's token is one of a budget of thousands, so heights are by the root of the share.
-  const scale = (tokens) => Math.sqrt(Math.min(1, tokens / budget)) * (HEIGHT - MARKS);
+  // A decode is one token beside prompts of thousands, so heights are by the root of the share of the largest step.
+  const scale = (tokens) => Math.sqrt(tokens / most) * (HEIGHT - MARKS);
   context.globalAlpha = 1;
   for (let i = 0; i < bars; i += 1) {
     const some = frames.slice(i * perBar, (i + 1) * perBar).map((frame) => frame.summary);
