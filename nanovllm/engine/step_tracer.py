@@ -14,7 +14,7 @@ from dataclasses import dataclass
 from itertools import chain, count, islice
 from string import ascii_uppercase
 
-from nanovllm.engine.cache_changes import CacheChanges
+from nanovllm.engine.cache_changes import DigestChanges, SeenTables, table_changes
 from nanovllm.engine.llm_engine import LLMEngine
 from nanovllm.engine.request import Completion, Request
 from nanovllm.engine.scheduler import ScheduledStep, Scheduler
@@ -33,6 +33,7 @@ class _Followed:
     """A sequence that traces have named."""
 
     name: str
+    seen: SeenTables
     text: Detokenizer | None
     num_pieces: int  # of its text, that traces have had
 
@@ -60,7 +61,7 @@ class StepTracer:
         self._engine, self._owner, self._decoder = engine, owner, decoder
         self._followed: dict[Sequence, _Followed] = {}
         self._names = names()
-        self._cache = CacheChanges()
+        self._digests = DigestChanges()
         self.has_texts = True
         self._arrivals: list[Arrival] = []
         self._events: list[Event] = []
@@ -102,7 +103,7 @@ class StepTracer:
 
     def end(self) -> None:
         """Follow the engine no more."""
-        self._cache.end(self._engine.block_manager)
+        self._digests.end(self._engine.block_manager)
 
     def _steps_since(self) -> int:
         """How many steps were launched since the last trace."""
@@ -114,8 +115,8 @@ class StepTracer:
         followed = self._followed
         ended = [seq for seq in followed if seq.finish_reason is not None]
         self._events += [_end_of(followed[seq].name, seq) for seq in ended]
-        tables = {followed[seq].name: seq.block_tables for seq in scheduler.running}
-        self._running = list(tables)
+        running = [(followed[seq].seen, seq.block_tables) for seq in scheduler.running]
+        self._running = [seen.name for seen, _ in running]
         trace = StepTrace(
             num_steps=engine.stats.num_steps,
             num_skipped=max(0, num_skipped),
@@ -124,8 +125,8 @@ class StepTracer:
             batch=self._batch,
             running=self._running,
             waiting=[followed[seq].name for seq in self._first_waiting() if not seq.is_finished],
-            tables=self._cache.tables(tables, engine.block_manager.windows),
-            digests=self._cache.digests(engine.block_manager),
+            tables=table_changes(running, engine.block_manager.windows),
+            digests=self._digests.take(engine.block_manager),
             is_full=is_full,
             events=self._events,
             arrivals=self._arrivals,
@@ -140,7 +141,7 @@ class StepTracer:
         """Plan a step, and note what that did."""
         began, manager = time.perf_counter(), scheduler.block_manager
         self._follow()
-        lost = self._cache.note(manager).lost
+        lost = self._digests.note(manager).lost
         lost.clear()
         self.cost_s = time.perf_counter() - began
         step = schedule()
@@ -200,7 +201,7 @@ class StepTracer:
                 continue
             request, completion = self._owner[seq]
             name, text = next(self._names), completion.detokenizer
-            self._followed[seq] = _Followed(name, text, len(text.pieces) if text else 0)
+            self._followed[seq] = _Followed(name, SeenTables(name), text, len(text.pieces) if text else 0)
             prompt = self._prompt(request) if self.has_texts else ""
             self._arrivals.append(Arrival(name, seq.num_prompt_tokens, prompt, seq.max_len - seq.num_prompt_tokens))
             if self._num_steps is not None:  # the first trace does not know when they came

@@ -7,7 +7,7 @@ from typing import Any
 
 from nanovllm.cache_groups import Windows
 from nanovllm.engine.block_manager import BlockManager
-from nanovllm.engine.cache_changes import CacheChanges
+from nanovllm.engine.cache_changes import DigestChanges, SeenTables, table_changes
 from nanovllm.engine.scheduler import ScheduledStep, Scheduler
 from nanovllm.engine.sequence import Sequence
 from nanovllm.sampling_params import SamplingParams
@@ -67,7 +67,8 @@ class Engine:
         self.names: dict[Sequence, str] = {}
         self.alive: list[Sequence] = []
         self.events: list[dict[str, Any]] = []
-        self.cache = CacheChanges()
+        self.digests = DigestChanges()
+        self.seen: dict[Sequence, SeenTables] = {}
         self.n = self.output_tokens = 0
 
     def add(self, num_tokens: int, max_tokens: int, prefix: int = 0, prompt: str = "def mean(values):") -> dict:
@@ -77,6 +78,7 @@ class Engine:
         seq = Sequence("", tokens, params, num_tokens + max_tokens, frozenset(), {}, 0)
         index = len(self.names)
         name = self.names[seq] = chr(65 + index % 26) + (str(index // 26) if index >= 26 else "")
+        self.seen[seq] = SeenTables(name)
         self.alive.append(seq)
         self.scheduler.add(seq)
         self.events.append(event("arrive", name, "Scheduler.add", f"{name} arrives.", f"{name} 到达。"))
@@ -134,9 +136,9 @@ class Engine:
         for row, count in zip(plan.plan.rows, plan.plan.query_lens, strict=True):
             seq, kind = rows[row], "decode" if len(batch) < plan.plan.num_decodes else "prefill"
             batch.append([self.names[seq], kind, seq.num_computed_tokens - count, count])
-        running = {self.names[seq]: seq.block_tables for seq in scheduler.running}
-        tables = self.cache.tables(running, manager.windows)
-        digests = {block: digest[:4].hex() if digest else "" for block, digest in self.cache.digests(manager).items()}
+        running = [(self.seen[seq], seq.block_tables) for seq in scheduler.running]
+        tables = table_changes(running, manager.windows)
+        digests = {block: digest[:4].hex() if digest else "" for block, digest in self.digests.take(manager).items()}
         events, self.events = self.events, []
         stats = manager.stats
         return {

@@ -5,7 +5,7 @@ from collections.abc import Callable, Iterator
 
 import pytest
 from engine.simulated_engine import make_engine
-from inside import digests_of_blocks, llm_over, text_engine_of
+from inside import digests_of_blocks, llm_over, notes_its_changes, text_engine_of
 
 from nanovllm import SamplingParams
 from nanovllm.engine.engine_thread import EngineThread
@@ -66,11 +66,12 @@ def test_no_traces_are_made_before_somebody_watches_or_after(watched: Watched) -
     watched.wait_until_idle()
     assert not watched.box and watched.text_engine.tracer is None
     watched.tell(Watch(True, is_teaching=True))
-    assert watched.box.take()[0].is_full
+    assert watched.box.take()[0].is_full and notes_its_changes(watched.engine.block_manager)
     watched.tell(Watch(False))
     watched.submit(20)
     watched.wait_until_idle()
     assert not watched.box and watched.text_engine.tracer is None and watched.engine.observer is None
+    assert not notes_its_changes(watched.engine.block_manager)
 
 
 def test_with_every_step_wanted_every_step_comes(watched: Watched) -> None:

@@ -33,6 +33,17 @@ def test_traces_agree_with_the_books_after_every_step() -> None:
     assert min(seen[what] for what in events) > 20, seen
 
 
+def test_traces_of_some_steps_only_agree_with_the_books_all_the_same() -> None:
+    rng, seen = random.Random(1), Counter()
+    for number in range(300):
+        seed, windows = rng.getrandbits(64), WINDOWS[number % len(WINDOWS)]
+        try:
+            seen += traced_schedule(random.Random(seed), windows, has_gaps=True)
+        except Exception as error:
+            raise AssertionError(f"traced_schedule(random.Random({seed}), {windows}, has_gaps=True)") from error
+    assert seen["shared"] > 20
+
+
 @deterministic
 @given(st.randoms(use_true_random=False), st.sampled_from(WINDOWS))
 def test_shrinkable_schedules_agree_with_the_books(rng: random.Random, windows: tuple[int | None, ...]) -> None:
