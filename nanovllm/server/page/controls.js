@@ -143,7 +143,8 @@ export function controlBar(root, app) {
     const last = app.history.frames.length - 1,
       isLive = app.mode === "live",
       { teach } = app.engine;
-    drawTimeline(canvas, app.history, app.player.position);
+    const width = drawTimeline(canvas, app.history, app.player.position);
+    slider.style.width = `max(8rem, ${width}px)`; // its handle is below the step that it is at
     slider.max = Math.max(0, last);
     slider.value = app.player.position;
     slider.setAttribute("aria-label", say("timeline"));

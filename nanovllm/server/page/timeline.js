@@ -7,12 +7,13 @@ const HEIGHT = 54,
 const NARROWEST = 2,
   WIDEST = 14; // pixels a bar
 
-// Several steps share a bar when they are more than there is room for; a bar shows the largest of its steps.
+// Several steps share a bar when they are more than there is room for; a bar shows the largest of its steps. Returns the
+// width of all bars.
 export function drawTimeline(canvas, history, position) {
   const width = canvas.parentElement.clientWidth;
   const context = prepareCanvas(canvas, width, HEIGHT);
   const { frames } = history;
-  if (!frames.length) return;
+  if (!frames.length) return width;
   const most = Math.max(1, ...frames.map(({ summary }) => summary.decode + summary.prefill));
   const perBar = Math.max(1, Math.ceil((frames.length * NARROWEST) / width));
   const bars = Math.ceil(frames.length / perBar),
@@ -53,6 +54,7 @@ export function drawTimeline(canvas, history, position) {
   context.globalAlpha = 1;
   context.fillStyle = colors.accent;
   context.fillRect(Math.min(width - 2, Math.floor(position / perBar) * bar + bar / 2 - 1), 0, 2, HEIGHT);
+  return bars * bar;
 }
 
 function mark(context, x, y, color, what) {

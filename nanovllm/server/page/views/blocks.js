@@ -58,7 +58,8 @@ export function blocksView(root, app) {
     const pointed = hovered >= 0 ? hovered : cursor;
     const owners = state.blocks[pointed]?.owners ?? [];
     const focus = app.hovered ?? (owners.includes(app.request) ? app.request : owners[0]) ?? app.request;
-    layout = drawCells(canvas, state, { focus, cursor: pointed });
+    const standsOut = state.tables.has(focus) ? focus : null; // of one that holds no block nothing would be left
+    layout = drawCells(canvas, state, { focus: standsOut, cursor: pointed });
     canvas.setAttribute("aria-label", describe(state));
     block.textContent = pointed >= 0 ? sayBlock(state, pointed) : say("block.none");
     replace(
