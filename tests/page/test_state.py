@@ -123,6 +123,19 @@ def test_long_history_forgets_its_oldest_steps_and_keeps_the_others_right(run: R
     assert steps > 150 and 30 < kept <= 100 and (wrong, same, copied) == (0, True, kept)
 
 
+def test_large_batches_are_forgotten_sooner(run: Run) -> None:
+    body = """
+        const all = history.createHistory(4096, 600), most = [];
+        for (const object of given) {
+            history.add(all, object);
+            most.push(all.frames.reduce((sum, frame) => sum + frame.step.batch.length, 0));
+        }
+        return [Math.max(...most), all.frames.length, history.stateAt(all, 0).n === all.frames[0].step.n];
+    """
+    most, kept, is_right = run(body, random_trace(2))
+    assert most <= 600 and kept > 30 and is_right
+
+
 @pytest.mark.parametrize(
     ("text", "message"),
     [("nonsense", "1: "), ('{"kind": "head", "format": "other"}', "1: format other"), ("", "0 steps")],
