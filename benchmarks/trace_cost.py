@@ -18,12 +18,12 @@ import numpy as np
 
 from nanovllm import SamplingParams, demo_model
 from nanovllm.config import Config
-from nanovllm.engine.step_trace import StepTrace, shape_of
+from nanovllm.engine.step_trace import StepTrace
 from nanovllm.engine.text_engine import TextEngine
 from nanovllm.remote.messages import packed
 from nanovllm.server.sse import event
 from nanovllm.step_plan import StepPlan
-from nanovllm.trace.writer import TraceWriter, head
+from nanovllm.trace.writer import TraceWriter
 
 OVERRIDES = {
     "num_hidden_layers": 1,
@@ -59,8 +59,8 @@ def fill_cache(engine: Any, rng: np.random.Generator) -> None:
         manager.release(seq)
 
 
-def traces(args: argparse.Namespace) -> Iterator[tuple[TextEngine, float, StepTrace]]:
-    """(engine, cost of the trace in seconds, trace): the first is full, the others are of steps that only decode."""
+def traces(args: argparse.Namespace) -> Iterator[tuple[float, StepTrace]]:
+    """(seconds that the trace took, trace): the first is full, the others are of steps that only decode."""
     options = {
         "device": "cpu", "dtype": "float32", "load_format": "dummy", "hf_overrides": OVERRIDES, "seed": 0,
         "max_num_seqs": args.rows, "num_kvcache_blocks": args.blocks, "kvcache_block_size": BLOCK_SIZE,
@@ -83,7 +83,8 @@ def traces(args: argparse.Namespace) -> Iterator[tuple[TextEngine, float, StepTr
         cold.sum()
         text_engine.step()
         if made:
-            yield text_engine, text_engine.tracer.cost_s, made.pop()
+            text_engine.tracer.has_texts = False  # as on a server for others
+            yield text_engine.tracer.cost_s, made.pop()
 
 
 def timed(times: list[float], function: Any) -> Any:
@@ -103,9 +104,7 @@ def main() -> None:
     made, pickled, written, encoded = [], [], [], []
     sizes: dict[str, list[int]] = {"pickle": [], "JSON": []}
     writer = TraceWriter()
-    for text_engine, cost_s, trace in traces(args):
-        if trace.is_full:
-            head(shape_of(text_engine.engine), "m")
+    for cost_s, trace in traces(args):
         made.append(cost_s)
         message = timed(pickled, partial(packed, (trace.stats, [], [trace])))
         objects = timed(written, partial(writer.objects, trace))

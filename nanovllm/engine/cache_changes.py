@@ -8,6 +8,7 @@ at some 0.2 µs each.
 
 from collections.abc import Iterable
 from dataclasses import dataclass, field
+from itertools import chain, repeat
 
 from nanovllm.cache_groups import Windows
 from nanovllm.engine.block_manager import BlockManager
@@ -38,7 +39,10 @@ class NotedDigests(list[bytes | None]):
 
 @dataclass(slots=True)
 class SeenTables:
-    """What was last seen of a sequence's block tables: themselves, for each its length and how many were given back."""
+    """What was last seen of a sequence's block tables: themselves, and of each its length and how many were given back.
+
+    `name`: the sequence's, in traces.
+    """
 
     name: str
     tables: Tables | None = None
@@ -60,8 +64,9 @@ class DigestChanges:
         before, now = self._digests, manager._digest_of  # private, since nobody but a trace may know
         if now is not before:
             self._digests = manager._digest_of = NotedDigests(now)
-            changed = [i for i, old in enumerate([*before, *[None] * (len(now) - len(before))]) if old is not now[i]]
-            self._digests.changed = before.changed.union(changed)
+            pairs = zip(now, chain(before, repeat(None)))  # noqa: B905 -- the manager before may have had fewer blocks
+            changed = {block for block, (new, old) in enumerate(pairs) if new is not old}
+            self._digests.changed = changed.union(block for block in before.changed if block < len(now))
         return self._digests
 
     def end(self, manager: BlockManager) -> None:

@@ -29,13 +29,11 @@ MOST_CHARS = 200  # of a prompt
 
 
 @dataclass(slots=True)
-class _Followed:
+class _Followed(SeenTables):
     """A sequence that traces have named."""
 
-    name: str
-    seen: SeenTables
-    text: Detokenizer | None
-    num_pieces: int  # of its text, that traces have had
+    text: Detokenizer | None = None
+    num_pieces: int = 0  # of its text, that traces have had
 
 
 class StepTracer:
@@ -75,14 +73,14 @@ class StepTracer:
         scheduler = self._engine.scheduler
         schedule, preempt = scheduler.schedule, scheduler._preempt_latest
         self._arrivals, self._events, self._batch = [], [], []
-        # The instance's own, which hide the class's.
-        scheduler.schedule = lambda: self._watch(scheduler, schedule)
-        scheduler._preempt_latest = lambda: self._watch_preemption(scheduler, preempt)
         began = time.perf_counter()
-        try:
+        try:  # the instance's own methods, which hide the class's
+            scheduler.schedule = lambda: self._watch(scheduler, schedule)
+            scheduler._preempt_latest = lambda: self._watch_preemption(scheduler, preempt)
             self._engine.step()
         finally:
-            del scheduler.schedule, scheduler._preempt_latest
+            for name in ("schedule", "_preempt_latest"):
+                vars(scheduler).pop(name, None)
         self._step_s = time.perf_counter() - began - self.cost_s
 
     def trace(self) -> StepTrace:
@@ -115,7 +113,7 @@ class StepTracer:
         followed = self._followed
         ended = [seq for seq in followed if seq.finish_reason is not None]
         self._events += [_end_of(followed[seq].name, seq) for seq in ended]
-        running = [(followed[seq].seen, seq.block_tables) for seq in scheduler.running]
+        running = [(followed[seq], seq.block_tables) for seq in scheduler.running]
         self._running = [seen.name for seen, _ in running]
         trace = StepTrace(
             num_steps=engine.stats.num_steps,
@@ -201,7 +199,7 @@ class StepTracer:
                 continue
             request, completion = self._owner[seq]
             name, text = next(self._names), completion.detokenizer
-            self._followed[seq] = _Followed(name, SeenTables(name), text, len(text.pieces) if text else 0)
+            self._followed[seq] = _Followed(name, text=text, num_pieces=len(text.pieces) if text else 0)
             prompt = self._prompt(request) if self.has_texts else ""
             self._arrivals.append(Arrival(name, seq.num_prompt_tokens, prompt, seq.max_len - seq.num_prompt_tokens))
             if self._num_steps is not None:  # the first trace does not know when they came
