@@ -224,6 +224,11 @@ def digests_of_blocks(manager: "BlockManager") -> list[tuple[bytes, int] | None]
     return [None if digest is None else (digest, group) for digest, group in keys]
 
 
+def notes_its_changes(manager: "BlockManager") -> bool:
+    """Whether the manager's digests note which of them change, for whoever traces its engine."""
+    return type(manager._digest_of) is not list
+
+
 # ---- worker ----------------------------------------------------------------------------------------------------------
 
 

@@ -27,7 +27,7 @@ SWITCHES = ("enable_", "disable_", "use_", "skip_")  # options of vLLM that begi
 
 
 def engine_options(command: Callable[..., Any]) -> Callable[..., Any]:
-    """Give a command every option of an engine. It gets those that differ from their defaults as a dict, `engine`.
+    """Give a command every option of an engine. It gets those that the user gave as a dict, `engine`.
 
         @app.command(cls=EngineCommand)
         @engine_options
@@ -189,18 +189,24 @@ def _json_object(value: str | dict[Any, Any]) -> dict[Any, Any]:
 
 
 def _with_options(command: Callable[..., Any], argument: str, options: list[Parameter]) -> Callable[..., Any]:
-    """A function with the command's parameters and these, which it hands on as one dict: those that are not default."""
+    """A function with the command's parameters and these, which it hands on as one dict: those that the user gave."""
     signature = inspect.signature(command)
-    own = [parameter for name, parameter in signature.parameters.items() if name != argument]
+    own = [parameter for name, parameter in signature.parameters.items() if name not in (argument, "context")]
+    takes_context = "context" in signature.parameters  # it has such options already
     taken = {parameter.name for parameter in own}
     added = [option for option in options if option.name not in taken]
+    context = Parameter("context", Parameter.KEYWORD_ONLY, annotation=typer.Context)
 
     @functools.wraps(command)
-    def with_options(**values: Any) -> Any:
-        given = {option.name: values.pop(option.name) for option in added}
-        defaults = {option.name: option.default for option in added}
-        values[argument] = {name: value for name, value in given.items() if value != defaults[name]}
-        return command(**values)
+    def with_options(context: typer.Context, **values: Any) -> Any:
+        told = {option.name: values.pop(option.name) for option in added}
+        values[argument] = {name: value for name, value in told.items() if _is_given(context, name)}
+        return command(**values, **({"context": context} if takes_context else {}))
 
-    with_options.__signature__ = signature.replace(parameters=[*own, *added])  # which typer reads
+    with_options.__signature__ = signature.replace(parameters=[*own, *added, context])  # which typer reads
     return with_options
+
+
+def _is_given(context: typer.Context, name: str) -> bool:
+    """Whether the user has given an option, though its value may be the default."""
+    return context.get_parameter_source(name).name != "DEFAULT"

@@ -13,31 +13,14 @@ from typing import Any, Literal, NamedTuple
 
 from nanovllm.engine.stats import StepStats
 
-
-class BlockState(NamedTuple):
-    """What one block of the cache holds after a step.
-
-    Attributes:
-        state: "used"; "cached": nobody has it, but its content can be revived; "free".
-        owners: who has it in a block table; more than one share a prefix.
-        first_token: the position of its first token in its sequence, in tokens; -1 if that is not known.
-        digest: the first 8 hex digits of the digest under which others find it; "" if none do.
-    """
-
-    block: int
-    state: Literal["used", "cached", "free"]
-    owners: tuple[str, ...]
-    first_token: int
-    digest: str
+# How a sequence's block table for one group of layers has changed: (name, group, entries kept, entries at its beginning
+# that were given back, blocks behind those kept). A block that was given back is -1.
+TableChange = tuple[str, int, int, int, list[int]]
 
 
-class BatchEntry(NamedTuple):
-    """A sequence's part of a step: `num_tokens` tokens, the first of them at position `first`."""
-
-    name: str
-    kind: Literal["prefill", "decode"]
-    first: int
-    num_tokens: int
+# A sequence's part of a step: (name, kind, position of its first token, number of its tokens). Plain like the above,
+# since there are hundreds in a step: named tuples take five times as long to make and to pickle.
+BatchEntry = tuple[str, Literal["prefill", "decode"], int, int]
 
 
 class Event(NamedTuple):
@@ -76,9 +59,13 @@ class StepTrace:
         step_s: how long it took; 0 if no step ran, and something has changed between two.
         batch: what it launched, decodes first.
         running: in order of arrival. waiting: the first MOST_WAITING of the queue.
-        blocks: those that differ from the last trace; with `is_full` all that are not free.
+        tables: how block tables of running sequences have changed since the last trace. Those of sequences that do not
+            run any more are gone.
+        digests: of blocks that others can find by another digest than at the last trace; None: not any more. A block
+            is used if a table has it; otherwise it is cached if it has a digest, and free if not.
+        is_full: the first trace: it has all tables and digests.
         pieces: the text that each sequence got since the last trace. Of one without a detokenizer (its reader takes
-            only the whole) it is the text of its newest token.
+            only the whole) it is the text of its newest token. Empty if no texts are wanted.
     """
 
     num_steps: int
@@ -88,7 +75,8 @@ class StepTrace:
     batch: list[BatchEntry]
     running: list[str]
     waiting: list[str]
-    blocks: list[BlockState]
+    tables: list[TableChange]
+    digests: dict[int, bytes | None]
     is_full: bool
     events: list[Event]
     arrivals: list[Arrival]
@@ -100,12 +88,15 @@ Observer = Callable[[StepTrace], None]
 
 
 class EngineShape(NamedTuple):
-    """The sizes of an engine that a reader of its traces needs. Blocks of all groups of layers come from one pool."""
+    """The sizes of an engine that a reader of its traces needs. Blocks of all groups of layers come from one pool.
+
+    `windows`: of each group, how many tokens a query sees; None: all.
+    """
 
     device: str
     num_blocks: int
     block_size: int
-    num_groups: int
+    windows: tuple[int | None, ...]
     max_num_seqs: int
     max_num_batched_tokens: int
     max_model_len: int
@@ -124,7 +115,7 @@ def shape_of(engine: Any) -> EngineShape:
         runner.device,
         runner.num_blocks,
         runner.block_size,
-        len(runner.cache_groups.windows),
+        runner.cache_groups.windows,
         config.max_num_seqs,
         config.max_num_batched_tokens,
         engine.max_model_len,

@@ -56,7 +56,7 @@ class RemoteEngine:
         self.is_ready = asyncio.Event()
         self.process: subprocess.Popen[bytes] | None = None
         self.pace = Pace()
-        self._watcher: Callable[[StepTrace], None] | None = None
+        self._watcher: Callable[[StepTrace | None], None] | None = None
         self._watch = Watch(False)
         self._orders, self._devices = orders, devices
         self._requests: dict[int, RemoteRequest] = {}
@@ -91,9 +91,10 @@ class RemoteEngine:
         if self._requests.pop(request.key, None) is not None:
             self._link.send(Abort(request.key))
 
-    def watch(self, watcher: Callable[[StepTrace], None] | None, every_step: bool = False) -> None:
-        """Give the watcher traces of steps, the first of them full, and again after a restart. None: no more."""
-        self._watcher, self._watch = watcher, Watch(watcher is not None, every_step)
+    def watch(self, watcher: Callable[[StepTrace | None], None] | None, is_teaching: bool = False) -> None:
+        """Give the watcher traces of steps, the first of them full; None when the engine has ended, and then those of
+        the next one, of which the first is full again. No watcher: no more."""
+        self._watcher, self._watch = watcher, Watch(watcher is not None, is_teaching)
         self._send_if_serving(self._watch)
 
     def set_pace(self, pace: Pace) -> None:
@@ -155,6 +156,8 @@ class RemoteEngine:
             for request in self._requests.values():
                 request.fail(EngineDeadError("the engine has ended before its answer was complete"))
             self._requests.clear()
+            if self._watcher is not None:
+                self._watcher(None)
             (self._link or ours).close()
             if self.process is not None:
                 self.process.kill()  # it owns nothing that needs an end

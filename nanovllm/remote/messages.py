@@ -60,10 +60,15 @@ class More(NamedTuple):
 
 
 class Watch(NamedTuple):
-    """Trace steps from now on, or stop. Not every one, unless `every_step`, where that would cost too much."""
+    """Trace steps from now on, or stop.
+
+    Attributes:
+        is_teaching: every step, and with the texts of requests. Otherwise steps are left out where tracing them would
+            cost too much, and texts stay in the engine.
+    """
 
     is_on: bool
-    every_step: bool = False
+    is_teaching: bool = False
 
 
 class Pace(NamedTuple):

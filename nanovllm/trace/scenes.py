@@ -82,8 +82,9 @@ def _fill(text_ids: list[int], shape: EngineShape) -> list[SceneRequest]:
     """Requests that fit at first, and together grow to one and a half times the cache."""
     size = shape.block_size
     number = min(shape.max_num_seqs, shape.max_num_batched_tokens, MOST_FILLING)
-    num_blocks = min(-(-3 * shape.num_blocks // (2 * number * shape.num_groups)), shape.max_model_len // size)
-    if number * num_blocks * shape.num_groups <= shape.num_blocks or num_blocks < 2:
+    num_groups = len(shape.windows)
+    num_blocks = min(-(-3 * shape.num_blocks // (2 * number * num_groups)), shape.max_model_len // size)
+    if number * num_blocks * num_groups <= shape.num_blocks or num_blocks < 2:
         raise ValueError(
             f"scene='fill' needs a smaller cache: {number} requests of max_model_len={shape.max_model_len} do not "
             f"fill {shape.num_blocks} blocks of {size} tokens"

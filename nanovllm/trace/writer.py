@@ -1,8 +1,11 @@
 """Step traces become the JSON objects of a trace: a head, then requests, gaps and steps.
 
-A reader knows what every block holds if it applies all steps in order: a step lists the blocks that have changed, or,
-with `"full": true`, all that are not free, and then the reader forgets the rest first. A gap says how many steps are
-missing; `n` counts them.
+A reader knows what every block holds if it applies all steps in order. A step has, for each block table that has
+changed, `[request, group of layers, kept, given back, added]`: how many of its entries stay, how many at the beginning
+are gone (-1), and the blocks behind those kept. Of digests that have changed it has the blocks and beside them 8 hex
+digits, or "" for a block that lost its own. With `"full": true` these are all there are, and the reader forgets what it
+knew; the tables of requests that do not run any more are gone in any case. A block in a table is used, another one
+with a digest is cached, and the rest are free. A gap says how many steps are missing; `n` counts them.
 """
 
 import time
@@ -13,18 +16,18 @@ from nanovllm.engine.step_trace import EngineShape, StepTrace
 from nanovllm.trace.functions import functions
 from nanovllm.trace.words import words
 
-FORMAT = "nano-vllm-trace-1"
+FORMAT = "nano-vllm-trace-2"
 Object = dict[str, Any]
 
 
-def head(shape: EngineShape, model: str, num_engines: int = 1) -> Object:
+def head(shape: EngineShape, model: str, num_engines: int = 1, num_restarts: int = 0) -> Object:
     """The first object: what the engine is, and the source of every function that an event names.
 
     Args:
-        num_engines: of a server; the trace is of the first.
+        num_engines: of a server; the trace is of the first. num_restarts: of that one.
     """
-    about = {"kind": "head", "format": FORMAT, "model": model, "engines": num_engines, "started": time.time()}
-    return about | shape._asdict() | {"functions": functions()}
+    about = {"kind": "head", "format": FORMAT, "model": model, "engines": num_engines, "restarts": num_restarts}
+    return about | {"started": time.time()} | shape._asdict() | {"functions": functions()}
 
 
 class TraceWriter:
@@ -33,7 +36,8 @@ class TraceWriter:
     def __init__(self) -> None:
         self._began = time.monotonic()
         self._requests: dict[str, Object] = {}  # of those that have not ended
-        self._blocks: dict[int, list[Any]] = {}  # that are not free
+        self._tables: dict[tuple[str, int], list[int]] = {}  # by request and group
+        self._digests: dict[int, str] = {}
         self._last: Object | None = None
         self._n = 0
         self._tokens: deque[tuple[float, int]] = deque()  # (time, output tokens), over the last second
@@ -45,7 +49,8 @@ class TraceWriter:
             made.append({"kind": "gap", "steps": trace.num_skipped})
         self._n += trace.num_skipped + 1
         if trace.is_full:
-            self._blocks.clear()
+            self._tables.clear()
+            self._digests.clear()
             self._requests.clear()
         for name, num_prompt_tokens, prompt, max_tokens in trace.arrivals:
             self._requests[name] = {
@@ -56,10 +61,9 @@ class TraceWriter:
                 "max_tokens": max_tokens,
             }
             made.append(self._requests[name])
-        for state in trace.blocks:
-            self._blocks[state.block] = list(state)
-            if state.state == "free":
-                del self._blocks[state.block]
+        self._follow_tables(trace)
+        digests = {block: digest[:4].hex() if digest else "" for block, digest in trace.digests.items()}
+        self._digests |= digests
         for event in trace.events:
             if event.what in ("finish", "abort"):
                 self._requests.pop(event.name, None)
@@ -68,10 +72,11 @@ class TraceWriter:
             "n": self._n,
             "t": round(trace.time_s - self._began, 6),
             "ms": round(1000 * trace.step_s, 3),
-            "batch": [list(entry) for entry in trace.batch],
+            "batch": trace.batch,
             "running": trace.running,
             "waiting": trace.waiting,
-            "blocks": [list(state) for state in trace.blocks],
+            "tables": trace.tables,
+            "digests": [list(digests), list(digests.values())],
             "events": [
                 {"what": event.what, "request": event.name, "by": event.by, "text": words(event), "data": event.data}
                 for event in trace.events
@@ -88,9 +93,19 @@ class TraceWriter:
         if self._last is None:
             return []
         made: list[Object] = [{"kind": "gap", "steps": num_missed}] if num_missed else []
-        blocks = [self._blocks[block] for block in sorted(self._blocks)]
-        now = {"full": True, "blocks": blocks, "events": [], "tokens": {}}
-        return [*made, *self._requests.values(), self._last | now]
+        tables = [(*of, 0, 0, table) for of, table in self._tables.items()]
+        digests = {block: digest for block, digest in self._digests.items() if digest}
+        now = {"tables": tables, "digests": [list(digests), list(digests.values())], "events": [], "tokens": {}}
+        return [*made, *self._requests.values(), self._last | now | {"full": True}]
+
+    def _follow_tables(self, trace: StepTrace) -> None:
+        running = set(trace.running)
+        for of in [of for of in self._tables if of[0] not in running]:
+            del self._tables[of]
+        for name, group, num_kept, num_given_back, added in trace.tables:
+            table = self._tables.setdefault((name, group), [])
+            table[num_kept:] = added
+            table[:num_given_back] = [-1] * num_given_back
 
     @property
     def n(self) -> int:

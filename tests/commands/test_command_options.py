@@ -78,10 +78,16 @@ def test_any_options_arrive_as_they_were_given(data: st.DataObject, names: set[s
     values = {name: data.draw(values_of(OPTIONS[name]), label=name) for name in sorted(names)}
     args = [arg for name, value in values.items() for arg in spelled(name, value, underscores)]
     _, _, engine, sampling = parse(*args)
-    defaults = {f.name: f.default for f in fields(Config)}
     of_requests = {f.name for f in fields(SamplingParams)}
     assert sampling == {name: value for name, value in values.items() if name in of_requests}
-    assert engine == {n: v for n, v in values.items() if n not in of_requests and v != defaults[n]}
+    assert engine == {n: v for n, v in values.items() if n not in of_requests}
+
+
+def test_an_option_arrives_though_its_value_is_the_default() -> None:
+    defaults = {f.name: f.default for f in fields(Config)}
+    args = ["--max-num-seqs", str(defaults["max_num_seqs"]), "--enable-prefix-caching"]
+    assert defaults["enable_prefix_caching"] is True
+    assert parse(*args)[2] == {"max_num_seqs": defaults["max_num_seqs"], "enable_prefix_caching": True}
 
 
 @pytest.mark.parametrize("cls", [Config, SamplingParams])

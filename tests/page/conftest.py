@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from sample_trace import sample_trace
+from sample_trace import sample_trace, window_trace
 from stub_server import Stub, serving
 
 from tools.make_demo_page import demo_page
@@ -84,6 +84,14 @@ def serve() -> Iterator[Callable[..., Stub]]:
 @pytest.fixture(scope="session")
 def trace_text() -> str:
     return "".join(json.dumps(item, ensure_ascii=False) + "\n" for item in sample_trace())
+
+
+@pytest.fixture(scope="session")
+def window_demo(tmp_path_factory: pytest.TempPathFactory) -> str:
+    """The same of a model with sliding windows."""
+    path: Path = tmp_path_factory.mktemp("page") / "window.html"
+    path.write_text(demo_page("".join(json.dumps(item) + "\n" for item in window_trace())), encoding="utf-8")
+    return path.as_uri()
 
 
 @pytest.fixture(scope="session")

@@ -5,7 +5,9 @@ import random
 from collections.abc import Iterator
 from typing import Any
 
+from nanovllm.cache_groups import Windows
 from nanovllm.engine.block_manager import BlockManager
+from nanovllm.engine.cache_changes import DigestChanges, SeenTables, table_changes
 from nanovllm.engine.scheduler import ScheduledStep, Scheduler
 from nanovllm.engine.sequence import Sequence
 from nanovllm.sampling_params import SamplingParams
@@ -33,14 +35,15 @@ def head(num_blocks: int = 40, **more: Any) -> dict[str, Any]:
     }
     return {
         "kind": "head",
-        "format": "nano-vllm-trace-1",
+        "format": "nano-vllm-trace-2",
         "model": "demo",
         "device": "cpu",
         "num_blocks": num_blocks,
         "block_size": BLOCK_SIZE,
-        "num_groups": 1,
+        "windows": [None],
         "max_num_seqs": 16,
         "max_num_batched_tokens": BUDGET,
+        "restarts": 0,
         "started": 1790000000.0,
         "hidden_size": 256,
         "num_layers": 8,
@@ -57,14 +60,15 @@ def event(what: str, request: str | None, by: str, en: str, zh: str, **data: Any
 class Engine:
     """Steps a scheduler whose sequences draw random tokens, and tells each step as a trace does."""
 
-    def __init__(self, num_blocks: int = 40, seed: int = 0) -> None:
-        self.manager = BlockManager(num_blocks, BLOCK_SIZE)
+    def __init__(self, num_blocks: int = 40, seed: int = 0, windows: Windows = (None,)) -> None:
+        self.manager = BlockManager(num_blocks, BLOCK_SIZE, windows=windows)
         self.scheduler = Scheduler(self.manager, 16, BUDGET)
         self.random = random.Random(seed)
         self.names: dict[Sequence, str] = {}
         self.alive: list[Sequence] = []
         self.events: list[dict[str, Any]] = []
-        self.shown: dict[int, list[Any]] = {}
+        self.digests = DigestChanges()
+        self.seen: dict[Sequence, SeenTables] = {}
         self.n = self.output_tokens = 0
 
     def add(self, num_tokens: int, max_tokens: int, prefix: int = 0, prompt: str = "def mean(values):") -> dict:
@@ -74,6 +78,7 @@ class Engine:
         seq = Sequence("", tokens, params, num_tokens + max_tokens, frozenset(), {}, 0)
         index = len(self.names)
         name = self.names[seq] = chr(65 + index % 26) + (str(index // 26) if index >= 26 else "")
+        self.seen[seq] = SeenTables(name)
         self.alive.append(seq)
         self.scheduler.add(seq)
         self.events.append(event("arrive", name, "Scheduler.add", f"{name} arrives.", f"{name} 到达。"))
@@ -131,17 +136,9 @@ class Engine:
         for row, count in zip(plan.plan.rows, plan.plan.query_lens, strict=True):
             seq, kind = rows[row], "decode" if len(batch) < plan.plan.num_decodes else "prefill"
             batch.append([self.names[seq], kind, seq.num_computed_tokens - count, count])
-        blocks = {block: [block, "free", [], -1, ""] for block in range(manager.num_blocks)}
-        for seq in scheduler.running:
-            for i, block in enumerate(seq.block_tables[0]):
-                digest = seq.block_digests[i].hex()[:8] if i < seq.num_published_blocks else ""
-                owners = [*blocks[block][2], self.names[seq]]
-                blocks[block] = [block, "used", owners, i * BLOCK_SIZE, digest]
-        for block, before in self.shown.items():
-            if blocks[block][1] == "free" and before[4]:
-                blocks[block] = [block, "cached", [], before[3], before[4]]
-        changed = [b for b in blocks.values() if b != self.shown.get(b[0], [b[0], "free", [], -1, ""])]
-        self.shown = blocks
+        running = [(self.seen[seq], seq.block_tables) for seq in scheduler.running]
+        tables = table_changes(running, manager.windows)
+        digests = {block: digest[:4].hex() if digest else "" for block, digest in self.digests.take(manager).items()}
         events, self.events = self.events, []
         stats = manager.stats
         return {
@@ -152,7 +149,8 @@ class Engine:
             "batch": batch,
             "running": [self.names[seq] for seq in scheduler.running],
             "waiting": [self.names[seq] for seq in scheduler.waiting],
-            "blocks": [b for b in blocks.values() if b[1] != "free"] if full else changed,
+            "tables": tables,
+            "digests": [list(digests), list(digests.values())],
             "events": events,
             "stats": {
                 "usage": manager.usage,
@@ -183,3 +181,14 @@ def sample_trace(num_blocks: int = 40) -> Iterator[dict[str, Any]]:
     while engine.alive:
         yield engine.step()
     yield engine.step()  # the last blocks go back
+
+
+def window_trace() -> Iterator[dict[str, Any]]:
+    """Three requests of a model with one group of layers that sees all and two with a window of 48 tokens."""
+    windows = (None, 48, 48)
+    engine = Engine(80, windows=windows)
+    yield head(80, windows=windows)
+    for _ in range(3):
+        yield engine.add(100, 60, prefix=32)
+    while engine.alive:
+        yield engine.step(full=engine.n == 0)

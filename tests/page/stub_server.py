@@ -47,6 +47,8 @@ class Stub:
             Route("/page/scene", self.scene, methods=["POST"]),
             Route("/page/clear", self.clear, methods=["POST"]),
             Route("/v1/chat/completions", self.chat, methods=["POST"]),
+            Route("/end", self.end),
+            Route("/start", self.start),
             Route("/favicon.ico", lambda _: Response(status_code=204)),
             Mount("/page", StaticFiles(directory=PAGE)),
         ]
@@ -100,6 +102,17 @@ class Stub:
     async def clear(self, request: Request) -> Response:
         self.posts.append(("clear", {}))
         return JSONResponse({"error": {"message": "nothing to clear"}}, status_code=400)
+
+    async def end(self, request: Request) -> Response:
+        """The engine ends, as far as viewers see."""
+        self.tell({"kind": "lost"})
+        return Response(status_code=204)
+
+    async def start(self, request: Request) -> Response:
+        """Another engine comes in its place."""
+        self.engine = sample_trace.Engine(self.num_blocks)
+        self.tell(sample_trace.head(self.num_blocks, restarts=1), self.engine.step(full=True))
+        return Response(status_code=204)
 
     async def chat(self, request: Request) -> Response:
         body = await request.json()

@@ -6,6 +6,7 @@ import time
 from collections.abc import Callable
 from typing import Any
 
+import httpx
 import pytest
 
 pytest.importorskip("playwright", reason="there is no playwright (pip install playwright)")
@@ -100,6 +101,34 @@ def test_refusal_of_the_server_is_shown(open_page: Open, serve: Serve) -> None:
     page = open_page(f"{serve().url}#lang=en", allowed="400 (Bad Request)")
     page.click("#clear")
     expect(page.locator("#notice")).to_have_text("The server refused: nothing to clear")
+
+
+def test_whoever_comes_first_is_told_what_to_do_and_then_what_to_look_at(open_page: Open, serve: Serve) -> None:
+    page = open_page(f"{serve().url}#lang=en")
+    hint = page.locator("#hint")
+    expect(hint).to_contain_text("buttons at the foot of the page")
+    page.click("#scene-shared")
+    expect(hint).to_contain_text("watch the striped blocks")
+    page.click("#language")
+    expect(hint).to_contain_text("前缀命中")
+    page = open_page(f"{serve(teach=False).url}#lang=en")
+    expect(page.locator("#hint")).to_contain_text("the page shows no texts")
+
+
+def test_engine_that_ends_and_is_started_again_is_told_of(open_page: Open, serve: Serve) -> None:
+    stub = serve()
+    page = open_page(f"{stub.url}#lang=en")
+    page.click("#scene-shared")
+    expect(page.locator("#requests .request")).to_have_count(10)
+    httpx.get(f"{stub.url}end")
+    expect(page.locator("#from")).to_have_text("no connection")
+    expect(page.locator("#notice")).to_have_text("The engine has ended, and is being started again.")
+    expect(page.locator("#requests .request")).to_have_count(10)
+    httpx.get(f"{stub.url}start")
+    expect(page.locator("#from")).to_have_text("live")
+    expect(page.locator("#notice")).to_contain_text("was started again")
+    expect(page.locator("#cells")).to_have_attribute("aria-label", re.compile("0 used"))
+    assert page.locator("#requests .request").count() == 0
 
 
 def test_hidden_tab_closes_the_feed_and_a_shown_one_opens_it_again(open_page: Open, serve: Serve) -> None:

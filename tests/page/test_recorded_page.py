@@ -53,9 +53,34 @@ def test_recorded_trace_plays_pauses_and_steps(open_page: Open, demo: str) -> No
     expect(page.locator("#stat-step")).to_have_text(str(at))
 
 
+def test_meters_are_as_long_as_their_figures_say(open_page: Open, demo: str) -> None:
+    page = open_page(f"{demo}#lang=en&step=8")
+    meters = page.locator("#figures .meter")
+    shares = meters.evaluate_all("(all) => all.map((one) => one.firstChild.offsetWidth / one.offsetWidth)")
+    figures = [page.locator(f"#stat-{key}").inner_text() for key in ("usage", "hit_rate")]
+    assert shares == pytest.approx([int(text.removesuffix(" %")) / 100 for text in figures], abs=0.02)
+    assert 0 < min(shares) and max(shares) < 1
+
+
+def test_model_with_windows_has_a_row_of_blocks_for_each_group_of_layers(open_page: Open, window_demo: str) -> None:
+    page = open_page(f"{window_demo}#lang=en&step=40&request=B")
+    expect(page.locator(".block-table h4")).to_have_text(
+        ["Layer group 1: sees every token"]
+        + [f"Layer group {n}: sees the last 48 tokens (sliding window)" for n in (2, 3)]
+    )
+    rows = page.locator(".block-table .table-row")
+    logical = [rows.nth(i).locator(".logical").all_inner_texts() for i in range(3)]
+    assert logical[0] == list(map(str, range(len(logical[0])))) and len(logical[0]) == 9
+    assert logical[1] == logical[2] == logical[0][5:], "what no token to come sees has gone back"
+    page.locator("#cells").focus()
+    page.keyboard.press("ArrowRight")
+    expect(page.locator("#block")).to_contain_text("Block 0: held by A, B, C; tokens 0 to 15")
+    expect(page.locator("#block")).to_contain_text("Layer group 1: sees every token.")
+
+
 def test_buttons_stay_the_same_while_the_page_is_drawn(open_page: Open, demo: str) -> None:
     page = open_page(f"{demo}#lang=en&step=3")
-    page.select_option("#rate", "100")
+    page.select_option("#rate", "10")
     before = [
         page.locator(place).first.element_handle() for place in ("#toggle", "#rate", "#requests .chip", "#views a")
     ]

@@ -5,7 +5,7 @@ from collections.abc import Callable, Iterator
 
 import pytest
 from engine.simulated_engine import make_engine
-from inside import llm_over, text_engine_of
+from inside import digests_of_blocks, llm_over, notes_its_changes, text_engine_of
 
 from nanovllm import SamplingParams
 from nanovllm.engine.engine_thread import EngineThread
@@ -65,16 +65,17 @@ def test_no_traces_are_made_before_somebody_watches_or_after(watched: Watched) -
     watched.submit(20)
     watched.wait_until_idle()
     assert not watched.box and watched.text_engine.tracer is None
-    watched.tell(Watch(True, every_step=True))
-    assert watched.box.take()[0].is_full
+    watched.tell(Watch(True, is_teaching=True))
+    assert watched.box.take()[0].is_full and notes_its_changes(watched.engine.block_manager)
     watched.tell(Watch(False))
     watched.submit(20)
     watched.wait_until_idle()
     assert not watched.box and watched.text_engine.tracer is None and watched.engine.observer is None
+    assert not notes_its_changes(watched.engine.block_manager)
 
 
 def test_with_every_step_wanted_every_step_comes(watched: Watched) -> None:
-    watched.tell(Watch(True, every_step=True))
+    watched.tell(Watch(True, is_teaching=True))
     watched.submit(40)
     watched.wait_until_idle()
     traces = watched.box.take()
@@ -96,7 +97,7 @@ def test_a_full_box_stops_no_step_and_the_next_trace_makes_up_for_it(
     watched: Watched, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(trace_box, "MOST_TRACES", 5)
-    watched.tell(Watch(True, every_step=True))
+    watched.tell(Watch(True, is_teaching=True))
     watched.submit(100)
     watched.wait_until_idle()  # though nobody takes a trace
     first = watched.box.take()
@@ -104,14 +105,19 @@ def test_a_full_box_stops_no_step_and_the_next_trace_makes_up_for_it(
     rest = watched.box.take()
     assert len(first) == 5 and len(rest) == 1 and rest[0].num_skipped > 90
     assert num_covered(first + rest) == 100 and not rest[0].running
-    states = {state.block: state for trace in first + rest for state in trace.blocks}
-    assert "used" not in {state.state for state in states.values()}
+    digests: dict[int, bytes | None] = {}
+    for trace in first + rest:
+        digests |= trace.digests
+    books = digests_of_blocks(watched.engine.block_manager)
+    assert {block: digest for block, digest in digests.items() if digest} == {
+        block: key[0] for block, key in enumerate(books) if key is not None
+    }
 
 
 class TestAPausedEngine:
     @pytest.fixture
     def paused(self, watched: Watched) -> Watched:
-        watched.tell(Watch(True, every_step=True))
+        watched.tell(Watch(True, is_teaching=True))
         watched.tell(Pace(is_paused=True))
         watched.submit(30)
         return watched

@@ -1,6 +1,8 @@
 """The page's endpoints on a real server: what its viewers get, and what they may do."""
 
 import json
+import os
+import signal
 import socket
 import threading
 import time
@@ -10,10 +12,13 @@ from typing import Any
 
 import httpx
 import pytest
+from leftovers import children_of
 from server_process import KEY, Server
-from trace_reading import check_format
+from trace_reading import apply, check_format
 
 from nanovllm import demo_model
+from nanovllm.config import Config
+from nanovllm.trace.scenes import TEACHING
 
 KEYED = [("GET", "trace"), ("GET", "state"), ("POST", "control"), ("POST", "scene"), ("POST", "clear")]
 
@@ -98,7 +103,7 @@ def post(server: Server, path: str, **body: Any) -> dict[str, Any]:
 class TestTheFeed:
     def test_begins_with_the_head_and_with_all_blocks(self, viewer: Viewer) -> None:
         head, first = viewer.seen[:2]
-        assert head["format"] == "nano-vllm-trace-1" and head["model"] == "demo" and head["engines"] == 1
+        assert head["format"] == "nano-vllm-trace-2" and head["model"] == "demo" and head["engines"] == 1
         # The teaching sizes, but for what the command line said
         sizes = ("num_blocks", "block_size", "max_num_seqs", "max_num_batched_tokens")
         assert [head[name] for name in sizes] == [24, 16, 6, 64]
@@ -177,11 +182,11 @@ class TestTheLevers:
         viewer.wait(lambda: viewer.steps[-1]["running"])
         post(calm, "clear")
         viewer.wait(lambda: len(viewer.events("abort")) == 6)
-        states: dict[int, str] = {}
         viewer.wait(lambda: not viewer.steps[-1]["running"])
-        for step in viewer.steps:
-            states |= {block[0]: block[1] for block in step["blocks"]}
-        assert set(states.values()) == {"free"}
+        tables, digests = {}, {}
+        for step in list(viewer.steps):
+            apply(step, tables, digests)
+        assert not tables and set(digests.values()) == {""}
 
     def test_what_is_wrong_is_refused(self, calm: Server) -> None:
         with calm.http() as http:
@@ -196,6 +201,48 @@ class TestTheLevers:
                 assert http.post(f"/page/{path}", json=body).status_code == 400, body
 
 
+class TestAnEngineThatEnds:
+    """Kills the engine's process: the server starts another."""
+
+    def test_a_viewer_sees_it_and_then_the_whole_state_of_the_next_one_at_the_old_pace(
+        self, make_server: Callable[..., Server]
+    ) -> None:
+        server = make_server(teach=True, options=TEACHING)
+        viewer = Viewer(server)
+        post(server, "control", action="slow", delay_ms=30)
+        post(server, "scene", scene="fill")
+        viewer.wait(lambda: viewer.steps[-1]["running"])
+        post(server, "control", action="pause")
+        (pid,) = children_of(server.process.pid, "remote.process")
+        os.kill(pid, signal.SIGKILL)
+        viewer.wait(lambda: {"kind": "lost"} in viewer.seen)
+        with server.http() as http:
+            refused = http.get("/page/trace")
+            assert (refused.status_code, refused.json()["error"]["code"]) == (503, "engine_lost")
+            assert http.post("/page/scene", json={"scene": "fill"}).status_code == 503
+            state = http.get("/page/state").json()
+            assert (state["paused"], state["delay_ms"]) == (True, 30)
+        viewer.wait(lambda: viewer.seen[-1]["kind"] == "step" and viewer.seen[-1].get("full"), 60)
+        after = viewer.seen[viewer.seen.index({"kind": "lost"}) + 1 :]
+        assert [thing["kind"] for thing in after] == ["head", "step"] and after[0]["restarts"] == 1
+        assert after[1]["n"] == 1 and not after[1]["running"] and after[1]["stats"]["usage"] == 0
+        second = Viewer(server)
+        number = post(server, "scene", scene="long")["requests"]
+        viewer.wait(lambda: len(viewer.steps[-1]["waiting"]) == number)
+        time.sleep(0.2)
+        assert not viewer.steps[-1]["batch"], "it is paused as the one before"
+        post(server, "control", action="resume")
+        viewer.wait_for_end(number)
+        since = viewer.seen[viewer.seen.index({"kind": "lost"}) + 1 :]
+        times = [thing["t"] for thing in since if thing["kind"] == "step" and thing["batch"]]
+        assert min(b - a for a, b in zip(times, times[1:], strict=False)) >= 0.03, "and as slow"
+        check_format(since)
+        second.wait_for_end(number)
+        check_format(second.seen)
+        viewer.close()
+        second.close()
+
+
 class TestAServerForOthers:
     def test_has_the_page_and_its_feed_and_no_levers(self, server: Server) -> None:
         viewer = Viewer(server)
@@ -206,6 +253,9 @@ class TestAServerForOthers:
                 assert answer.status_code == 403 and "--teach" in answer.json()["error"]["message"]
             http.post("/v1/completions", json={"model": "demo", "prompt": "x", "max_tokens": 60, "temperature": 0})
         viewer.wait(lambda: len(viewer.steps) > 2 and not viewer.steps[-1]["running"])
+        (request,) = [thing for thing in viewer.seen if thing["kind"] == "request"]
+        assert (request["prompt"], request["prompt_tokens"]) == ("", 1), "the texts of requests are nobody's business"
+        assert not any(step["tokens"] for step in viewer.steps)
         covered = sum(
             thing["steps"] if thing["kind"] == "gap" else 1 for thing in viewer.seen if thing["kind"] in ("gap", "step")
         )
@@ -237,3 +287,18 @@ def test_teaching_needs_the_page_and_one_engine(tmp_path: Path) -> None:
     for options, says in ((["--no-page"], "teach=True needs the page"), (["-dp", "2"], "--data-parallel-size 1")):
         result = CliRunner().invoke(app, ["serve", str(demo_model()), "--teach", *options])
         assert result.exit_code == 2 and says in result.output
+
+
+def test_an_option_wins_over_teaching_s_size_though_it_is_the_engine_s_default(monkeypatch: pytest.MonkeyPatch) -> None:
+    from typer.testing import CliRunner
+
+    from nanovllm.cli import app
+    from nanovllm.server import launch
+
+    made: list[dict[str, Any]] = []
+    monkeypatch.setattr(launch, "serve", lambda path, options, *_: made.append(options))
+    default = Config.__dataclass_fields__["max_num_seqs"].default
+    for options in ([], ["--max-num-seqs", str(default)]):
+        result = CliRunner().invoke(app, ["serve", str(demo_model()), "--port", "0", "--teach", *options])
+        assert result.exit_code == 0, result.output
+    assert [options["max_num_seqs"] for options in made] == [TEACHING["max_num_seqs"], default]

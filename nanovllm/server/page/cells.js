@@ -1,13 +1,14 @@
 // Draws every KV block as a cell on a canvas, and finds the cell under a point. Fast enough for thousands of blocks.
 //
 // Used: the color of its request; of several, in stripes, one for each owner. Cached but free: a faint trace of its
-// last owners. Free: empty. A frame marks the blocks that this step changed.
+// last owners. Free: empty. A frame marks the blocks that this step changed. Of very many blocks each is a dot.
 
 import { fillOf, INK, patternOf } from "./colors.js";
 import { prepareCanvas, themeColor } from "./dom.js";
 
 const LARGEST = 58,
-  SMALLEST = 7,
+  SMALLEST = 3,
+  WITH_FRAME = 5,
   WITH_LETTER = 15; // pixels
 const MOST_HEIGHT = 420;
 
@@ -59,6 +60,10 @@ export function drawCells(canvas, state, { focus = null, cursor = -1 }) {
 }
 
 function drawCell(context, block, x, y, side, colors) {
+  if (side < WITH_FRAME) {
+    drawDot(context, block, x, y, side, colors);
+    return;
+  }
   if (block.state === "free") {
     outline(context, x, y, side, colors.line, 1);
     return;
@@ -83,6 +88,15 @@ function drawCell(context, block, x, y, side, colors) {
   }
   context.fillStyle = isCached ? colors.muted : INK;
   context.fillText(text, x + side / 2, y + side / 2 + 0.5);
+}
+
+function drawDot(context, block, x, y, side, colors) {
+  const alpha = context.globalAlpha,
+    name = block.owners[0] ?? block.last[0];
+  context.globalAlpha = alpha * (block.state === "used" ? 1 : block.state === "cached" ? 0.35 : 0.5);
+  context.fillStyle = block.state === "free" ? colors.line : name ? fillOf(name) : colors.muted;
+  context.fillRect(x, y, side, side);
+  context.globalAlpha = alpha;
 }
 
 function drawStripes(context, names, x, y, side, colors) {

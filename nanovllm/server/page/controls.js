@@ -10,6 +10,7 @@ import { drawTimeline, frameAt } from "./timeline.js";
 const DELAYS_MS = [0, 100, 300, 1000];
 const SCENES = ["shared", "fill", "long"];
 export const VIEWS = ["blocks", "scheduler", "attention", "parallel"];
+const STRIP = ["decode", "prefill", "usage", "hit", "preempt"]; // what the timeline shows
 const KEYS = [
   ["space", "␣"],
   ["arrows", "← →"],
@@ -52,6 +53,16 @@ async function command(app, body, path = "page/control") {
     app.notice(say("refused", { error: error.message }));
   }
   app.render();
+}
+
+async function playScene(app, scene) {
+  app.scene = scene;
+  await command(app, { scene }, "page/scene");
+}
+
+async function clear(app) {
+  app.scene = null;
+  await command(app, {}, "page/clear");
 }
 
 export function onKey(app, event) {
@@ -101,7 +112,8 @@ export function controlBar(root, app) {
       file.value = "";
     },
   });
-  root.append(h("div", { class: "strip-place" }, canvas), slider, buttons, extras, file);
+  const legend = h("div", { class: "strip-legend legend small" });
+  root.append(h("div", { class: "strip-place" }, canvas), slider, legend, buttons, extras, file);
 
   function button(id, label, action, more = {}) {
     return h("button", { type: "button", id, "data-key": id, onclick: action, ...more }, label);
@@ -131,12 +143,18 @@ export function controlBar(root, app) {
     const last = app.history.frames.length - 1,
       isLive = app.mode === "live",
       { teach } = app.engine;
-    drawTimeline(canvas, app.history, app.player.position);
+    const width = drawTimeline(canvas, app.history, app.player.position);
+    slider.style.width = `max(8rem, ${width}px)`; // its handle is below the step that it is at
     slider.max = Math.max(0, last);
     slider.value = app.player.position;
     slider.setAttribute("aria-label", say("timeline"));
     slider.setAttribute("aria-valuetext", say("timeline.aria", { n: app.state.n, last: app.history.latest.n }));
     file.setAttribute("aria-label", say("control.open"));
+    replace(
+      legend,
+      h("span", {}, say("strip")),
+      STRIP.map((key) => h("span", {}, h("i", { class: `key ${key}` }), say(`strip.${key}`))),
+    );
     replace(
       buttons,
       button("back", "◀", () => stepBack(app), {
@@ -176,9 +194,11 @@ export function controlBar(root, app) {
           "span",
           { class: "group", role: "group", "aria-label": say("scene.title") },
           SCENES.map((scene) =>
-            button(`scene-${scene}`, say(`scene.${scene}`), () => command(app, { scene }, "page/scene")),
+            button(`scene-${scene}`, say(`scene.${scene}`), () => playScene(app, scene), {
+              title: say(`hint.${scene}`),
+            }),
           ),
-          button("clear", say("control.clear"), () => command(app, {}, "page/clear")),
+          button("clear", say("control.clear"), () => clear(app), { title: say("control.clear.how") }),
         ),
     );
     replace(

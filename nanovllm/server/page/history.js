@@ -5,9 +5,12 @@ import { apply, copyState, emptyState } from "./state.js";
 const KEYFRAME_EVERY = 64; // steps between two copies of the state; to go back replays at most so many
 
 // A frame is {objects, step, summary, after}: what came up to and with a step; `after` is a copy of the state, or null.
-export function createHistory(limit = 4096) {
+// The oldest frames are forgotten beyond `limit` of them, or beyond `mostEntries` of the batches, which take the memory.
+export function createHistory(limit = 4096, mostEntries = 128 * limit) {
   return {
     limit,
+    mostEntries,
+    entries: 0,
     head: null,
     frames: [],
     base: emptyState(),
@@ -21,7 +24,7 @@ export function createHistory(limit = 4096) {
 // Takes an object of a trace. Returns how many of the oldest frames were forgotten. A new head begins anew.
 export function add(history, object) {
   if (object.kind === "head") {
-    Object.assign(history, createHistory(history.limit), { head: object });
+    Object.assign(history, createHistory(history.limit, history.mostEntries), { head: object });
     apply(history.base, object);
   }
   apply(history.latest, object);
@@ -32,7 +35,8 @@ export function add(history, object) {
   const after = history.count % KEYFRAME_EVERY ? null : copyState(history.latest);
   history.frames.push({ objects: history.pending, step: object, summary: summarize(object), after });
   history.pending = [];
-  return history.frames.length > history.limit ? forgetOldest(history) : 0;
+  history.entries += object.batch.length;
+  return history.frames.length > history.limit || history.entries > history.mostEntries ? forgetOldest(history) : 0;
 }
 
 function summarize({ n, batch, events, stats }) {
@@ -46,7 +50,7 @@ function forgetOldest(history) {
   const index = history.frames.findIndex((frame) => frame.after);
   if (index < 0) return 0;
   history.base = history.frames[index].after;
-  history.frames.splice(0, index + 1);
+  for (const { step } of history.frames.splice(0, index + 1)) history.entries -= step.batch.length;
   history.cursor = { index: -1, state: copyState(history.base) };
   return index + 1;
 }
@@ -85,9 +89,11 @@ export function eventsUntil(history, index, most) {
 export function traceText(history) {
   if (!history.frames.length) return history.head ? JSON.stringify(history.head) + "\n" : "";
   const first = copyState(stateAt(history, 0));
-  const blocks = first.blocks.flatMap(({ state, owners, first: position, digest }, number) =>
-    state === "free" ? [] : [[number, state, owners, position, digest]],
+  const tables = [...first.tables].flatMap(([name, groups]) =>
+    groups.map((table, group) => [name, group, 0, 0, table]),
   );
+  const found = [...first.blocks.entries()].filter(([, { digest }]) => digest);
+  const digests = [found.map(([number]) => number), found.map(([, { digest }]) => digest)];
   const requests = [...first.requests.values()].map((request) => ({
     kind: "request",
     request: request.name,
@@ -98,7 +104,7 @@ export function traceText(history) {
   const objects = [
     history.head,
     ...requests,
-    { ...history.frames[0].step, full: true, blocks },
+    { ...history.frames[0].step, full: true, tables, digests },
     ...history.frames.slice(1).flatMap((frame) => frame.objects),
   ];
   return objects.map((object) => JSON.stringify(object) + "\n").join("");

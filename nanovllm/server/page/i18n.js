@@ -28,6 +28,11 @@ const WORDS = {
     "这个页面背后没有引擎。请打开一份录好的轨迹（.jsonl 文件），或把文件拖到这里。",
   ],
   bad_trace: ["This is no trace. Line {error}", "这不是轨迹文件。第 {error}"],
+  lost: ["The engine has ended, and is being started again.", "引擎已终止，正在重新启动。"],
+  restarted: [
+    "The engine was started again: its cache is empty, and what ran has failed.",
+    "引擎已重新启动：缓存已清空，原先运行的请求已失败。",
+  ],
   refused: ["The server refused: {error}", "服务器拒绝：{error}"],
   "key.title": ["This server wants an API key", "此服务器需要 API 密钥"],
   "key.label": ["API key", "API 密钥"],
@@ -81,6 +86,15 @@ const WORDS = {
   "table.physical": ["physical", "物理块"],
   "table.shared": ["shared with {owners}", "与 {owners} 共享"],
   "table.more": ["and {n} more", "另有 {n} 个"],
+  "table.group.full": ["Layer group {n}: sees every token", "第 {n} 组层：能看到所有词元"],
+  "table.group.window": [
+    "Layer group {n}: sees the last {window} tokens (sliding window)",
+    "第 {n} 组层：只看最近 {window} 个词元（滑动窗口）",
+  ],
+  "table.groups": [
+    "Each group of layers has a table of its own, and all take blocks from one pool. A group with a window gives blocks back as soon as no token to come sees them: its table begins later.",
+    "每组层各有一张块表，所有组共用一个块池。带滑动窗口的组会把后续词元再也看不到的块立即交还，所以它的块表从后面的逻辑块开始。",
+  ],
   "table.how": [
     "The request sees one row of tokens. Its blocks lie anywhere in the cache.",
     "请求看到的是连续的词元，而它的块可以散落在缓存的任何地方。",
@@ -108,7 +122,7 @@ const WORDS = {
   "scheduler.kind": ["kind", "类型"],
   "scheduler.positions": ["positions", "位置"],
   "scheduler.tokens": ["tokens", "词元数"],
-  "scheduler.progress": ["of all its tokens", "在它全部词元中"],
+  "scheduler.progress": ["computed, of at most", "已计算 / 最多"],
   // requests
   requests: ["Requests", "请求"],
   "requests.none": ["No request yet.", "还没有请求。"],
@@ -240,6 +254,37 @@ const WORDS = {
   "control.open": ["Open a trace", "打开轨迹"],
   "control.save": ["Save the trace", "保存轨迹"],
   "control.clear": ["Clear", "清空"],
+  "hint.replay": [
+    "A recording of the real engine. Press Play, take steps with the arrow keys, or drag the timeline. Every event names the function that did it: open its source.",
+    "这是真实引擎的一段录制。点“播放”，用方向键逐步前进，或拖动时间线。每个事件都标出触发它的函数，点开即可看源码。",
+  ],
+  "hint.live": [
+    "This engine serves others, so the page shows no texts, and of a busy engine only some of its steps. “nanovllm serve --teach” starts an engine to play with.",
+    "这个引擎正在为他人服务：页面不显示文本，繁忙时也只显示部分步骤。用 nanovllm serve --teach 启动一个可以随意操作的引擎。",
+  ],
+  "hint.teach": [
+    "Ask something, or make the engine work with the buttons at the foot of the page. Slow motion lets you follow; Pause and ▶ take single steps.",
+    "向它提问，或用页面底部的按钮给引擎加负载。慢动作便于看清；暂停后用 ▶ 单步执行。",
+  ],
+  "hint.shared": [
+    "Ten requests begin with the same tokens. The first one computes them; the others find its blocks (prefix hit) and share them: watch the striped blocks.",
+    "十个请求开头相同。第一个计算这些词元，其余的直接找到它的块并共用（前缀命中）：看带条纹的块。",
+  ],
+  "hint.fill": [
+    "All requests fit at first, and then grow until no block is free. The latest arrival is preempted and waits; when it resumes, it finds those of its blocks that nobody has taken.",
+    "起初所有请求都放得下，之后越长越多，直到没有空闲块：最晚到达的请求被抢占并排队；恢复时，尚未被别人占用的块还能命中。",
+  ],
+  "hint.long": [
+    "A prompt longer than a step's budget comes behind three short requests. It is computed in chunks beside their decodes, so they go on in every step.",
+    "三个短请求之后来了一个超过单步预算的长提示。它被分块计算，与其他请求的解码同步进行，谁也不用停下来等。",
+  ],
+  strip: ["Tokens of each step:", "每一步的词元："],
+  "strip.decode": ["decode", "解码"],
+  "strip.prefill": ["prefill", "预填充"],
+  "strip.usage": ["cache in use", "缓存占用"],
+  "strip.hit": ["prefix hit", "前缀命中"],
+  "strip.preempt": ["preemption", "抢占"],
+  "control.clear.how": ["End these requests, and empty the cache", "结束这些请求，并清空缓存"],
   "scene.title": ["Make it happen", "制造场景"],
   "scene.shared": ["Ten requests with one beginning", "十个开头相同的请求"],
   "scene.fill": ["Fill the cache", "填满缓存"],

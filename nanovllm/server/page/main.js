@@ -20,7 +20,7 @@ const DRAWING_SHARE = 0.25; // of a core, at most: the engine may run on this ma
 const BUILDERS = { blocks: blocksView, scheduler: schedulerView, attention: attentionView, parallel: parallelView };
 const place = (id) => document.getElementById(id);
 
-// mode: "live", "replay" or "none"; engine: what /page/state says; request: the chosen one; hovered: the pointed one.
+// mode: "live", "replay" or "none"; engine: what /page/state says; request: the chosen one; hovered: the pointed one; scene: played last.
 const app = {
   mode: "none",
   engine: { teach: false, paused: false, delay_ms: 0 },
@@ -34,6 +34,7 @@ const app = {
   theme: "",
   request: null,
   hovered: null,
+  scene: null,
   render,
   notice,
   go,
@@ -94,6 +95,7 @@ function draw() {
   showSource();
   place("empty").hidden = !isEmpty;
   place("empty").textContent = say(app.mode === "none" ? "no_engine" : "waiting_for_steps");
+  showHint();
   const { skipped, head } = app.state;
   place("gap").textContent = [
     skipped && say("gap", { n: skipped }),
@@ -113,6 +115,17 @@ function draw() {
   shows.chat();
   shows.controls();
   rememberAddress(app);
+}
+
+// What to do or to look at, for whoever sees the page for the first time.
+function showHint() {
+  const { mode, engine, player, scene, state } = app;
+  let key = "";
+  if (mode === "replay") key = player.position <= 0 ? "replay" : "";
+  else if (mode === "live" && !engine.teach) key = "live";
+  else if (mode === "live") key = scene ?? (state.requests.size ? "" : "teach");
+  place("hint").hidden = !key;
+  place("hint").textContent = key && say(`hint.${key}`);
 }
 
 function showSource() {
@@ -173,6 +186,18 @@ function followNewest() {
 }
 
 function take(object) {
+  if (object.kind === "lost") {
+    app.feed = "lost";
+    notice(say("lost"));
+    render();
+    return;
+  }
+  if (object.kind === "head") {
+    app.feed = "open";
+    const before = app.history.head;
+    notice(before && object.restarts > before.restarts ? say("restarted") : "");
+    app.request = null;
+  }
   const forgotten = add(app.history, object),
     { player } = app;
   if (object.kind === "head") Object.assign(player, { position: -1, follow: true });

@@ -27,7 +27,7 @@ export function showFigures(place, { stats, n, ms }) {
         h("dt", {}, say(`stat.${key}`)),
         h("dd", { id: `stat-${key}` }, String(value)),
         share !== undefined &&
-          h("span", { class: "meter", "aria-hidden": "true" }, h("span", { style: { width: percent(share) } })),
+          h("span", { class: "meter", "aria-hidden": "true" }, h("span", { style: { width: `${100 * share}%` } })),
       ),
     ),
   );
@@ -69,7 +69,7 @@ export function showRequests(place, app) {
           h(
             "span",
             { class: "quiet small to-end" },
-            say("request.tokens", { prompt: request.promptTokens, output: request.pieces }),
+            say("request.tokens", { prompt: request.promptTokens, output: request.output }),
           ),
         ),
         h("p", { class: "prompt quiet" }, request.prompt.replace(/\s+/g, " ").trim()),

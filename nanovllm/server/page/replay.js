@@ -50,8 +50,8 @@ export function readTrace(text) {
     try {
       const object = JSON.parse(line);
       const format = history.head ? history.head.format : object.format;
-      if (format !== "nano-vllm-trace-1")
-        throw new Error(`format ${format}: nano-vllm-trace-1 is what this page reads`);
+      if (format !== "nano-vllm-trace-2")
+        throw new Error(`format ${format}: nano-vllm-trace-2 is what this page reads`);
       add(history, object);
     } catch (error) {
       throw new Error(`${index + 1}: ${error.message}`, { cause: error });

@@ -7,13 +7,14 @@ const HEIGHT = 54,
 const NARROWEST = 2,
   WIDEST = 14; // pixels a bar
 
-// Several steps share a bar when they are more than there is room for; a bar shows the largest of its steps.
+// Several steps share a bar when they are more than there is room for; a bar shows the largest of its steps. Returns the
+// width of all bars.
 export function drawTimeline(canvas, history, position) {
   const width = canvas.parentElement.clientWidth;
   const context = prepareCanvas(canvas, width, HEIGHT);
-  const { frames, head } = history;
-  if (!frames.length) return;
-  const budget = head.max_num_batched_tokens;
+  const { frames } = history;
+  if (!frames.length) return width;
+  const most = Math.max(1, ...frames.map(({ summary }) => summary.decode + summary.prefill));
   const perBar = Math.max(1, Math.ceil((frames.length * NARROWEST) / width));
   const bars = Math.ceil(frames.length / perBar),
     bar = Math.min(WIDEST, width / bars);
@@ -25,8 +26,8 @@ export function drawTimeline(canvas, history, position) {
     good: themeColor("--good"),
     accent: themeColor("--accent"),
   };
-  // A decode's token is one of a budget of thousands, so heights are by the root of the share.
-  const scale = (tokens) => Math.sqrt(Math.min(1, tokens / budget)) * (HEIGHT - MARKS);
+  // A decode is one token beside prompts of thousands, so heights are by the root of the share of the largest step.
+  const scale = (tokens) => Math.sqrt(tokens / most) * (HEIGHT - MARKS);
   context.globalAlpha = 1;
   for (let i = 0; i < bars; i += 1) {
     const some = frames.slice(i * perBar, (i + 1) * perBar).map((frame) => frame.summary);
@@ -53,6 +54,7 @@ export function drawTimeline(canvas, history, position) {
   context.globalAlpha = 1;
   context.fillStyle = colors.accent;
   context.fillRect(Math.min(width - 2, Math.floor(position / perBar) * bar + bar / 2 - 1), 0, 2, HEIGHT);
+  return bars * bar;
 }
 
 function mark(context, x, y, color, what) {

@@ -4,7 +4,8 @@ import { chip, fillOf } from "../colors.js";
 import { h, replace } from "../dom.js";
 import { say } from "../i18n.js";
 import { splitContexts } from "../splits.js";
-import { blockTable } from "../state.js";
+import { blockTables } from "../pool.js";
+import { sayGroup } from "./blocks.js";
 
 const MULTIPROCESSORS = [8, 36, 80, 132],
   OF_AN_H100 = 132,
@@ -113,16 +114,10 @@ export function attentionView(root, app) {
   return show;
 }
 
-// The entries of a block table by the positions that they hold, in one group of layers.
-function tableOf(state, name) {
-  const table = blockTable(state, name);
-  return table.filter(([logical], i) => i === 0 || table[i - 1][0] !== logical);
-}
-
 function written(state, [name, , first, count]) {
   const size = state.head.block_size,
     last = first + count - 1;
-  const lines = tableOf(state, name)
+  const lines = (blockTables(state, name)[0] ?? [])
     .filter(([logical]) => logical * size <= last && (logical + 1) * size > first)
     .map(([logical, b]) => {
       const from = Math.max(first, logical * size) % size,
@@ -149,7 +144,7 @@ function written(state, [name, , first, count]) {
 function read(state, [name, , first, count]) {
   const size = state.head.block_size,
     end = first + count,
-    table = tableOf(state, name).filter(([i]) => i * size < end);
+    table = (blockTables(state, name)[0] ?? []).filter(([i]) => i * size < end);
   const share = (tokens) => `${(100 * Math.max(0, Math.min(size, tokens))) / size}%`;
   const bars = table.slice(0, MOST_READ).map(([logical, physical]) => {
     const begin = logical * size;
@@ -173,6 +168,7 @@ function read(state, [name, , first, count]) {
     "section",
     {},
     h("h3", {}, say("attention.read", { n: end, blocks: table.length })),
+    state.head.windows?.length > 1 && h("p", { class: "quiet" }, sayGroup(state.head.windows, 0)),
     h("p", { class: "quiet" }, say("attention.read.how")),
     h(
       "ol",

@@ -4,7 +4,7 @@ import { cellAt, drawCells } from "../cells.js";
 import { chip } from "../colors.js";
 import { h, replace } from "../dom.js";
 import { say } from "../i18n.js";
-import { blockTable, countBlocks } from "../state.js";
+import { blockTables, countBlocks } from "../pool.js";
 import { batchBar, queues } from "./schedule.js";
 
 const MOST_IN_TABLE = 96;
@@ -58,7 +58,8 @@ export function blocksView(root, app) {
     const pointed = hovered >= 0 ? hovered : cursor;
     const owners = state.blocks[pointed]?.owners ?? [];
     const focus = app.hovered ?? (owners.includes(app.request) ? app.request : owners[0]) ?? app.request;
-    layout = drawCells(canvas, state, { focus, cursor: pointed });
+    const standsOut = state.tables.has(focus) ? focus : null; // of one that holds no block nothing would be left
+    layout = drawCells(canvas, state, { focus: standsOut, cursor: pointed });
     canvas.setAttribute("aria-label", describe(state));
     block.textContent = pointed >= 0 ? sayBlock(state, pointed) : say("block.none");
     replace(
@@ -82,21 +83,42 @@ function describe(state) {
 }
 
 function sayBlock(state, number) {
-  const { state: kind, owners, first, digest } = state.blocks[number];
-  return say(`block.${kind}`, {
+  const { state: kind, owners, first, group, digest } = state.blocks[number],
+    { windows, block_size: size } = state.head;
+  const said = say(`block.${kind}`, {
     b: number,
     owners: owners.join(", "),
     from: first,
-    to: first + state.head.block_size - 1,
+    to: first + size - 1,
     digest: digest && say("block.digest", { digest }),
   });
+  return kind === "used" && windows?.length > 1 ? `${said} ${sayGroup(windows, group)}.` : said;
 }
 
-// Logical blocks in order, each above the physical block that it is mapped to.
+// Logical blocks in order, each above the physical block that it is mapped to; a row for each group of layers.
 export function showTable(app, name) {
   if (!name) return h("p", { class: "quiet" }, say("table.nobody"));
-  const table = blockTable(app.state, name);
-  if (!table.length) return [h("h3", {}, chip(name), " ", say("table.none", { name }))];
+  const tables = blockTables(app.state, name),
+    windows = app.state.head.windows ?? [null];
+  if (!tables.some((table) => table.length)) return [h("h3", {}, chip(name), " ", say("table.none", { name }))];
+  return [
+    h("h3", {}, chip(name), " ", say("table.title", { name })),
+    tables.map((table, group) => [
+      tables.length > 1 && h("h4", { class: "small" }, sayGroup(windows, group)),
+      showRow(app, name, table),
+    ]),
+    h("p", { class: "quiet small" }, say("table.how")),
+    tables.length > 1 && h("p", { class: "quiet small" }, say("table.groups")),
+  ];
+}
+
+// Which layers a table serves, where they have several.
+export function sayGroup(windows, group) {
+  const n = group + 1;
+  return windows[group] ? say("table.group.window", { n, window: windows[group] }) : say("table.group.full", { n });
+}
+
+function showRow(app, name, table) {
   const cells = table.slice(0, MOST_IN_TABLE).map(([logical, physical]) => {
     const others = app.state.blocks[physical].owners.filter((owner) => owner !== name);
     return h(
@@ -109,25 +131,21 @@ export function showTable(app, name) {
       h("span", { class: "physical" }, String(physical)),
     );
   });
-  return [
-    h("h3", {}, chip(name), " ", say("table.title", { name })),
+  return h(
+    "div",
+    { class: "table-row" },
     h(
       "div",
-      { class: "table-row" },
-      h(
-        "div",
-        { class: "table-names quiet small" },
-        h("span", {}, say("table.logical")),
-        h("span", {}, say("table.physical")),
-      ),
-      h(
-        "ol",
-        {},
-        cells,
-        table.length > MOST_IN_TABLE &&
-          h("li", { class: "quiet" }, say("table.more", { n: table.length - MOST_IN_TABLE })),
-      ),
+      { class: "table-names quiet small" },
+      h("span", {}, say("table.logical")),
+      h("span", {}, say("table.physical")),
     ),
-    h("p", { class: "quiet small" }, say("table.how")),
-  ];
+    h(
+      "ol",
+      {},
+      cells,
+      table.length > MOST_IN_TABLE &&
+        h("li", { class: "quiet" }, say("table.more", { n: table.length - MOST_IN_TABLE })),
+    ),
+  );
 }

@@ -25,8 +25,8 @@ function entries(app) {
   if (!batch.length) return h("p", { class: "quiet" }, say("batch.empty"));
   const columns = ["request", "kind", "positions", "tokens", "progress"];
   const lines = batch.slice(0, MOST_LINES).map(([name, kind, first, count]) => {
-    const request = requests.get(name),
-      total = (request?.promptTokens ?? 0) + (request?.pieces ?? 0);
+    const { promptTokens, output, maxTokens } = requests.get(name);
+    const total = promptTokens + (kind === "decode" ? Math.max(maxTokens, output) : output);
     const done = Math.min(total, first + count);
     return h(
       "tr",
