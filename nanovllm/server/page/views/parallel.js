@@ -151,7 +151,7 @@ function half(ranks, top, column, between, row) {
     text(84, 164, say("parallel.column.how"), { class: "note" }),
     text(344, 164, say("parallel.row.how"), { class: "note" }),
     text(84, 182, say(between), { class: "note" }),
+    text(712, 200, say("parallel.reduce.how"), { class: "note", "text-anchor": "end" }),
     top === 0 && text(8, 200, say("parallel.input"), { class: "note" }),
-    text(712, 182, say("parallel.reduce.how"), { class: "note", "text-anchor": "end" }),
   ];
 }
