@@ -80,6 +80,9 @@ class Engines:
         for keeper in self._keepers:
             keeper.cancel()
         await asyncio.gather(*self._keepers, return_exceptions=True)  # the first error is raised already
+        for engine in self.all:
+            if engine.process is not None:  # a keeper that was cancelled while it waited for its end did not
+                await asyncio.to_thread(engine.process.wait)
         self._tokenizing.shutdown(wait=False)
 
     async def _wait_until_ready(self) -> None:
