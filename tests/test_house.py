@@ -12,7 +12,9 @@ TESTS, PACKAGE = Path(__file__).parent, Path(nanovllm.__file__).parent
 # Private parts of PyTorch, Triton and asyncio: their own tests would not know a public name either.
 OF_OTHERS = {
     "_base",  # the tensor of which one is a view
-    "_convert_float",  # a cast in Triton's interpreter, which paged_cache.py mends
+    "_convert_float",  # a cast in Triton's interpreter, which interpreter.py mends
+    "_patch_attr",  # how Triton's interpreter takes the place of one builtin, and of all of a module's
+    "_patch_builtin",
     "_log_destroy_pending",  # whether a task complains that its loop was closed over it
 }
 PLAIN_DATA = ("step_plan", "cache_groups", "outputs", "sampling_params", "structured_outputs", "config", "errors")
