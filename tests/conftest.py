@@ -121,6 +121,26 @@ def make_tp(nothing_is_left: None, make_llm: Callable[..., Any]) -> Callable[...
     return make_llm
 
 
+# What takes longest begins first, so that all workers end together. The rest follows by its number of tests.
+SLOWEST = (
+    "server",
+    "tests/kernels/test_compilation.py::test_every_kernel_compiles_for_hopper",
+    "tests/test_sampling.py",
+    "tests/distributed/test_ranks.py",
+    "tests/distributed/test_tensor_parallel.py",
+    "tests/test_chat_model.py",
+    "tests/models/test_families.py",
+    "tests/test_async_llm.py",
+    "tests/test_parity.py",
+    "tests/test_threads_and_signals.py",
+    "tests/test_output_kinds.py",
+    "tests/benchmarks/test_bench.py",
+    "tests/benchmarks/test_bench_modes.py",
+    "tests/engine/test_schedules.py",
+    "remote",
+)
+
+
 def pytest_xdist_make_scheduler(config: pytest.Config, log: Any) -> Any:
     """One worker runs all tests of a file, or of the folders whose tests share a server, so that it makes what they
     share only once. Those of kernels share nothing, and are handed out one by one.
@@ -132,5 +152,11 @@ def pytest_xdist_make_scheduler(config: pytest.Config, log: Any) -> Any:
             parts = nodeid.partition("::")[0].split("/")
             folder = parts[1] if len(parts) > 2 else ""
             return nodeid if folder == "kernels" else folder if folder in ("server", "remote") else "/".join(parts)
+
+        def _assign_work_unit(self, node: Any) -> None:
+            slowest = next((scope for scope in SLOWEST if scope in self.workqueue), None)
+            if slowest is not None:
+                self.workqueue.move_to_end(slowest, last=False)
+            super()._assign_work_unit(node)
 
     return Scheduling(config, log)
