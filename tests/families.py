@@ -202,7 +202,7 @@ def family_reference(path: Path) -> transformers.PreTrainedModel:
 
 @torch.inference_mode()
 def family_tokens(path: Path, prompts: list[list[int]], num_tokens: int) -> list[list[int]]:
-    """Greedy tokens of transformers for each prompt, from all tokens anew for each. Asserts that no choice is a close one.
+    """Greedy tokens of transformers for each prompt, all computed anew for each. Asserts that no choice is a close one.
 
     Shorter prompts are padded behind their end, which attention does not look at.
     """
