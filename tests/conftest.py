@@ -29,10 +29,14 @@ def one_thread_per_worker() -> None:
 
 
 @pytest.fixture(scope="session", autouse=True)
-def nothing_to_collect_in_libraries() -> None:
-    """An engine collects garbage when it closes, which would walk all that transformers has loaded every time."""
+def transformers_is_loaded() -> None:
     import transformers.models.qwen3.modeling_qwen3  # noqa: F401
 
+
+@pytest.fixture(scope="module", autouse=True)
+def nothing_to_collect_from_before(transformers_is_loaded: None) -> None:
+    """An engine collects garbage when it closes, which would walk all that libraries and other files have left."""
+    gc.collect()
     gc.freeze()
 
 
