@@ -14,6 +14,7 @@ import torch
 
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+os.environ.setdefault("OMP_NUM_THREADS", "1")  # of the programs that tests start: threads that wait spin
 if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:
     # As in a shell's background jobs. Programs that the tests start would inherit it, and know no Ctrl-C.
     signal.signal(signal.SIGINT, signal.default_int_handler)
@@ -29,10 +30,14 @@ def one_thread_per_worker() -> None:
 
 
 @pytest.fixture(scope="session", autouse=True)
-def nothing_to_collect_in_libraries() -> None:
-    """An engine collects garbage when it closes, which would walk all that transformers has loaded every time."""
+def transformers_is_loaded() -> None:
     import transformers.models.qwen3.modeling_qwen3  # noqa: F401
 
+
+@pytest.fixture(scope="module", autouse=True)
+def nothing_to_collect_from_before(transformers_is_loaded: None) -> None:
+    """An engine collects garbage when it closes, which would walk all that libraries and other files have left."""
+    gc.collect()
     gc.freeze()
 
 
@@ -121,6 +126,26 @@ def make_tp(nothing_is_left: None, make_llm: Callable[..., Any]) -> Callable[...
     return make_llm
 
 
+# What takes longest begins first, so that all workers end together. The rest follows by its number of tests.
+SLOWEST = (
+    "server",
+    "tests/kernels/test_compilation.py::test_every_kernel_compiles_for_hopper",
+    "tests/test_sampling.py",
+    "tests/distributed/test_ranks.py",
+    "tests/distributed/test_tensor_parallel.py",
+    "tests/test_chat_model.py",
+    "tests/models/test_families.py",
+    "tests/test_async_llm.py",
+    "tests/test_parity.py",
+    "tests/test_threads_and_signals.py",
+    "tests/test_output_kinds.py",
+    "tests/benchmarks/test_bench.py",
+    "tests/benchmarks/test_bench_modes.py",
+    "tests/engine/test_schedules.py",
+    "remote",
+)
+
+
 def pytest_xdist_make_scheduler(config: pytest.Config, log: Any) -> Any:
     """One worker runs all tests of a file, or of the folders whose tests share a server, so that it makes what they
     share only once. Those of kernels share nothing, and are handed out one by one.
@@ -132,5 +157,11 @@ def pytest_xdist_make_scheduler(config: pytest.Config, log: Any) -> Any:
             parts = nodeid.partition("::")[0].split("/")
             folder = parts[1] if len(parts) > 2 else ""
             return nodeid if folder == "kernels" else folder if folder in ("server", "remote") else "/".join(parts)
+
+        def _assign_work_unit(self, node: Any) -> None:
+            slowest = next((scope for scope in SLOWEST if scope in self.workqueue), None)
+            if slowest is not None:
+                self.workqueue.move_to_end(slowest, last=False)
+            super()._assign_work_unit(node)
 
     return Scheduling(config, log)

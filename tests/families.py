@@ -201,14 +201,19 @@ def family_reference(path: Path) -> transformers.PreTrainedModel:
 
 
 @torch.inference_mode()
-def family_tokens(path: Path, prompt: list[int], num_tokens: int) -> list[int]:
-    """Greedy tokens of transformers, from all tokens anew for each. Asserts that no choice is a close one."""
-    ids = list(prompt)
+def family_tokens(path: Path, prompts: list[list[int]], num_tokens: int) -> list[list[int]]:
+    """Greedy tokens of transformers for each prompt, all computed anew for each. Asserts that no choice is a close one.
+
+    Shorter prompts are padded behind their end, which attention does not look at.
+    """
+    rows = [list(prompt) for prompt in prompts]
     for _ in range(num_tokens):
-        logits = family_reference(path)(torch.tensor([ids]), use_cache=False).logits[0, -1]
-        best, second = logits.topk(2).values.tolist()
-        assert best - second > 1e-3, (
-            f"a choice as close as {best - second} proves nothing; give {path.name} another seed"
-        )
-        ids.append(int(logits.argmax()))
-    return ids[len(prompt) :]
+        longest = max(map(len, rows))
+        padded = torch.tensor([row + [0] * (longest - len(row)) for row in rows])
+        for row, of_row in zip(rows, family_reference(path)(padded, use_cache=False).logits, strict=True):
+            (best, second), (token, _) = (of_two.tolist() for of_two in of_row[len(row) - 1].topk(2))
+            assert best - second > 1e-3, (
+                f"a choice as close as {best - second} proves nothing; give {path.name} another seed"
+            )
+            row.append(token)
+    return [row[len(prompt) :] for row, prompt in zip(rows, prompts, strict=True)]

@@ -8,10 +8,13 @@ import os
 import shutil
 import subprocess
 import sys
+from collections.abc import Iterator
+from functools import cache
 from importlib import metadata
 from pathlib import Path
 from typing import Any
 
+import gguf
 import jsonschema
 import pytest
 import torch
@@ -62,6 +65,15 @@ def chats() -> list[list[dict[str, str]]]:
                 messages.append({"role": "assistant", "content": "That is a good question."})
         conversations.append(messages)
     return conversations
+
+
+@pytest.fixture(scope="module", autouse=True)
+def transformers_reads_the_file_once() -> Iterator[None]:
+    """Seconds each time: it would for config, tokenizer and tensors, and make 397 tables of names for the last."""
+    with pytest.MonkeyPatch.context() as patch:
+        for name in ("GGUFReader", "get_tensor_name_map"):
+            patch.setattr(gguf, name, cache(getattr(gguf, name)))
+        yield
 
 
 @pytest.fixture(scope="module")

@@ -9,11 +9,14 @@ import pytest
 import nanovllm
 
 TESTS, PACKAGE = Path(__file__).parent, Path(nanovllm.__file__).parent
-# Private parts of PyTorch, Triton and asyncio: their own tests would not know a public name either.
+# Private parts of PyTorch, Triton, asyncio and pytest-xdist: their own tests would not know a public name either.
 OF_OTHERS = {
+    "_assign_work_unit",  # what xdist's scheduler gives a worker next
     "_base",  # the tensor of which one is a view
-    "_convert_float",  # a cast in Triton's interpreter, which paged_cache.py mends
+    "_convert_float",  # a cast in Triton's interpreter, which interpreter.py mends
     "_log_destroy_pending",  # whether a task complains that its loop was closed over it
+    "_patch_attr",  # how Triton's interpreter takes the place of one builtin, and of all of a module's
+    "_patch_builtin",
 }
 PLAIN_DATA = ("step_plan", "cache_groups", "outputs", "sampling_params", "structured_outputs", "config", "errors")
 # What each room may import of the package, beside itself. The rooms not named here are free.

@@ -51,13 +51,6 @@ LOOPS: dict[str, dict[str, Any]] = {
 @pytest.mark.parametrize("loop", LOOPS.values(), ids=LOOPS)
 @pytest.mark.parametrize("shape", SHAPES)
 class TestEveryShape:
-    def test_tokens_with_a_roomy_cache(
-        self, shape: str, loop: dict[str, Any], checkpoint: Callable[..., Path], make_llm: Callable[..., LLM]
-    ) -> None:
-        llm = make_llm(checkpoint(shape), **loop)
-        assert generate(llm) == expected_tokens(checkpoint(shape))
-        assert llm.stats().num_preemptions == 0
-
     def test_tokens_under_constant_preemption(
         self, shape: str, loop: dict[str, Any], checkpoint: Callable[..., Path], make_llm: Callable[..., LLM]
     ) -> None:
@@ -73,7 +66,7 @@ class TestEveryShape:
         assert generate(llm) == expected_tokens(checkpoint(shape))
         assert llm.stats().num_steps > sum(LENGTHS) // 33 + NUM_TOKENS - 1
 
-    def test_tokens_from_the_prefix_cache_in_the_second_round(
+    def test_tokens_with_a_roomy_cache_and_from_the_prefix_cache_in_the_second_round(
         self, shape: str, loop: dict[str, Any], checkpoint: Callable[..., Path], make_llm: Callable[..., LLM]
     ) -> None:
         llm = make_llm(checkpoint(shape), **loop)
@@ -83,7 +76,7 @@ class TestEveryShape:
         cached = [(n - 1) // 16 * 16 for n in LENGTHS]  # whole blocks, the last token left to compute
         assert [o.num_cached_tokens for o in rounds[0]] == [0] * len(LENGTHS)
         assert [o.num_cached_tokens for o in rounds[1]] == cached
-        assert llm.stats().prefix_hits == sum(cached)
+        assert llm.stats().prefix_hits == sum(cached) and llm.stats().num_preemptions == 0
 
     def test_tokens_without_prefix_cache_nor_graphs(
         self, shape: str, loop: dict[str, Any], checkpoint: Callable[..., Path], make_llm: Callable[..., LLM]

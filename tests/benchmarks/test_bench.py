@@ -286,27 +286,27 @@ def test_bench_reports_every_figure_in_its_last_line(tmp_path):
         assert 0 < split["device_idle_share"] < 1
 
 
-def test_bench_of_two_ranks_says_what_they_send_each_other(tmp_path):
-    args = ["--shape", "tiny", "--device", "cpu", "--streams", "1", "--tensor-parallel-size", "2", *SMALL_RUN]
-    done = run_script("bench.py", *args, cwd=tmp_path)
-    assert done.returncode == 0, done.stderr
-    report = json.loads(done.stdout.splitlines()[-1])
+def test_bench_of_two_ranks_says_what_they_send_each_other(bench_here, capsys):
+    printed = bench_here(
+        "--shape", "tiny", "--device", "cpu", "--streams", "1", "--tensor-parallel-size", "2", *SMALL_RUN
+    )
+    report = json.loads(printed.splitlines()[-1])
     (result,) = report["results"]
     assert report["options"]["tensor_parallel_size"] == 2
     assert result["output_tokens"] > 0 and 100 < result["plan_bytes_per_step"] < 1000
-    assert f"rank 0 sends {result['plan_bytes_per_step']:,.0f} bytes a step" in done.stdout
-    refused = run_script("bench.py", "--ablate", "--tensor-parallel-size", "2", cwd=tmp_path)
-    assert refused.returncode != 0 and "--ablate" in refused.stderr
+    assert f"rank 0 sends {result['plan_bytes_per_step']:,.0f} bytes a step" in printed
+    with pytest.raises(SystemExit):
+        bench_here("--ablate", "--tensor-parallel-size", "2")
+    assert "--ablate" in capsys.readouterr().err
 
 
-def test_the_roofline_of_a_mixture_counts_the_experts_that_its_tokens_hit(tmp_path):
+def test_the_roofline_of_a_mixture_counts_the_experts_that_its_tokens_hit(bench_here, tmp_path):
     model = save_family(tmp_path / "model", "qwen3moe")
-    done = run_script("bench.py", "--model", str(model), "--device", "cpu", "--streams", "1", *SMALL_RUN, cwd=tmp_path)
-    assert done.returncode == 0, done.stderr
-    report = json.loads(done.stdout.splitlines()[-1])
+    printed = bench_here("--model", str(model), "--device", "cpu", "--streams", "1", *SMALL_RUN)
+    report = json.loads(printed.splitlines()[-1])
     hits = dict(map(tuple, report["experts_hit"]))
     assert hits[1] == 3 and 3 < hits[8] <= 7  # 3 of 7 experts a token
-    assert "experts hit in a layer: 3.0 by 1" in done.stdout
+    assert "experts hit in a layer: 3.0 by 1" in printed
     shape = replace(model_shape(model, bytes_per_element=4), experts_hit=((1, 3.0), (8, 5.0)))
     alike = [(shape.weight_bytes(n) / 4 - shape.layer_params - shape.head_params) / shape.expert_params for n in (1, 8)]
     assert alike == pytest.approx([3.0, 5.0])

@@ -4,9 +4,10 @@ import importlib.util
 import json
 import subprocess
 import sys
+from collections.abc import Callable
 from dataclasses import replace
-from pathlib import Path
 from types import SimpleNamespace
+from typing import Any
 
 import pytest
 import torch
@@ -28,17 +29,19 @@ from benchmarks.workloads import Workload
 SMALL_MODE = "--shape tiny --device cpu --shrink 64 --block-size 16 --num-blocks 512 --max-model-len 512".split()
 
 
-def run_mode(*args: str, cwd: Path) -> dict:
-    """Run a mode at a 64th of its size. Returns its report."""
-    done = run_script("bench.py", *SMALL_MODE, *args, cwd=cwd)
-    assert done.returncode == 0, done.stderr
-    report = json.loads(done.stdout.splitlines()[-1])
-    report["printed"] = done.stdout
-    return report
+@pytest.fixture
+def run_mode(bench_here: Callable[..., str]) -> Callable[..., dict[str, Any]]:
+    """`run_mode(*arguments)` runs a mode at a 64th of its size, in this process. Returns its report."""
+
+    def run(*args: str) -> dict[str, Any]:
+        printed = bench_here(*SMALL_MODE, *args)
+        return json.loads(printed.splitlines()[-1]) | {"printed": printed}
+
+    return run
 
 
-def test_all_measures_every_row_of_the_goals(tmp_path):
-    report = run_mode("--all", cwd=tmp_path)
+def test_all_measures_every_row_of_the_goals(run_mode):
+    report = run_mode("--all")
     rows = {row["key"]: row for row in report["rows"]}
     assert list(rows) == [key for key in ROWS if key not in ("scaling", "small_cache")]
     assert {key for key, row in rows.items() if not row["measured"] > 0} <= {"host_not_hidden", "device_idle"}
@@ -59,8 +62,8 @@ def test_all_measures_every_row_of_the_goals(tmp_path):
     assert rows["host_not_hidden"]["measured"] == 100 * report["splits"][0]["full_batch"]["idle_share"]
 
 
-def test_scaling_preempts_in_the_small_cache_and_compares_with_the_first_run(tmp_path):
-    report = run_mode("--scaling", cwd=tmp_path)
+def test_scaling_preempts_in_the_small_cache_and_compares_with_the_first_run(run_mode):
+    report = run_mode("--scaling")
     runs, small = report["scaling"], report["small_cache"]
     assert [(run["max_num_seqs"], run["num_requests"]) for run in runs] == [
         (rows // 64, count // 64) for rows, counts in RUNS.items() for count in counts
@@ -76,8 +79,8 @@ def test_scaling_preempts_in_the_small_cache_and_compares_with_the_first_run(tmp
     }
 
 
-def test_ranks_are_compared_by_rate_latency_and_what_is_sent(tmp_path):
-    report = run_mode("--ranks", "1,2", cwd=tmp_path)
+def test_ranks_are_compared_by_rate_latency_and_what_is_sent(run_mode):
+    report = run_mode("--ranks", "1,2")
     one, two = report["ranks"]
     assert [run["ranks"] for run in (one, two)] == [1, 2]
     lines = [line.split() for line in report["printed"].splitlines()]
@@ -126,8 +129,8 @@ def test_sums_are_shown_beside_what_their_bytes_take_on_the_link():
     assert "rank 1" in sum_lines({"ranks": 2, "times": [], "errors": ["rank 1, NCCL: lost"], "bandwidth": {}})[0]
 
 
-def test_ablation_runs_every_variant_and_its_output_can_be_read_again(tmp_path):
-    report = run_mode("--ablate", cwd=tmp_path)
+def test_ablation_runs_every_variant_and_its_output_can_be_read_again(run_mode, tmp_path):
+    report = run_mode("--ablate")
     present = [v.name for v in VARIANTS if importlib.util.find_spec(v.module)]
     assert [variant["variant"] for variant in report["ablation"]] == present and len(present) >= 5
     for variant in report["ablation"]:

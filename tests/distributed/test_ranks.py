@@ -53,7 +53,7 @@ def test_a_rank_killed_at_any_moment_is_an_error_and_leaves_nothing(
     seed: int, checkpoint: Callable[..., Path], make_tp: Callable[..., LLM]
 ) -> None:
     draw = random.Random(seed)
-    size, is_early = (2, 4)[seed % 2], seed % 5 == 4
+    (size, shape), is_early = ((2, "plain"), (3, "gqa3-bias-linear"))[seed % 2], seed % 5 == 4
 
     def kill() -> None:
         deadline = time.monotonic() + 60
@@ -68,7 +68,7 @@ def test_a_rank_killed_at_any_moment_is_an_error_and_leaves_nothing(
     with pytest.raises(RankError, match="was killed by signal 9"):
         if is_early:
             killer.start()
-        llm = make_tp(checkpoint("plain"), tensor_parallel_size=size)
+        llm = make_tp(checkpoint(shape), tensor_parallel_size=size)
         if not is_early:
             killer.start()
         while True:

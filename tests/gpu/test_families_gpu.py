@@ -71,7 +71,7 @@ def case(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], tuple[Path
         if name not in made:
             base, change, seed = CASES[name]
             path = save_family(tmp_path_factory.mktemp(name), base, seed, **change)
-            made[name] = path, [family_tokens(path, prompt, NUM_TOKENS) for prompt in PROMPTS]
+            made[name] = path, family_tokens(path, PROMPTS, NUM_TOKENS)
         return made[name]
 
     return make

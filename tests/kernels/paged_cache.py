@@ -1,9 +1,7 @@
 """Random paged caches for the attention tests, and the oracle: dense attention in float64, one head at a time."""
 
-import os
 from dataclasses import dataclass
 
-import numpy as np
 import torch
 
 
@@ -123,29 +121,3 @@ def assert_within_rounding(
     error, limits = (actual.cpu().double() - expected).abs(), torch.finfo(actual.dtype)
     allowed = (limits.eps + 5e-6 + score_error) * bound + limits.smallest_normal * limits.eps + 1e-37
     assert bool((error <= allowed).all()), f"error is {(error / allowed).max():.3g} of what is allowed"
-
-
-def mend_interpreter() -> None:
-    """Give Triton's interpreter the arithmetic of bf16: its dot multiplies the bit patterns, and its casts truncate."""
-    from triton import language as tl
-    from triton.runtime import interpreter
-
-    convert_float, dot = interpreter._convert_float, interpreter.InterpreterBuilder.create_dot
-
-    def convert_to_nearest(data: np.ndarray, source: tl.dtype, target: tl.dtype, mode: object) -> np.ndarray:
-        if (source, target) != (tl.float32, tl.bfloat16):
-            return convert_float(data, source, target, mode)
-        nearest = torch.from_numpy(np.array(data, dtype=np.float32)).bfloat16()
-        return nearest.view(torch.int16).numpy().view(np.uint16)
-
-    def dot_of_values(self: object, a: object, b: object, *rest: object) -> object:
-        if a.dtype.scalar == tl.bfloat16:
-            a, b = self.cast_impl(a, tl.float32), self.cast_impl(b, tl.float32)
-        return dot(self, a, b, *rest)
-
-    interpreter._convert_float = convert_to_nearest
-    interpreter.InterpreterBuilder.create_dot = dot_of_values
-
-
-if os.environ.get("TRITON_INTERPRET") == "1":
-    mend_interpreter()

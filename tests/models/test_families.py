@@ -25,15 +25,14 @@ GREEDY = SamplingParams(temperature=0.0, max_tokens=NUM_TOKENS)
 
 @pytest.fixture(scope="module")
 def family(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], tuple[Path, list[list[int]]]]:
-    """`family(name)`: a checkpoint, and what transformers answers to PROMPTS. The last one made is kept."""
-    last: dict[str, tuple[Path, list[list[int]]]] = {}
+    """`family(name)`: a checkpoint, and what transformers answers to PROMPTS; made once."""
+    made: dict[str, tuple[Path, list[list[int]]]] = {}
 
     def make(name: str) -> tuple[Path, list[list[int]]]:
-        if name not in last:
-            last.clear()
+        if name not in made:
             path = save_family(tmp_path_factory.mktemp(name), name)
-            last[name] = path, [family_tokens(path, prompt, NUM_TOKENS) for prompt in PROMPTS]
-        return last[name]
+            made[name] = path, family_tokens(path, PROMPTS, NUM_TOKENS)
+        return made[name]
 
     return make
 

@@ -133,8 +133,10 @@ def one_shot(tokenizer: Any, ids: list[int], params: SamplingParams = PLAIN) -> 
     return tokenizer.decode(ids, skip_special_tokens=skip, clean_up_tokenization_spaces=False)
 
 
-def token_ids(tokenizer: Any) -> st.SearchStrategy[list[int]]:
+@cache
+def token_ids(name: str) -> st.SearchStrategy[list[int]]:
     """Any ids of the vocabulary, often text as the tokenizer itself splits it; for fast ones also ids past the end."""
+    tokenizer, _ = tokenizer_named(name)
     past_end = 3 if tokenizer.is_fast else 0
     anything = st.lists(st.integers(0, len(tokenizer) - 1 + past_end), max_size=12)
     text = st.text(st.sampled_from(CHARACTERS) | st.characters(exclude_categories=["Cs"]), max_size=6)
@@ -144,6 +146,11 @@ def token_ids(tokenizer: Any) -> st.SearchStrategy[list[int]]:
     return st.lists(anything | of_text | special | run, max_size=6).map(lambda pieces: sum(pieces, []))
 
 
+@cache
+def prompts(name: str) -> st.SearchStrategy[list[int]]:
+    return st.just([]) | token_ids(name)
+
+
 @pytest.mark.parametrize("params", [PLAIN, WITH_SPECIAL], ids=["skip_special", "keep_special"])
 @pytest.mark.parametrize("name", TOKENIZERS)
 @given(data=st.data())
@@ -151,14 +158,16 @@ def token_ids(tokenizer: Any) -> st.SearchStrategy[list[int]]:
 def test_pieces_of_any_tokens_join_to_what_they_add_to_the_prompt(name: str, params: SamplingParams, data: Any) -> None:
     # Whatever comes later: so no piece holds half a character, or text that a later token would revise.
     tokenizer, decoder = tokenizer_named(name)
-    prompt, ids = data.draw(st.just([]) | token_ids(tokenizer)), data.draw(token_ids(tokenizer))
+    prompt, ids = data.draw(prompts(name)), data.draw(token_ids(name))
     context = decoder.context(prompt, params)
     stream = TextStream(decoder, params, context)
     text = "".join([stream.append(token_id) for token_id in ids]) + stream.finish()
     assert decode_all(decoder, [ids, [], ids], context, params) == [text, "", text]
     before, both = one_shot(tokenizer, prompt, params), one_shot(tokenizer, prompt + ids, params)
     if before.endswith("\ufffd"):  # the prompt ends within a character
-        assert text == one_shot(tokenizer, ids, params)
+        # WordPiece's "##" has no text: where the prompt ends with four, they hide a token that is a whole \ufffd.
+        behind = [both.removeprefix(before)] if name == "word_piece" else []
+        assert text in [one_shot(tokenizer, ids, params), *behind]
     elif both.startswith(before):
         assert text == both[len(before) :]
     else:
@@ -170,7 +179,7 @@ def test_pieces_of_any_tokens_join_to_what_they_add_to_the_prompt(name: str, par
 @settings(deadline=None, max_examples=100)
 def test_only_a_character_that_has_begun_is_kept_back(name: str, data: Any) -> None:
     tokenizer, decoder = tokenizer_named(name)
-    ids = data.draw(token_ids(tokenizer))
+    ids = data.draw(token_ids(name))
     stream, given_text = TextStream(decoder, PLAIN), ""
     for i, token_id in enumerate(ids):
         given_text += stream.append(token_id)
