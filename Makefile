@@ -24,10 +24,11 @@ lint: setup
 test: lint
 	$(PY) -m pytest -q -n 2 -m 'not gpu'
 
-# Runs in the Python environment that is active, on a machine with a CUDA device.
+# Runs in the Python environment that is active, on a machine with a CUDA device. It may lack the clients' libraries,
+# which the tests of the server need, and a GPU adds nothing to.
 test-gpu:
 	$(PYTHON) -m pytest -q -n 8 tests/kernels
-	$(PYTHON) -m pytest -q -m gpu
+	$(PYTHON) -m pytest -q -m gpu --ignore tests/server
 
 # The tour and the other pages as a site, in build/site.
 docs: setup
