@@ -1,7 +1,7 @@
 """/v1/completions: text goes on. With `echo` and `logprobs` it also scores text, as lm-eval asks."""
 
 from collections import Counter
-from collections.abc import AsyncGenerator, AsyncIterator
+from collections.abc import AsyncGenerator
 from typing import Any
 
 from fastapi import APIRouter, Request
@@ -36,6 +36,8 @@ class _Call:
         self.fields, self.state = fields, state
         self.id = f"cmpl-{request_id}"
         self.prompts = _prompts(fields)
+        # Of each prompt, by the id of its request.
+        self.numbers = {self.id if len(self.prompts) == 1 else f"{self.id}-{i}": i for i in range(len(self.prompts))}
         self.n = fields.n or 1
         self.num_completions = len(self.prompts) * self.n
         state.check_limit("prompt", len(self.prompts), state.limits.prompts)
@@ -53,15 +55,16 @@ class _Call:
             fields, state.llm.get_default_sampling_params(), output_kind=kind, **values
         )
 
-    def _runs(self) -> list[AsyncIterator[RequestOutput]]:
-        ids = [self.id if len(self.prompts) == 1 else f"{self.id}-{i}" for i in range(len(self.prompts))]
-        return [self.state.run(prompt, self.params, i) for prompt, i in zip(self.prompts, ids, strict=True)]
+    def _outputs(self) -> AsyncGenerator[RequestOutput]:
+        """Of all prompts, as they come."""
+        pairs = zip(self.prompts, self.numbers, strict=True)
+        return merged([self.state.run(prompt, self.params, request_id) for prompt, request_id in pairs])
 
     async def answer(self) -> dict[str, Any]:
         """The whole response."""
         outputs: dict[int, RequestOutput] = {}
-        async for i, output in merged(self._runs()):
-            outputs[i] = output
+        async for output in self._outputs():
+            outputs[self.numbers[output.request_id]] = output
         usage, choices = Usage(), []
         for i, output in sorted(outputs.items()):
             usage.add_prompt(output)
@@ -77,7 +80,8 @@ class _Call:
         seen: set[int] = set()
         chunks = Chunks(self._head())
         lengths: Counter[tuple[int, int]] = Counter()  # of the texts so far, by prompt and completion
-        async for i, output in merged(self._runs()):
+        async for output in self._outputs():
+            i = self.numbers[output.request_id]
             if i not in seen:
                 seen.add(i)
                 usage.add_prompt(output)

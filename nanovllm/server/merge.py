@@ -1,7 +1,7 @@
 """Several streams read as one."""
 
 import asyncio
-from collections.abc import AsyncGenerator, AsyncIterator
+from collections.abc import AsyncGenerator
 from typing import TypeVar
 
 from nanovllm.server.state import cancelled
@@ -9,27 +9,27 @@ from nanovllm.server.state import cancelled
 T = TypeVar("T")
 
 
-async def merged(streams: list[AsyncIterator[T]]) -> AsyncGenerator[tuple[int, T]]:
-    """The items of all streams as they come, with their stream's number. Closes all streams at the end.
+def merged(streams: list[AsyncGenerator[T]]) -> AsyncGenerator[T]:
+    """The items of all streams as they come. A single stream is itself, which saves a task for each item.
 
-    Raises the first error of a stream, which ends the others.
+    The first error of a stream is raised, and ends the others. At the end all streams are closed.
     """
-    if len(streams) == 1:  # without a task for each item
-        async for item in streams[0]:
-            yield 0, item
-        return
-    waiting = {asyncio.ensure_future(anext(stream)): i for i, stream in enumerate(streams)}
+    return streams[0] if len(streams) == 1 else _merged(streams)
+
+
+async def _merged(streams: list[AsyncGenerator[T]]) -> AsyncGenerator[T]:
+    waiting = {asyncio.ensure_future(anext(stream)): stream for stream in streams}
     try:
         while waiting:
             done, _ = await asyncio.wait(waiting, return_when=asyncio.FIRST_COMPLETED)
             for task in done:
-                i = waiting.pop(task)
+                stream = waiting.pop(task)
                 try:
                     item = task.result()
                 except StopAsyncIteration:
                     continue
-                yield i, item
-                waiting[asyncio.ensure_future(anext(streams[i]))] = i
+                yield item
+                waiting[asyncio.ensure_future(anext(stream))] = stream
     finally:
         if waiting:
             await cancelled(*waiting)

@@ -2,9 +2,10 @@
 
 import asyncio
 import json
-from collections.abc import AsyncGenerator, AsyncIterator, Callable
+from collections.abc import AsyncGenerator, Callable
 from typing import Any
 
+from pydantic_core import PydanticSerializationError, to_json
 from starlette.requests import Request
 from starlette.responses import Response
 
@@ -16,7 +17,10 @@ FIRST_EVENT_S = 5.0  # an error before this has a status of its own; later it co
 
 
 def _encode(data: Any) -> bytes:
-    return json.dumps(data, ensure_ascii=False, separators=(",", ":")).encode("utf-8", "replace")
+    try:
+        return to_json(data)
+    except PydanticSerializationError:  # half a surrogate pair, which a request's JSON may spell and an answer repeats
+        return json.dumps(data, ensure_ascii=False, separators=(",", ":")).encode("utf-8", "replace")
 
 
 def event(data: Any, name: str | None = None) -> bytes:
@@ -109,9 +113,13 @@ class EventStream(Response):
         await send({"type": "http.response.start", "status": 200, "headers": self.raw_headers})
         pings = asyncio.ensure_future(self._write_pings(send))
         try:
-            async for one in self._all_events():
+            one = await self._first
+            while True:  # without a generator for the first and the others, which costs something for each token
                 await send({"type": "http.response.body", "body": one, "more_body": True})
                 self._num_sent += 1
+                one = await anext(self._events)
+        except StopAsyncIteration:
+            pass
         except OSError:
             return  # the client has left
         except Exception as error:
@@ -119,14 +127,6 @@ class EventStream(Response):
         finally:
             await cancelled(pings)
         await send({"type": "http.response.body", "body": b"", "more_body": False})
-
-    async def _all_events(self) -> AsyncIterator[bytes]:
-        try:
-            yield await self._first
-        except StopAsyncIteration:
-            return
-        async for one in self._events:
-            yield one
 
     async def _write_pings(self, send: Any) -> None:
         """Beside the events, so that no token needs a task or a timer of its own."""

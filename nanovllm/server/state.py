@@ -2,7 +2,7 @@
 
 import asyncio
 import time
-from collections.abc import AsyncIterator, Awaitable
+from collections.abc import AsyncGenerator, Awaitable
 from typing import TYPE_CHECKING, Any, TypeVar
 
 from fastapi import Request
@@ -81,7 +81,7 @@ class ServerState:
         if self.num_active == 0:
             self.became_idle.set()
 
-    async def run(self, prompt: Prompt, params: SamplingParams, request_id: str) -> AsyncIterator[RequestOutput]:
+    async def run(self, prompt: Prompt, params: SamplingParams, request_id: str) -> AsyncGenerator[RequestOutput]:
         """The outputs of one prompt, measured."""
         request = await self.llm.submit(prompt, params, request_id)
         watch, is_finished = self.metrics.watch(request.engine_index), False
