@@ -18,6 +18,7 @@ from trace_reading import apply, check_format
 
 from nanovllm import demo_model
 from nanovllm.config import Config
+from nanovllm.server import guard, page
 from nanovllm.trace.scenes import TEACHING
 
 KEYED = [("GET", "trace"), ("GET", "state"), ("POST", "control"), ("POST", "scene"), ("POST", "clear")]
@@ -271,6 +272,13 @@ class TestAServerForOthers:
             for method, path in KEYED:
                 assert http.request(method, f"/page/{path}").status_code == 401
                 assert http.request(method, f"/page/{path}/", follow_redirects=True).status_code == 401
+
+
+def test_every_endpoint_of_the_page_needs_a_key() -> None:
+    """One that is new is open until guard.py knows it."""
+    endpoints = {(method, route.path) for route in page.router.routes for method in route.methods if route.path != "/"}
+    assert endpoints == {(method, f"/page/{path}") for method, path in KEYED}
+    assert {path for _, path in endpoints} == guard.KEYED_PAGE_PATHS
 
 
 def test_without_the_page_there_is_none(scripted: Any) -> None:
